@@ -1,0 +1,278 @@
+"""view_attention: validates, chooses a back end, and is one differentiable operation."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from llmjepa_kernels.block_mask import BlockMask, check_window
+
+BACKENDS = {
+    "triton": "llmjepa_kernels.attention_triton",
+    "cpu": "llmjepa_kernels.cpu",
+    "reference": "llmjepa_kernels.reference",
+}
+
+
+def view_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible_until: Tensor,
+    *,
+    position_ids: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    softmax_scale: float | None = None,
+    sinks: Tensor | None = None,
+    block_mask: BlockMask | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """Attention in which a token sees its own segment and the segments above it.
+
+    Query ``i`` sees key ``j`` if ``j <= i < visible_until[j]``. No tile of the score matrix in
+    which nothing is visible is ever touched, and nothing of size ``seq x seq`` is stored.
+
+    Args:
+        q: (batch, num_heads, seq, head_dim) with unit stride in head_dim.
+        k: (batch, num_kv_heads, seq, head_dim); num_kv_heads divides num_heads.
+        v: Like k.
+        visible_until: (batch, seq) int32, as in `PackedBatch`.
+        position_ids: (batch, seq) int; needed with `window`.
+        window: Sliding window: also require ``position[i] - position[j] < window``.
+        softcap: Replaces each score s by ``softcap * tanh(s / softcap)``.
+        softmax_scale: Multiplies q·k. Default: ``head_dim ** -0.5``.
+        sinks: (num_heads,); a learnable score per head that takes part in the softmax but has
+            no value (gpt-oss).
+        block_mask: The tiles to visit. Default: built here from `visible_until`, which costs
+            about as much as a small kernel; pass it when several layers share one mask.
+        impl: "triton", "cpu" or "reference". Default: by the device of q. An explicit choice
+            never falls back to another.
+
+    Returns:
+        out: Like q, stored as a contiguous (batch, seq, num_heads, head_dim) buffer.
+
+    Raises:
+        ValueError: A shape, dtype, device or option differs from the above; says which.
+        RuntimeError: The chosen back end cannot run here; says why.
+
+    Source: FlashAttention-2, arXiv:2307.08691; FlashMask, arXiv:2410.01359.
+    """
+    _check_tensors(q, k, v, visible_until, sinks)
+    if window is not None:
+        check_window(window, position_ids, visible_until)
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive, got {softcap}")
+    if block_mask is None:
+        block_mask = BlockMask.from_visible_until(
+            visible_until, position_ids=position_ids, window=window
+        )
+    else:
+        _check_block_mask(block_mask, visible_until, window)
+    out, _ = torch.ops.llmjepa_kernels.attention_forward(
+        q,
+        k,
+        v,
+        _mask_tensors(block_mask),
+        block_mask.block_size,
+        block_mask.window,
+        position_ids if window is not None else None,
+        window,
+        softcap,
+        q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+        sinks,
+        impl,
+    )
+    return out
+
+
+def default_impl(device: torch.device) -> str:
+    """The back end for tensors on `device`."""
+    if device.type in ("cuda", "xpu"):
+        return "triton"
+    if device.type == "cpu" and importlib.import_module(BACKENDS["cpu"]).is_available():
+        return "cpu"
+    return "reference"
+
+
+def _backend(impl: str | None, device: torch.device) -> ModuleType:
+    impl = default_impl(device) if impl is None else impl
+    if impl not in BACKENDS:
+        raise ValueError(f"impl must be one of {sorted(BACKENDS)}, got {impl!r}")
+    return importlib.import_module(BACKENDS[impl])
+
+
+# The operation as torch sees it. A BlockMask travels as its tensors and two plain values.
+
+
+def _mask_tensors(mask: BlockMask) -> list[Tensor]:
+    return [mask.visible_until, *mask.schedule_tensors()]
+
+
+@torch.library.custom_op("llmjepa_kernels::attention_forward", mutates_args=())
+def _attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Sequence[Tensor],
+    block_size: Sequence[int],
+    mask_window: int | None,
+    position_ids: Tensor | None,
+    window: int | None,
+    softcap: float | None,
+    softmax_scale: float,
+    sinks: Tensor | None,
+    impl: str | None,
+) -> tuple[Tensor, Tensor]:
+    return _backend(impl, q.device).attention_forward(
+        q,
+        k,
+        v,
+        BlockMask(mask[0], tuple(block_size), *mask[1:], mask_window),
+        position_ids=position_ids,
+        window=window,
+        softcap=softcap,
+        softmax_scale=softmax_scale,
+        sinks=sinks,
+    )
+
+
+@_attention_forward.register_fake
+def _(q, k, v, mask, block_size, mask_window, position_ids, window, softcap, scale, sinks, impl):
+    lse_dtype = torch.promote_types(q.dtype, torch.float32)
+    return _empty_seq_major(q), q.new_empty(q.shape[:3], dtype=lse_dtype)
+
+
+@torch.library.custom_op("llmjepa_kernels::attention_backward", mutates_args=())
+def _attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Sequence[Tensor],
+    block_size: Sequence[int],
+    mask_window: int | None,
+    position_ids: Tensor | None,
+    window: int | None,
+    softcap: float | None,
+    softmax_scale: float,
+    sinks: Tensor | None,
+    impl: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dq, dk, dv, dsinks = _backend(impl, q.device).attention_backward(
+        dout,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        BlockMask(mask[0], tuple(block_size), *mask[1:], mask_window),
+        position_ids=position_ids,
+        window=window,
+        softcap=softcap,
+        softmax_scale=softmax_scale,
+        sinks=sinks,
+    )
+    # An operation cannot return None.
+    return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
+
+
+@_attention_backward.register_fake
+def _(dout, q, k, v, out, lse, mask, block_size, mask_window, position_ids, window, softcap, scale, sinks, impl):  # fmt: skip
+    dsinks = q.new_empty(0) if sinks is None else torch.empty_like(sinks)
+    return _empty_seq_major(q), _empty_seq_major(k), _empty_seq_major(v), dsinks
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, mask, block_size, mask_window, position_ids, *options, sinks, impl = inputs
+    ctx.save_for_backward(q, k, v, *output, position_ids, sinks, *mask)
+    ctx.arguments = (tuple(block_size), mask_window, options, impl)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout, _dlse):
+    if dout is None:
+        return (None,) * 12
+    q, k, v, out, lse, position_ids, sinks, *mask = ctx.saved_tensors
+    block_size, mask_window, options, impl = ctx.arguments
+    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    dq, dk, dv, dsinks = torch.ops.llmjepa_kernels.attention_backward(
+        dout, q, k, v, out, lse, mask, block_size, mask_window, position_ids, *options, sinks, impl
+    )
+    dsinks = None if sinks is None else dsinks
+    return dq, dk, dv, [None] * len(mask), None, None, None, None, None, None, dsinks, None
+
+
+torch.library.register_autograd(
+    "llmjepa_kernels::attention_forward", _backward, setup_context=_setup_context
+)
+
+
+def _empty_seq_major(x: Tensor) -> Tensor:
+    batch, heads, seq, head_dim = x.shape
+    return x.new_empty(batch, seq, heads, head_dim).transpose(1, 2)
+
+
+def _check_tensors(
+    q: Tensor, k: Tensor, v: Tensor, visible_until: Tensor, sinks: Tensor | None
+) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            raise ValueError(
+                f"{name} must have shape (batch, heads, seq, head_dim), got {tuple(x.shape)}"
+            )
+        if x.dtype != q.dtype or not x.dtype.is_floating_point:
+            raise ValueError(
+                "q, k and v must share one floating-point dtype, got "
+                f"{q.dtype}, {k.dtype}, {v.dtype}"
+            )
+        if x.stride(-1) != 1 and x.shape[-1] != 1:
+            raise ValueError(
+                f"{name} must have unit stride in head_dim, got strides {x.stride()}; "
+                "call .contiguous()"
+            )
+    batch, num_heads, seq, head_dim = q.shape
+    kv_shape = (batch, k.shape[1], seq, head_dim)
+    if k.shape != kv_shape or v.shape != kv_shape:
+        raise ValueError(
+            f"k and v must have shape (batch, num_kv_heads, seq, head_dim) matching q "
+            f"{tuple(q.shape)}, got {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    if k.shape[1] == 0 or num_heads % k.shape[1]:
+        raise ValueError(
+            f"num_kv_heads must divide num_heads, got {k.shape[1]} and {num_heads} heads"
+        )
+    if visible_until.dtype != torch.int32 or visible_until.shape != (batch, seq):
+        raise ValueError(
+            f"visible_until must be int32 of shape {(batch, seq)}, got "
+            f"{visible_until.dtype} of shape {tuple(visible_until.shape)}"
+        )
+    if sinks is not None and (sinks.shape != (num_heads,) or not sinks.dtype.is_floating_point):
+        raise ValueError(
+            f"sinks must be floating point of shape {(num_heads,)}, got "
+            f"{sinks.dtype} of shape {tuple(sinks.shape)}"
+        )
+    for name, x in (("k", k), ("v", v), ("visible_until", visible_until), ("sinks", sinks)):
+        if x is not None and x.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
+
+
+def _check_block_mask(mask: BlockMask, visible_until: Tensor, window: int | None) -> None:
+    if mask.visible_until.shape != visible_until.shape or (
+        mask.visible_until.device != visible_until.device
+    ):
+        raise ValueError(
+            "block_mask must be built from this visible_until: expected shape "
+            f"{tuple(visible_until.shape)} on {visible_until.device}, got "
+            f"{tuple(mask.visible_until.shape)} on {mask.visible_until.device}"
+        )
+    if mask.window is not None and mask.window != window:
+        raise ValueError(
+            f"block_mask was built for window={mask.window}, but window={window} was given"
+        )

@@ -1,0 +1,280 @@
+"""The tiles of the attention matrix that a row's mask leaves to visit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SCHEDULE_KEYS = (
+    "kv_offsets",
+    "kv_full_start",
+    "kv_indices",
+    "q_offsets",
+    "q_full_start",
+    "q_indices",
+)
+
+
+@dataclass(frozen=True)
+class BlockMask:
+    """Lists of the visible tiles of the mask ``j <= i < visible_until[j]``.
+
+    The ``N x N`` attention matrix of a row is cut into tiles of ``BLOCK_M`` queries and
+    ``BLOCK_N`` keys. A tile is *full* if every pair in it is visible, *partial* if some are,
+    and appears in no list if none is. The lists are stored per row in compressed sparse form:
+    the tiles of query block ``m`` are ::
+
+        kv_indices[b, kv_offsets[b, m] : kv_offsets[b, m + 1]]
+
+    the partial ones first, the full ones from index ``kv_full_start[b, m]`` on, each part in
+    ascending order. ``q_*`` is the transpose: the query blocks of each key block.
+
+    Attributes:
+        visible_until: (batch, seq) int32; the end of the run of queries that see each key.
+        block_size: ``(BLOCK_M, BLOCK_N)``.
+        kv_offsets: (batch, ceil(seq / BLOCK_M) + 1) int32.
+        kv_full_start: (batch, ceil(seq / BLOCK_M)) int32.
+        kv_indices: (batch, tiles of the longest list) int32, padded with 0.
+        q_offsets, q_full_start, q_indices: The same over ``ceil(seq / BLOCK_N)`` key blocks.
+        window: The sliding window the tiles were sorted by; None if they know of none.
+    """
+
+    visible_until: Tensor
+    block_size: tuple[int, int]
+    kv_offsets: Tensor
+    kv_full_start: Tensor
+    kv_indices: Tensor
+    q_offsets: Tensor
+    q_full_start: Tensor
+    q_indices: Tensor
+    window: int | None = None
+
+    @classmethod
+    def from_visible_until(
+        cls,
+        visible_until: Tensor,
+        block_size: tuple[int, int] = (64, 64),
+        *,
+        position_ids: Tensor | None = None,
+        window: int | None = None,
+    ) -> BlockMask:
+        """Lists the tiles of a mask, in time and memory proportional to their number.
+
+        On a GPU this synchronises with the host, to learn how many tiles there are: build the
+        mask once per batch, or on the CPU in the data loader (`pack` does), never per layer.
+
+        Args:
+            visible_until: (batch, seq) int32 with ``j < visible_until[j] <= seq``.
+            block_size: ``(BLOCK_M, BLOCK_N)``, queries and keys of a tile.
+            position_ids: (batch, seq) int; needed with `window`.
+            window: Keep only pairs with ``position[i] - position[j] < window``. Tiles in which
+                the window hides every pair are left out as far as the extreme positions of their
+                blocks tell; the others stay in the lists as partial.
+
+        Raises:
+            ValueError: `visible_until` is not such a tensor, or an argument is missing.
+        """
+        check_visible_until(visible_until)
+        block_m, block_n = block_size
+        if block_m < 1 or block_n < 1:
+            raise ValueError(f"block_size must be two positive integers, got {block_size}")
+        if window is not None:
+            check_window(window, position_ids, visible_until)
+
+        batch, seq = visible_until.shape
+        device = visible_until.device
+        num_m, num_n = -(-seq // block_m), -(-seq // block_n)
+
+        # Seen from a key block, the visible query blocks are one contiguous run, and so are the
+        # full ones in it.
+        start = torch.arange(num_n, device=device) * block_n  # first key of each block
+        last_key = (start + block_n).clamp(max=seq) - 1
+        latest = _block_extreme(visible_until, block_n, "amax").long()
+        earliest = _block_extreme(visible_until, block_n, "amin").long()
+        begin = (start // block_m).expand(batch, -1)
+        end = (latest + block_m - 1) // block_m
+        full_begin = ((last_key + block_m - 1) // block_m).expand(batch, -1)
+        full_end = torch.where(earliest == seq, num_m, earliest // block_m)
+
+        # Expand the runs into tiles; this is the one place that needs their number.
+        count = (end - begin).flatten()
+        per_row = count.view(batch, num_n).sum(dim=1)
+        num_tiles, longest = torch.stack([per_row.sum(), per_row.max()]).tolist()
+        run = torch.repeat_interleave(count, output_size=num_tiles)  # tile -> row * num_n + n
+        n = run % num_n
+        b = run // num_n
+        first_tile = count.cumsum(0) - count
+        m = begin.flatten()[run] + torch.arange(num_tiles, device=device) - first_tile[run]
+        full = (m >= full_begin.flatten()[run]) & (m < full_end.flatten()[run])
+
+        if window is not None:
+            positions = position_ids.long()
+            q_min = _block_extreme(positions, block_m, "amin")[b, m]
+            q_max = _block_extreme(positions, block_m, "amax")[b, m]
+            k_min = _block_extreme(positions, block_n, "amin")[b, n]
+            k_max = _block_extreme(positions, block_n, "amax")[b, n]
+            full &= q_max - k_min < window
+            keep = q_min - k_max < window
+            b, m, n, full = b[keep], m[keep], n[keep], full[keep]
+
+        kv_lists = _compress(b, m, n, full, (batch, num_m, num_n), longest)
+        q_lists = _compress(b, n, m, full, (batch, num_n, num_m), longest)
+        return cls(visible_until, (block_m, block_n), *kv_lists, *q_lists, window)
+
+    @classmethod
+    def from_schedule(
+        cls, visible_until: Tensor, schedule: dict[str, Tensor], window: int | None = None
+    ) -> BlockMask:
+        """Puts a mask together again from `schedule()`, whose block sizes are powers of two.
+
+        The tensors alone tell the block size: it is the power of two that cuts the row into as
+        many blocks as there are lists. (Where several do, the row is a single block.)
+        """
+        seq = visible_until.shape[1]
+        block_size = tuple(
+            _infer_block(seq, schedule[key].shape[1]) for key in ("kv_full_start", "q_full_start")
+        )
+        return cls(visible_until, block_size, *(schedule[key] for key in SCHEDULE_KEYS), window)
+
+    def schedule(self) -> dict[str, Tensor]:
+        """The lists as batch-first int32 tensors, to travel with a batch as model arguments."""
+        if any(size & (size - 1) for size in self.block_size):
+            raise ValueError(f"block_size must be powers of two to travel, got {self.block_size}")
+        return dict(zip(SCHEDULE_KEYS, self.schedule_tensors(), strict=True))
+
+    def schedule_tensors(self) -> list[Tensor]:
+        """The lists in the order of `SCHEDULE_KEYS`."""
+        return [getattr(self, key) for key in SCHEDULE_KEYS]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> BlockMask:
+        """The same mask on another device."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=non_blocking)
+
+        lists = map(move, self.schedule_tensors())
+        return BlockMask(move(self.visible_until), self.block_size, *lists, self.window)
+
+    @property
+    def num_tiles(self) -> int:
+        """How many tiles are visited, over all rows."""
+        return int(self.kv_offsets[:, -1].sum())
+
+    @property
+    def num_full_tiles(self) -> int:
+        """How many of them need no mask."""
+        return int((self.kv_offsets[:, 1:] - self.kv_full_start).sum())
+
+    def to_dense(self) -> Tensor:
+        """(batch, query blocks, key blocks) int8: 0 invisible, 1 partial, 2 full."""
+        batch, num_m = self.kv_full_start.shape
+        grid = torch.zeros(batch, num_m, self.q_full_start.shape[1], dtype=torch.int8)
+        offsets, full_start, indices = (
+            t.cpu() for t in (self.kv_offsets, self.kv_full_start, self.kv_indices)
+        )
+        for b in range(batch):
+            for m in range(num_m):
+                low, middle, high = offsets[b, m], full_start[b, m], offsets[b, m + 1]
+                grid[b, m, indices[b, low:middle].long()] = 1
+                grid[b, m, indices[b, middle:high].long()] = 2
+        return grid
+
+    def __str__(self) -> str:
+        grid = self.to_dense()
+        batch, num_m, num_n = grid.shape
+        share = self.num_tiles / (batch * num_m * num_n)
+        lines = [
+            f"BlockMask(batch={batch}, seq={self.visible_until.shape[1]}, "
+            f"block_size={self.block_size}, tiles={self.num_tiles} ({share:.1%} of the grid), "
+            f"full={self.num_full_tiles})"
+        ]
+        # Larger grids are drawn coarser; a cell is full only if all tiles under it are.
+        step = -(-max(num_m, num_n) // 64)
+        for row in grid[:4]:
+            for m in range(0, num_m, step):
+                cells = (row[m : m + step, n : n + step] for n in range(0, num_n, step))
+                lines.append("".join(" ░█"[_cell(cell)] for cell in cells).rstrip())
+            lines.append("")
+        if batch > 4:
+            lines.append(f"… and {batch - 4} more rows")
+        return "\n".join(lines).rstrip()
+
+
+def check_visible_until(visible_until: Tensor) -> None:
+    """Raises ValueError unless `visible_until` is (batch, seq) int32 with j < value <= seq."""
+    if visible_until.dtype != torch.int32 or visible_until.dim() != 2:
+        raise ValueError(
+            "visible_until must be an int32 tensor of shape (batch, seq), got "
+            f"{visible_until.dtype} of shape {tuple(visible_until.shape)}"
+        )
+    seq = visible_until.shape[1]
+    if seq == 0:
+        raise ValueError("visible_until must have at least one token per row, got seq = 0")
+    wrong = (visible_until <= torch.arange(seq, device=visible_until.device)) | (
+        visible_until > seq
+    )
+    if visible_until.device.type != "cpu":
+        torch._assert_async(
+            ~wrong.any(), "visible_until[b, j] must lie in j + 1 .. seq for every token j"
+        )
+    elif wrong.any():
+        b, j = (int(x) for x in wrong.nonzero()[0])
+        raise ValueError(
+            f"visible_until[b, j] must lie in j + 1 .. seq = {seq}, since every token sees itself; "
+            f"got visible_until[{b}, {j}] = {int(visible_until[b, j])}"
+        )
+
+
+def check_window(window: int, position_ids: Tensor | None, visible_until: Tensor) -> None:
+    """Raises ValueError unless `window` is positive and comes with matching positions."""
+    if window < 1:
+        raise ValueError(f"window must be at least 1, got {window}")
+    if position_ids is None:
+        raise ValueError("window counts positions: position_ids must be given with it, got None")
+    if position_ids.shape != visible_until.shape or position_ids.dtype.is_floating_point:
+        raise ValueError(
+            f"position_ids must be integers of shape {tuple(visible_until.shape)}, got "
+            f"{position_ids.dtype} of shape {tuple(position_ids.shape)}"
+        )
+
+
+def _block_extreme(values: Tensor, block: int, extreme: str) -> Tensor:
+    """(batch, seq) -> (batch, ceil(seq / block)): the largest or smallest value of each block."""
+    missing = -values.shape[1] % block
+    if missing:  # repeating a value of the last block does not change its extremes
+        values = torch.cat([values, values[:, -1:].expand(-1, missing)], dim=1)
+    return getattr(values.unflatten(1, (-1, block)), extreme)(dim=-1)
+
+
+def _compress(
+    b: Tensor, row: Tensor, column: Tensor, full: Tensor, grid: tuple[int, int, int], longest: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sorts tiles by (b, row, full, column) -> offsets, full_start, indices per batch row."""
+    batch, num_rows, num_columns = grid
+    group = b * num_rows + row
+    order = torch.argsort((group * 2 + full) * num_columns + column)
+    zeros = group.new_zeros(batch * num_rows)
+    total = zeros.scatter_add(0, group, torch.ones_like(group)).view(batch, num_rows)
+    partial = zeros.scatter_add(0, group, (~full).long()).view(batch, num_rows)
+    offsets = torch.nn.functional.pad(total.cumsum(1), (1, 0))
+
+    row_end = offsets[:, -1].cumsum(0)
+    slot = torch.arange(len(order), device=order.device) - (row_end - offsets[:, -1])[b[order]]
+    indices = column.new_zeros(batch, longest)
+    indices[b[order], slot] = column[order]
+    return offsets.int(), (offsets[:, :-1] + partial).int(), indices.int()
+
+
+def _infer_block(seq: int, num_blocks: int) -> int:
+    block = 1
+    while -(-seq // block) > num_blocks:
+        block *= 2
+    if -(-seq // block) != num_blocks:
+        raise ValueError(f"no power of two cuts seq = {seq} into {num_blocks} blocks")
+    return block
+
+
+def _cell(tiles: Tensor) -> int:
+    return 2 if tiles.min() == 2 else int(tiles.max() > 0)

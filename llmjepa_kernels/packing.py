@@ -1,0 +1,418 @@
+"""Examples, trees of segments, packed into rows in which equal prefixes are stored once."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from llmjepa_kernels.block_mask import BlockMask
+
+IGNORE = -100  # the label of a token that nobody supervises, as in Hugging Face
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of tokens that sees itself causally, and all segments above it.
+
+    Attributes:
+        input_ids: At least one token.
+        parent: Index, within the example, of the earlier segment that this one continues;
+            None for a root, which sees only itself.
+        labels: One per token, −100 where there is no loss. As in Hugging Face a label names its
+            own token: it is predicted by the token before, which for a segment's first token is
+            the parent's last one. A root's first token has none before it, so its label is
+            ignored. Default: no loss on any token.
+    """
+
+    input_ids: Sequence[int]
+    parent: int | None = None
+    labels: Sequence[int] | None = None
+
+
+@dataclass(frozen=True)
+class Example:
+    """A forest of segments, and the pairs of them whose last tokens are compared.
+
+    Attributes:
+        segments: Parents before children.
+        pairs: (predictor, target) indices into `segments`.
+    """
+
+    segments: Sequence[Segment]
+    pairs: Sequence[tuple[int, int]] = ()
+
+
+class PackedBatch(dict):
+    """Packed rows as a mapping of tensors, each with the batch dimension first.
+
+    Keys:
+        input_ids, position_ids, labels: (batch, seq) int64.
+        visible_until: (batch, seq) int32; token i sees token j iff ``j <= i < visible_until[j]``.
+        view_pairs: (batch, num_pairs, 2) int64; row-local indices of the (predictor, target)
+            last tokens, padded with −1.
+        kv_offsets, …, q_indices: The tiles that attention visits, see `BlockMask.schedule`.
+    """
+
+    @property
+    def block_mask(self) -> BlockMask:
+        """The tiles that attention visits."""
+        return BlockMask.from_schedule(self["visible_until"], self)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
+        """The same batch on another device."""
+        return PackedBatch({k: v.to(device, non_blocking=non_blocking) for k, v in self.items()})
+
+    def pin_memory(self) -> PackedBatch:
+        """The same batch in page-locked memory, for asynchronous copies to a GPU."""
+        return PackedBatch({k: v.pin_memory() for k, v in self.items()})
+
+
+def llm_jepa_example(
+    prompt_ids: Sequence[int],
+    completion_ids: Sequence[int],
+    target_ids: Sequence[int],
+    *,
+    pred_ids: Sequence[int] = (),
+    completion_labels: Sequence[int] | None = None,
+) -> Example:
+    """One LLM-JEPA example in the shared layout: the Text view is the prompt itself.
+
+    Args:
+        prompt_ids: Everything up to the end of the Text.
+        completion_ids: What follows it, ending with the Code; seen with the prompt.
+        target_ids: The Code view, seen alone.
+        pred_ids: ``[PRED]`` tokens that follow the Text, unseen by the completion; if there are
+            none, the prompt's last token predicts.
+        completion_labels: −100 where a completion token is not supervised. Default: all are.
+    """
+    labels = completion_ids if completion_labels is None else completion_labels
+    segments = [Segment(prompt_ids), Segment(completion_ids, parent=0, labels=labels)]
+    predictor = 0
+    if len(pred_ids):
+        predictor = len(segments)
+        segments.append(Segment(pred_ids, parent=0))
+    segments.append(Segment(target_ids))
+    return Example(segments, pairs=[(predictor, len(segments) - 1)])
+
+
+def pack(
+    examples: Iterable[Example],
+    max_length: int | None = None,
+    *,
+    share_prefixes: bool = True,
+    pad_token_id: int = 0,
+    pad_to_multiple_of: int | None = None,
+    block_size: int | None = None,
+) -> PackedBatch:
+    """Packs examples into as few rows as best-fit decreasing finds; none is ever split.
+
+    With `share_prefixes`, equal leading tokens of segments under the same parent (roots
+    included) are stored once per row, as a segment above what differs. A token whose successor
+    is supervised is never shared: each label stays next to the token that predicts it, so
+    Hugging Face's shift of `labels` holds without special cases.
+
+    Args:
+        examples: At least one.
+        max_length: Tokens in a row at most. Default: one row of everything, in the given order.
+        share_prefixes: Store equal prefixes once.
+        pad_token_id: Fills shorter rows; a padding token sees nothing but itself.
+        pad_to_multiple_of: Pads rows to a multiple of this, for fewer different shapes.
+        block_size: Tile size of the attention schedule, a power of two. Default: 64.
+
+    Raises:
+        ValueError: An example is malformed or longer than `max_length`; names it.
+    """
+    examples = list(examples)
+    if not examples:
+        raise ValueError("examples must hold at least one example, got none")
+    if max_length is not None and max_length < 1:
+        raise ValueError(f"max_length must be at least 1, got {max_length}")
+    trees = [_prepare(example, index) for index, example in enumerate(examples)]
+
+    if max_length is None:
+        row = _Row(share_prefixes)
+        for tree in trees:
+            row.add(tree)
+        rows = [row]
+    else:
+        rows = _best_fit_decreasing(trees, max_length, share_prefixes)
+
+    length = max(row.length for row in rows)
+    if pad_to_multiple_of is not None:
+        length += -length % pad_to_multiple_of
+    columns = [row.emit(length, pad_token_id) for row in rows]
+    num_pairs = max(len(pairs) for *_, pairs in columns)
+    batch = PackedBatch()
+    for i, key in enumerate(("input_ids", "position_ids", "labels", "visible_until")):
+        dtype = torch.int32 if key == "visible_until" else torch.int64
+        batch[key] = torch.tensor([column[i] for column in columns], dtype=dtype)
+    batch["view_pairs"] = torch.tensor(
+        [pairs + [(-1, -1)] * (num_pairs - len(pairs)) for *_, pairs in columns],
+        dtype=torch.int64,
+    ).view(len(rows), num_pairs, 2)
+    size = 64 if block_size is None else block_size
+    mask = BlockMask.from_visible_until(batch["visible_until"], (size, size))
+    batch.update(mask.schedule())
+    return batch
+
+
+# From examples to trees of token runs
+
+
+@dataclass
+class _Run:
+    """A segment on its way into a row: `shareable` of its leading tokens may be merged."""
+
+    ids: list[int]
+    labels: list[int]
+    parent: int | None
+    shareable: int
+
+
+@dataclass
+class _Tree:
+    runs: list[_Run]
+    pairs: list[tuple[int, int]]
+    name: int
+    size: int
+
+
+def _prepare(example: Example, name: int) -> _Tree:
+    """Checks an example and gives every supervised token its predecessor right before it."""
+    runs: list[_Run] = []
+    last_run: list[int] = []  # segment -> the run its last token is in
+    continued: set[int] = set()  # runs whose end already has a supervised continuation
+    supervised_children: dict[int, int] = {}
+    for segment in example.segments:
+        if segment.labels is not None and len(segment.labels) and segment.parent is not None:
+            first = segment.labels[0] != IGNORE
+            supervised_children[segment.parent] = supervised_children.get(segment.parent, 0) + first
+
+    for index, segment in enumerate(example.segments):
+        ids, labels = _check_segment(segment, index, name)
+        parent = None if segment.parent is None else last_run[segment.parent]
+        if parent is None:
+            labels[0] = IGNORE
+        elif labels[0] != IGNORE:
+            if parent in continued:
+                # Only one continuation can follow the parent's last token: this one gets a copy.
+                ids, labels = [runs[parent].ids[-1], *ids], [IGNORE, *labels]
+                parent = runs[parent].parent
+            else:
+                continued.add(parent)
+                runs[parent].shareable = min(runs[parent].shareable, len(runs[parent].ids) - 1)
+        if supervised_children.get(index, 0) > 1 and len(ids) > 1:
+            # Set the last token apart, so that copies of it can hang from what is before it.
+            runs.append(_Run(ids[:-1], labels[:-1], parent, _shareable(labels)))
+            runs[-1].shareable = min(runs[-1].shareable, len(ids) - 1)
+            ids, labels, parent = ids[-1:], labels[-1:], len(runs) - 1
+            if labels[0] != IGNORE:
+                continued.add(parent)
+        runs.append(_Run(ids, labels, parent, _shareable(labels)))
+        last_run.append(len(runs) - 1)
+
+    for pair in example.pairs:
+        if len(pair) != 2 or any(not 0 <= i < len(example.segments) for i in pair):
+            raise ValueError(
+                f"example {name}: pairs must be (predictor, target) indices of its "
+                f"{len(example.segments)} segments, got {tuple(pair)}"
+            )
+    pairs = [(last_run[predictor], last_run[target]) for predictor, target in example.pairs]
+    return _Tree(runs, pairs, name, sum(len(run.ids) for run in runs))
+
+
+def _check_segment(segment: Segment, index: int, name: int) -> tuple[list[int], list[int]]:
+    where = f"example {name}, segment {index}"
+    if segment.parent is not None and not 0 <= segment.parent < index:
+        raise ValueError(
+            f"{where}: parent must be None or an earlier segment (0 .. {index - 1}), "
+            f"got {segment.parent}"
+        )
+    ids = segment.input_ids
+    ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+    if not ids:
+        raise ValueError(f"{where}: input_ids must hold at least one token, got none")
+    if segment.labels is None:
+        return ids, [IGNORE] * len(ids)
+    labels = segment.labels
+    labels = labels.tolist() if isinstance(labels, Tensor) else list(labels)
+    if len(labels) != len(ids):
+        raise ValueError(
+            f"{where}: labels must be as many as input_ids ({len(ids)}), got {len(labels)}"
+        )
+    return ids, labels
+
+
+def _shareable(labels: list[int]) -> int:
+    """How many leading tokens are unsupervised and, in this run, have unsupervised successors."""
+    for i, label in enumerate(labels):
+        if label != IGNORE:
+            return max(i - 1, 0)
+    return len(labels)
+
+
+# Rows: prefix trees of runs
+
+
+@dataclass(eq=False)
+class _Node:
+    """Tokens stored once. Children that may be merged further are found by their first token."""
+
+    ids: list[int]
+    labels: list[int]
+    shareable: int
+    lead: _Node | None = None  # starts with a supervised token: must follow directly
+    by_first: dict[int, _Node] = field(default_factory=dict)
+    others: list[_Node] = field(default_factory=list)
+    last: int = -1  # index of the last token in the row, once emitted
+
+    def children(self) -> Iterator[_Node]:
+        if self.lead is not None:
+            yield self.lead
+        yield from self.by_first.values()
+        yield from self.others
+
+
+class _Row:
+    """One row under construction."""
+
+    def __init__(self, share_prefixes: bool):
+        self.share_prefixes = share_prefixes
+        self.root = _Node([], [], 0)
+        self.length = 0
+        self.pairs: list[tuple[_Node, _Node]] = []
+
+    def add(self, tree: _Tree) -> None:
+        ends: list[_Node] = []
+        for run in tree.runs:
+            parent = self.root if run.parent is None else ends[run.parent]
+            ends.append(self._insert(parent, run))
+        self.pairs += [(ends[predictor], ends[target]) for predictor, target in tree.pairs]
+
+    def added_length(self, tree: _Tree) -> int:
+        """At most how many tokens `add` would add (prefixes shared within `tree` count twice)."""
+        if not self.share_prefixes:
+            return tree.size
+        total = 0
+        ends: list[_Node | None] = []  # None: not at the end of a node of this row
+        for run in tree.runs:
+            node = self.root if run.parent is None else ends[run.parent]
+            done = 0
+            while node is not None and done < run.shareable:
+                child = node.by_first.get(run.ids[done])
+                if child is None:
+                    break
+                common = _common_prefix(child, run, done)
+                done += common
+                node = child if common == len(child.ids) else None
+            total += len(run.ids) - done
+            ends.append(node if done == len(run.ids) else None)
+        return total
+
+    def _insert(self, parent: _Node, run: _Run) -> _Node:
+        done = 0
+        while self.share_prefixes and done < run.shareable:
+            child = parent.by_first.get(run.ids[done])
+            if child is None:
+                break
+            common = _common_prefix(child, run, done)
+            done += common
+            parent = child if common == len(child.ids) else _split(parent, child, common)
+        if done == len(run.ids):
+            return parent
+        node = _Node(run.ids[done:], run.labels[done:], run.shareable - done)
+        if node.labels[0] != IGNORE:
+            parent.lead = node
+        elif self.share_prefixes and node.shareable:
+            parent.by_first[node.ids[0]] = node
+        else:
+            parent.others.append(node)
+        self.length += len(node.ids)
+        return node
+
+    def emit(self, length: int, pad_token_id: int) -> tuple[list, list, list, list, list]:
+        """Columns of the row, depth first, and the pairs as indices into it."""
+        ids: list[int] = []
+        positions: list[int] = []
+        labels: list[int] = []
+        visible_until: list[int] = []
+        stack = [(child, 0, False) for child in self.root.children()][::-1]
+        while stack:
+            node, position, done = stack.pop()
+            size = len(node.ids)
+            if done:  # the subtree ends here
+                visible_until[node.last + 1 - size : node.last + 1] = [len(ids)] * size
+                continue
+            ids += node.ids
+            labels += node.labels
+            positions += range(position, position + size)
+            visible_until += node.ids  # room; set when the subtree is done
+            node.last = len(ids) - 1
+            stack.append((node, position, True))
+            stack += [(child, position + size, False) for child in node.children()][::-1]
+
+        padding = length - len(ids)
+        visible_until += range(len(ids) + 1, length + 1)
+        ids += [pad_token_id] * padding
+        positions += [0] * padding
+        labels += [IGNORE] * padding
+        pairs = [(predictor.last, target.last) for predictor, target in self.pairs]
+        return ids, positions, labels, visible_until, pairs
+
+
+def _common_prefix(child: _Node, run: _Run, done: int) -> int:
+    """How many tokens of `run` from `done` on equal the child's and may be stored with them."""
+    limit = min(child.shareable, run.shareable - done)
+    if child.ids[:limit] == run.ids[done : done + limit]:
+        return limit
+    return next(i for i in range(limit) if child.ids[i] != run.ids[done + i])
+
+
+def _split(parent: _Node, child: _Node, size: int) -> _Node:
+    """Sets the first `size` tokens of `child` apart, as a new node between it and `parent`."""
+    head = _Node(child.ids[:size], child.labels[:size], size)
+    child.ids, child.labels = child.ids[size:], child.labels[size:]
+    child.shareable -= size
+    parent.by_first[head.ids[0]] = head
+    if child.shareable:
+        head.by_first[child.ids[0]] = child
+    else:
+        head.others.append(child)
+    return head
+
+
+_CANDIDATES = 8  # rows that may be too full for an example but for its shared prefixes
+
+
+def _best_fit_decreasing(
+    trees: list[_Tree], max_length: int, share_prefixes: bool
+) -> list[_Row]:
+    rows: list[_Row] = []
+    space: list[tuple[int, int]] = []  # (free tokens, row), ascending
+    for tree in sorted(trees, key=lambda tree: -tree.size):
+        first_sure = bisect_left(space, (tree.size, -1))
+        slot = next(
+            (
+                slot
+                for slot in range(max(first_sure - _CANDIDATES, 0), first_sure)
+                if rows[space[slot][1]].added_length(tree) <= space[slot][0]
+            ),
+            first_sure,
+        )
+        if slot == len(space):
+            rows.append(_Row(share_prefixes))
+            index = len(rows) - 1
+        else:
+            _, index = space.pop(slot)
+        rows[index].add(tree)
+        if rows[index].length > max_length:
+            raise ValueError(
+                f"example {tree.name} takes {rows[index].length} tokens, more than "
+                f"max_length = {max_length}"
+            )
+        insort(space, (max_length - rows[index].length, index))
+    return rows
