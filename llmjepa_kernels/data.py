@@ -1,0 +1,188 @@
+"""Training samples from JSONL files and `datasets`, checked line by line, and a small tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+from llmjepa_kernels.chat import check_content, check_messages
+
+Source = str | PathLike[str] | Iterable["str | PathLike[str] | Mapping[str, Any]"]
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + eos_token }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def read_chats(
+    source: Source,
+    *,
+    recipe: str | Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
+    on_error: Callable[[ValueError], None] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Streams checked samples; at no time is more than one in memory.
+
+    A sample has ``messages`` ([system,] user, assistant turns) and may have ``text`` and ``code``,
+    its own views, given as a string or as a list of one turn and yielded as a string. Other keys
+    are kept. Blank lines at the end of a file or between samples are no samples.
+
+    Args:
+        source: A JSONL path, or an iterable of paths and of mappings, such as a ``Dataset`` or
+            ``IterableDataset`` of the datasets library.
+        recipe: Makes a sample of a row with other columns: a key of ``RECIPES`` or a function.
+        on_error: Called with the error of a bad sample, which is then left out. Default: raise.
+    Yields:
+        A new dictionary per sample, in order.
+    Raises:
+        ValueError: A sample is malformed; begins with file and line, or with the row's index.
+        FileNotFoundError: A path does not exist; raised before anything is yielded if ``source``
+            is a single path.
+    """
+    if isinstance(recipe, str):
+        if recipe not in RECIPES:
+            raise ValueError(f"recipe must be one of {sorted(RECIPES)}, got {recipe!r}")
+        recipe = RECIPES[recipe]
+    if isinstance(source, (str, PathLike)):
+        if not Path(source).is_file():
+            raise FileNotFoundError(f"no file {fspath(source)!r}")
+        source = [source]
+    return _stream(source, recipe, on_error)
+
+
+def _stream(source, recipe, on_error) -> Iterator[dict[str, Any]]:
+    for place, load in _rows(source):
+        try:
+            row = load()
+            sample = _sample(recipe(row) if recipe else row)
+        except (ValueError, LookupError, TypeError) as error:
+            reason = f"no column {error}" if isinstance(error, KeyError) else error
+            located = ValueError(f"{place}: {reason}")
+            if on_error is None:
+                raise located from error
+            on_error(located)
+        else:
+            yield sample
+
+
+def _rows(source: Iterable[Any]) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Every row as where it is from and a function that reads it, which may raise."""
+    for index, item in enumerate(source):
+        if not isinstance(item, (str, PathLike)):
+            yield f"row {index}", lambda item=item: item
+            continue
+        with open(item, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield f"{fspath(item)}:{number}", lambda line=line: json.loads(line)
+
+
+def _sample(row: Any) -> dict[str, Any]:
+    if not isinstance(row, Mapping):
+        raise ValueError(f"expected an object with the key messages, got {type(row).__name__}")
+    if "messages" not in row:
+        raise ValueError(f"expected the key messages, got the keys {sorted(row)}")
+    check_messages(row["messages"])
+    sample = dict(row)
+    for name, role in (("text", "user"), ("code", "assistant")):
+        view = sample.pop(name, None)
+        if view is None:
+            continue
+        if isinstance(view, list):
+            if len(view) != 1 or not isinstance(view[0], Mapping) or view[0].get("role") != role:
+                raise ValueError(f"{name} must be a string or one {role} turn, got {view!r}")
+            view = view[0].get("content")
+        check_content(view, name)
+        sample[name] = view
+    return sample
+
+
+def _chat(system: str, user: str, assistant: str, **views: str) -> dict[str, Any]:
+    contents = zip(("system", "user", "assistant"), (system, user, assistant), strict=True)
+    return {"messages": [{"role": role, "content": text} for role, text in contents], **views}
+
+
+def _hellaswag(row: Mapping[str, Any]) -> dict[str, Any]:
+    label, endings = int(row["label"]), row["endings"]
+    options = [f"{letter}) {ending}" for letter, ending in zip("ABCD", endings, strict=True)]
+    return _chat(
+        "Which one of A), B), C), or D) is the best ending for the context? Answer A, B, C, or D.",
+        "\n".join([row["ctx"], *options]),
+        "ABCD"[label],
+        text=row["ctx"],
+        code=endings[label],
+    )
+
+
+def _sentiment(*labels: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    system = "Determine whether the comment is positive or negative"
+    return lambda row: _chat(system, row["text"], labels[row["label"]])
+
+
+# The columns of the datasets on the Hugging Face hub → the chats of the LLM-JEPA authors.
+RECIPES: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+    "gsm8k": lambda row: _chat(
+        "Answer the math question, show steps.", row["question"], row["answer"]
+    ),
+    "hellaswag": _hellaswag,
+    "nq_open": lambda row: _chat(
+        "Answer the question below.", row["question"], "; ".join(row["answer"])
+    ),
+    "rotten_tomatoes": _sentiment("Bad", "Good"),
+    "spider": lambda row: _chat(
+        "Convert natural language to SQL.",
+        f"For db_id:[{row['db_id']}]\n\n{row['question']}",
+        row["query"],
+    ),
+    "yelp": _sentiment("Very Bad", "Bad", "Mediocre", "Good", "Very Good"),
+}
+
+
+def train_tokenizer(samples: Iterable[Mapping[str, Any]], *, vocab_size: int = 512):
+    """A byte-level BPE tokenizer of the samples' contents, with BOS, EOS, PAD and a chat template.
+
+    The template writes a BOS, then every turn as one role token, the content and EOS, so greedy
+    generation stops by itself. Any text can be encoded. Saves and loads as every other
+    tokenizer, through ``AutoTokenizer``.
+
+    Args:
+        samples: As ``read_chats`` yields them; only the contents of ``messages`` are used.
+        vocab_size: Tokens at most, special ones included.
+    Returns:
+        A ``PreTrainedTokenizerFast``.
+    Raises:
+        ValueError: ``vocab_size`` cannot hold the 256 bytes and the special tokens.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = {"pad_token": "<|pad|>", "bos_token": "<|bos|>", "eos_token": "<|eos|>"}
+    roles = ["<|system|>", "<|user|>", "<|assistant|>"]
+    least = 256 + len(special) + len(roles)
+    if vocab_size < least:
+        raise ValueError(f"vocab_size must be at least {least}, got {vocab_size}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[*special.values(), *roles],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    contents = (turn["content"] for sample in samples for turn in sample["messages"])
+    tokenizer.train_from_iterator(contents, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        **special,
+        additional_special_tokens=roles,
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
