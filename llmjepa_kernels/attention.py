@@ -142,7 +142,7 @@ def _attention_forward(
 
 
 @_attention_forward.register_fake
-def _(q, k, v, mask, block_size, mask_window, position_ids, window, softcap, scale, sinks, impl):
+def _(q, k, v, *arguments):
     lse_dtype = torch.promote_types(q.dtype, torch.float32)
     return _empty_seq_major(q), q.new_empty(q.shape[:3], dtype=lse_dtype)
 
@@ -184,7 +184,8 @@ def _attention_backward(
 
 
 @_attention_backward.register_fake
-def _(dout, q, k, v, out, lse, mask, block_size, mask_window, position_ids, window, softcap, scale, sinks, impl):  # fmt: skip
+def _(dout, q, k, v, out, lse, mask, block_size, mask_window, *options):
+    *_, sinks, _impl = options
     dsinks = q.new_empty(0) if sinks is None else torch.empty_like(sinks)
     return _empty_seq_major(q), _empty_seq_major(k), _empty_seq_major(v), dsinks
 

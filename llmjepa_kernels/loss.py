@@ -6,8 +6,8 @@ import importlib
 from types import ModuleType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from llmjepa_kernels.attention import default_impl
 
@@ -34,8 +34,8 @@ def last_token_loss(
     Args:
         hidden: (batch, seq, hidden_size), the model's last hidden states.
         pairs: (batch, num_pairs, 2) int64, row-local indices of (predictor, target); a pair of
-            −1 is padding and counts nowhere.
-        metric: "cosine", 1 − cos(x, y); "l2", ``|x − y|``; "mse", the mean of ``(x − y)²``;
+            -1 is padding and counts nowhere.
+        metric: "cosine", 1 - cos(x, y); "l2", ``|x - y|``; "mse", the mean of ``(x - y)²``;
             "infonce", cross-entropy of the pair's cosine / `temperature` against the targets of
             all pairs of the batch.
         reduction: "mean" over the pairs (0 if there are none), "sum", or "none" for
@@ -71,13 +71,13 @@ def _infonce(hidden: Tensor, pairs: Tensor, temperature: float) -> Tensor:
     rows = torch.arange(len(pairs), device=pairs.device)[:, None, None]
     views = hidden[rows, pairs.clamp(min=0)]
     views = views.to(torch.promote_types(views.dtype, torch.float32))
-    predictor, target = F.normalize(views, dim=-1).flatten(0, 1).unbind(1)
+    predictor, target = functional.normalize(views, dim=-1).flatten(0, 1).unbind(1)
     logits = predictor @ target.mT / temperature
     logits = logits.masked_fill(~valid.flatten(), -torch.inf)
     own = torch.arange(len(logits), device=logits.device)
     # A padding pair's own column is hidden; give it a harmless label before it is zeroed.
     logits = torch.where(valid.flatten()[:, None], logits, 0.0)
-    return F.cross_entropy(logits, own, reduction="none").view_as(valid) * valid
+    return functional.cross_entropy(logits, own, reduction="none").view_as(valid) * valid
 
 
 def _backend(impl: str | None, device: torch.device) -> ModuleType:
@@ -168,10 +168,10 @@ def _check_range(pairs: Tensor, seq: int) -> None:
     padding = (pairs == -1).all(dim=-1, keepdim=True)
     wrong = ~padding & ((pairs < 0) | (pairs >= seq))
     if pairs.device.type != "cpu":
-        torch._assert_async(~wrong.any(), "pairs must hold indices in 0 .. seq − 1, or −1 twice")
+        torch._assert_async(~wrong.any(), "pairs must hold indices in 0 .. seq - 1, or -1 twice")
     elif wrong.any():
         b, p, _ = wrong.nonzero()[0].tolist()
         raise IndexError(
-            f"pairs must hold indices in 0 .. {seq - 1}, or −1 twice for padding; "
+            f"pairs must hold indices in 0 .. {seq - 1}, or -1 twice for padding; "
             f"got pairs[{b}, {p}] = {pairs[b, p].tolist()}"
         )

@@ -129,8 +129,12 @@ def pack(
     examples = list(examples)
     if not examples:
         raise ValueError("examples must hold at least one example, got none")
-    if max_length is not None and max_length < 1:
-        raise ValueError(f"max_length must be at least 1, got {max_length}")
+    for option, value in (("max_length", max_length), ("pad_to_multiple_of", pad_to_multiple_of)):
+        if value is not None and value < 1:
+            raise ValueError(f"{option} must be at least 1, got {value}")
+    size = 64 if block_size is None else block_size
+    if size < 1 or size & (size - 1):
+        raise ValueError(f"block_size must be None or a power of two, got {block_size}")
     trees = [_prepare(example, index) for index, example in enumerate(examples)]
 
     if max_length is None:
@@ -154,7 +158,6 @@ def pack(
         [pairs + [(-1, -1)] * (num_pairs - len(pairs)) for *_, pairs in columns],
         dtype=torch.int64,
     ).view(len(rows), num_pairs, 2)
-    size = 64 if block_size is None else block_size
     mask = BlockMask.from_visible_until(batch["visible_until"], (size, size))
     batch.update(mask.schedule())
     return batch
@@ -183,6 +186,8 @@ class _Tree:
 
 def _prepare(example: Example, name: int) -> _Tree:
     """Checks an example and gives every supervised token its predecessor right before it."""
+    if not example.segments:
+        raise ValueError(f"example {name}: segments must hold at least one segment, got none")
     runs: list[_Run] = []
     last_run: list[int] = []  # segment -> the run its last token is in
     continued: set[int] = set()  # runs whose end already has a supervised continuation
@@ -388,9 +393,7 @@ def _split(parent: _Node, child: _Node, size: int) -> _Node:
 _CANDIDATES = 8  # rows that may be too full for an example but for its shared prefixes
 
 
-def _best_fit_decreasing(
-    trees: list[_Tree], max_length: int, share_prefixes: bool
-) -> list[_Row]:
+def _best_fit_decreasing(trees: list[_Tree], max_length: int, share_prefixes: bool) -> list[_Row]:
     rows: list[_Row] = []
     space: list[tuple[int, int]] = []  # (free tokens, row), ascending
     for tree in sorted(trees, key=lambda tree: -tree.size):

@@ -39,9 +39,7 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """out (batch, num_heads, seq, head_dim) and the natural-log lse (batch, num_heads, seq)."""
     seen = visible(mask.visible_until, position_ids, window)
-    return dense_attention(
-        q, k, v, seen, softcap=softcap, softmax_scale=softmax_scale, sinks=sinks
-    )
+    return dense_attention(q, k, v, seen, softcap=softcap, softmax_scale=softmax_scale, sinks=sinks)
 
 
 def dense_attention(

@@ -123,9 +123,7 @@ class AttentionCase:
 
     def rounded(self, dtype: torch.dtype) -> AttentionCase:
         """The same case with inputs that `dtype` represents exactly."""
-        changed = {
-            name: getattr(self, name).to(dtype).double() for name in ("q", "k", "v", "dout")
-        }
+        changed = {name: getattr(self, name).to(dtype).double() for name in ("q", "k", "v", "dout")}
         if self.sinks is not None:
             changed["sinks"] = self.sinks.to(dtype).double()
         return AttentionCase(**{**self.__dict__, **changed})

@@ -87,7 +87,8 @@ def test_lists_are_sorted_partial_then_full():
     mask = BlockMask.from_visible_until(visible_until, (16, 16))
     for m in range(mask.kv_full_start.shape[1]):
         low, middle, high = (
-            int(x) for x in (mask.kv_offsets[0, m], mask.kv_full_start[0, m], mask.kv_offsets[0, m + 1])
+            int(x)
+            for x in (mask.kv_offsets[0, m], mask.kv_full_start[0, m], mask.kv_offsets[0, m + 1])
         )
         for part in (mask.kv_indices[0, low:middle], mask.kv_indices[0, middle:high]):
             assert (part.diff() > 0).all()

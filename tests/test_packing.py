@@ -1,0 +1,246 @@
+import copy
+import pickle
+import random
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmjepa_kernels import Example, PackedBatch, Segment, llm_jepa_example, pack
+from tests.helpers import random_examples
+
+PAD = 999
+
+
+def expected_facts(examples):
+    """What separate passes would compute: every token's context, every loss term, every pair."""
+    contexts, terms, pairs = set(), Counter(), Counter()
+    for example in examples:
+        paths = []
+        for segment in example.segments:
+            above = () if segment.parent is None else paths[segment.parent]
+            for i, token in enumerate(segment.input_ids):
+                context = above + tuple(segment.input_ids[: i + 1])
+                contexts.add(context)
+                label = -100 if segment.labels is None else segment.labels[i]
+                if label != -100 and len(context) > 1:
+                    terms[context[:-1], token, label] += 1
+            paths.append(above + tuple(segment.input_ids))
+        pairs.update((paths[p], paths[t]) for p, t in example.pairs)
+    return contexts, terms, pairs
+
+
+def packed_facts(batch):
+    """The same, read off the packed rows through the mask alone."""
+    contexts, terms, pairs = set(), Counter(), Counter()
+    for b in range(len(batch["input_ids"])):
+        ids, positions, labels, until = (
+            batch[key][b].tolist()
+            for key in ("input_ids", "position_ids", "labels", "visible_until")
+        )
+        paths = []
+        for i in range(len(ids)):
+            seen = [j for j in range(i + 1) if i < until[j]]
+            paths.append(tuple(ids[j] for j in seen))
+            if ids[i] == PAD:
+                assert seen == [i]
+                assert labels[i] == -100
+                assert positions[i] == 0
+                continue
+            assert positions[i] == len(seen) - 1
+            contexts.add(paths[i])
+            if labels[i] != -100:
+                assert paths[i] == (*paths[i - 1], ids[i]), "the label's predictor is not before it"
+                terms[paths[i - 1], ids[i], labels[i]] += 1
+        for predictor, target in batch["view_pairs"][b].tolist():
+            assert (predictor == -1) == (target == -1)
+            if predictor >= 0:
+                pairs[paths[predictor], paths[target]] += 1
+    return contexts, terms, pairs
+
+
+@st.composite
+def forests(draw):
+    """Examples over a tiny vocabulary, so that prefixes coincide all the time."""
+    examples = []
+    for _ in range(draw(st.integers(1, 6))):
+        segments = []
+        for index in range(draw(st.integers(1, 6))):
+            ids = draw(st.lists(st.integers(0, 2), min_size=1, max_size=5))
+            parent = draw(st.sampled_from([None, *range(index)]))
+            keep = draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids)))
+            labels = [t if k else -100 for t, k in zip(ids, keep, strict=True)]
+            segments.append(Segment(ids, parent, draw(st.sampled_from([None, labels]))))
+        index = st.integers(0, len(segments) - 1)
+        examples.append(Example(segments, draw(st.lists(st.tuples(index, index), max_size=3))))
+    return examples
+
+
+@settings(deadline=None, max_examples=300)
+@given(examples=forests(), share=st.booleans(), max_length=st.sampled_from([None, 64, 80]))
+def test_nothing_is_lost_or_added(examples, share, max_length):
+    batch = pack(examples, max_length, share_prefixes=share, pad_token_id=PAD)
+    assert packed_facts(batch) == expected_facts(examples)
+
+
+@settings(deadline=None, max_examples=100)
+@given(examples=forests())
+def test_sharing_stores_every_prefix_that_nobody_supervises_once(examples):
+    batch = pack(examples)
+    _, terms, _ = expected_facts(examples)
+    predictors = {context for context, _, _ in terms}
+    supervised = {(*context, token) for context, token, _ in terms}
+    ids, until = batch["input_ids"][0].tolist(), batch["visible_until"][0].tolist()
+    paths = Counter(tuple(ids[j] for j in range(i + 1) if i < until[j]) for i in range(len(ids)))
+    for path, count in paths.items():
+        # A path may stand several times only below a token that had to stay unshared.
+        prefixes = {path[:i] for i in range(1, len(path) + 1)}
+        assert count == 1 or prefixes & (predictors | supervised)
+
+
+@pytest.mark.parametrize("views", ["shared", "official"])
+def test_rows_respect_max_length_and_are_well_filled(views):
+    examples = random_examples(200, 0, views=views)
+    batch = pack(examples, 128, pad_token_id=PAD)
+    assert batch["input_ids"].shape[1] <= 128
+    assert packed_facts(batch) == expected_facts(examples)
+    # Rows with the same examples without sharing would need at least this many.
+    unshared = pack(examples, 128, share_prefixes=False, pad_token_id=PAD)
+    assert len(batch["input_ids"]) < len(unshared["input_ids"])
+    fill = (unshared["input_ids"] != PAD).float().mean()
+    assert fill > 0.9
+
+
+def test_the_shared_layout():
+    example = llm_jepa_example([1, 2], [3, 4], [5, 6], pred_ids=[7])
+    batch = pack([example])
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 7, 5, 6]]
+    assert batch["labels"].tolist() == [[-100, -100, 3, 4, -100, -100, -100]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 2, 0, 1]]
+    assert batch["visible_until"].tolist() == [[5, 5, 4, 4, 5, 7, 7]]
+    assert batch["view_pairs"].tolist() == [[[4, 6]]]
+
+
+def test_without_predictor_tokens_the_prompt_predicts():
+    example = llm_jepa_example([1, 2], [3], [5], completion_labels=[-100])
+    assert pack([example])["view_pairs"].tolist() == [[[1, 3]]]
+
+
+def test_a_shared_prompt_keeps_its_last_token_apart():
+    batch = pack([llm_jepa_example([1, 2, 3], [10 + i], [20]) for i in range(2)])
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 10, 3, 11, 20]]
+    assert batch["view_pairs"].tolist() == [[[2, 6], [4, 6]]]
+
+
+def test_two_supervised_continuations_of_one_segment():
+    """As in preference training: the second gets a copy of the token that predicts it."""
+    prompt, chosen, rejected = Segment([1, 2]), Segment([3], 0, [3]), Segment([4], 0, [4])
+    batch = pack([Example([prompt, chosen, rejected])])
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 2, 4]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 1, 2]]
+    assert batch["labels"].tolist() == [[-100, -100, 3, -100, 4]]
+
+
+def test_the_first_label_of_a_root_is_ignored_as_hugging_face_does():
+    batch = pack([Example([Segment([1, 2, 3], labels=[1, 2, 3])])])
+    assert batch["labels"].tolist() == [[-100, 2, 3]]
+
+
+def test_deep_trees_do_not_recurse():
+    depth = 5000
+    segments = [Segment([i % 7], i - 1 if i else None) for i in range(depth)]
+    batch = pack([Example(segments, [(0, depth - 1)])])
+    assert batch["position_ids"].tolist() == [list(range(depth))]
+
+
+def test_tensors_and_padding():
+    examples = [Example([Segment(torch.tensor([1, 2, 3]))]), Example([Segment([4])])]
+    batch = pack(examples, 3, pad_token_id=PAD, pad_to_multiple_of=8)
+    assert batch["input_ids"].tolist() == [[1, 2, 3] + [PAD] * 5, [4] + [PAD] * 7]
+    assert batch["visible_until"].tolist()[1] == list(range(1, 9))
+    assert batch["view_pairs"].shape == (2, 0, 2)
+    dtypes = {key: x.dtype for key, x in batch.items()}
+    assert dtypes["input_ids"] == dtypes["labels"] == dtypes["view_pairs"] == torch.int64
+    assert dtypes["visible_until"] == torch.int32
+    assert all(len(x) == 2 for x in batch.values())
+
+
+def test_pairs_are_padded_per_row():
+    examples = [llm_jepa_example([1, 2], [3], [4]), Example([Segment([5, 6, 7, 8])])]
+    batch = pack(examples, 4)
+    assert sorted(batch["view_pairs"].flatten(1).tolist()) == [[-1, -1], [1, 3]]
+
+
+def test_a_batch_is_a_mapping_that_moves_and_pickles():
+    batch = pack(random_examples(5, 1))
+    moved = batch.to("cpu")
+    assert isinstance(moved, PackedBatch)
+    assert isinstance(copy.copy(batch), PackedBatch)
+    again = pickle.loads(pickle.dumps(batch))
+    assert all(torch.equal(again[key], batch[key]) for key in batch)
+    assert batch.block_mask.num_tiles > 0
+
+
+def test_packing_is_deterministic():
+    examples = random_examples(50, 2)
+    first, second = pack(examples, 100), pack(examples, 100)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize(
+    ("segments", "pairs", "message"),
+    [
+        ([], (), "example 1: segments must hold at least one"),
+        ([Segment([])], (), "example 1, segment 0: input_ids"),
+        ([Segment([1], 0)], (), r"example 1, segment 0: parent .* got 0"),
+        ([Segment([1]), Segment([1], 2)], (), r"segment 1: parent .* got 2"),
+        ([Segment([1]), Segment([1], -1)], (), r"segment 1: parent .* got -1"),
+        ([Segment([1, 2], labels=[1])], (), r"labels must be as many as input_ids \(2\), got 1"),
+        ([Segment([1], labels=[])], (), r"labels must be as many as input_ids \(1\), got 0"),
+        ([Segment([1])], [(0, 1)], r"pairs .* 1 segments, got \(0, 1\)"),
+        ([Segment([1])], [(-1, 0)], r"pairs .* got \(-1, 0\)"),
+        ([Segment([1])], [(0,)], r"pairs .* got \(0,\)"),
+        ([Segment([1] * 11)], (), "example 1 takes 11 tokens, more than max_length = 10"),
+    ],
+)
+def test_bad_examples_are_named(segments, pairs, message):
+    good = Example([Segment([1, 2])])
+    with pytest.raises(ValueError, match=message):
+        pack([good, Example(segments, pairs)], 10)
+
+
+def test_bad_options():
+    with pytest.raises(ValueError, match="at least one example"):
+        pack([])
+    with pytest.raises(ValueError, match="max_length must be at least 1, got 0"):
+        pack([Example([Segment([1])])], 0)
+    with pytest.raises(ValueError, match="pad_to_multiple_of must be at least 1, got 0"):
+        pack([Example([Segment([1])])], pad_to_multiple_of=0)
+    with pytest.raises(ValueError, match=r"block_size must be .* power of two.* got 48"):
+        pack([Example([Segment([1])])], block_size=48)
+
+
+def test_a_shared_prefix_may_make_an_example_fit():
+    """Sharing also works within an example: its size counts once stored."""
+    official = Example([Segment([1, 2, 3, 4]), Segment([1, 2, 3, 5])])
+    assert pack([official], 5)["input_ids"].shape == (1, 5)
+    with pytest.raises(ValueError, match="8 tokens"):
+        pack([official], 5, share_prefixes=False)
+
+
+def test_ten_thousand_examples_take_seconds():
+    """Only that nothing is quadratic; benchmarks print the speed."""
+    rng = random.Random(0)
+    header = list(range(16))
+    examples = [
+        llm_jepa_example(
+            header + [rng.randrange(1000) for _ in range(20)],
+            [rng.randrange(1000) for _ in range(30)],
+            header[:4] + [rng.randrange(1000) for _ in range(25)],
+        )
+        for _ in range(10_000)
+    ]
+    batch = pack(examples, 4096)
+    assert (batch["view_pairs"][..., 0] >= 0).sum() == 10_000
