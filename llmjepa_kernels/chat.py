@@ -84,10 +84,7 @@ def chat_example(
         if end is not None:
             ids = chat.input_ids
             text_view = _View(ids[:end], chat.spans[-2][0], segment=0)
-            segments = [
-                Segment(ids[:end], labels=labels[:end]),
-                Segment(ids[end:], parent=0, labels=labels[end:]),
-            ]
+            segments = _split(ids, labels, end)
     if text_view is None:
         text_view = _lone_turn(tokenizer, "user", contents[-2], text, template_kwargs)
     code_view = _lone_turn(tokenizer, "assistant", contents[-1], code, template_kwargs)
@@ -134,10 +131,7 @@ def plain_example(
     if supervise == "all":
         labels = [-100, *(prompt + answer)[1:]]
     end = len(prompt) - 1
-    segments = [
-        Segment(prompt[:end], labels=labels[:end]),
-        Segment(prompt[end:] + answer, parent=0, labels=labels[end:]),
-    ]
+    segments = _split(prompt + answer, labels, end)
     text_view = _View(prompt[:end], len(bos), 0) if text is None else view("text", text)
     code_view = view("code", messages[-1]["content"] if code is None else code)
     return _link(segments, text_view, code_view, direction, pred_position, pred_ids)
@@ -152,7 +146,8 @@ def chat_prompt(
     """The tokens before the assistant content, as ``chat_example`` trains on them.
 
     Unlike ``add_generation_prompt=True`` this follows the template's rendering of a finished turn
-    (Qwen3 puts an empty reasoning block there), and folds the system text where that is needed.
+    (Qwen3 puts an empty reasoning block there), leaves white space that belongs to the answer's
+    first token to the answer, and folds the system text where that is needed.
 
     Args:
         messages: An optional system turn and a user turn; an assistant turn is ignored.
@@ -163,7 +158,7 @@ def chat_prompt(
     answered = _answered(messages)
     roles = tuple(message["role"] for message in answered)
     chat = _turn(tokenizer, roles, [m["content"] for m in answered], template_kwargs)
-    return _encode(tokenizer, chat.text[: chat.char_spans[-1][0]])
+    return chat.input_ids[: chat.spans[-1][0]]
 
 
 def plain_prompt(
@@ -238,6 +233,15 @@ class _View:
     input_ids: list[int]
     content_start: int
     segment: int | None = None
+
+
+def _split(input_ids: list[int], labels: list[int], end: int) -> list[Segment]:
+    """A prompt of ``end`` tokens and what continues it."""
+    supervised = any(label != -100 for label in labels[:end])
+    return [
+        Segment(input_ids[:end], labels=labels[:end] if supervised else None),
+        Segment(input_ids[end:], parent=0, labels=labels[end:]),
+    ]
 
 
 def _link(

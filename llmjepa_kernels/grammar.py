@@ -129,7 +129,8 @@ def samples(
         seed: Equal seeds give equal streams, on every machine.
         split: ``"train"`` or ``"heldout"``; see ``split_of``.
         min_depth: Least nesting depth; 0 is a bare character class or string.
-        max_depth: Greatest nesting depth. Depths are drawn uniformly between the two.
+        max_depth: Greatest nesting depth. Depths are drawn uniformly, as long as a
+            depth has new texts.
     Yields:
         ``messages`` ([system, user, assistant], as in a JSONL line), ``depth`` (int), ``operators``
         (list of names) and ``operator_pairs`` (sorted list of ``"outer>inner"``).

