@@ -1,0 +1,64 @@
+"""[PRED] tokens: the predictor of LLM-JEPA, which adds embedding rows and no other weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def predictor_token(index: int) -> str:
+    """The `index`-th [PRED] token, counted from 1, named as in the authors' release."""
+    return f"<|predictor_{index}|>"
+
+
+@torch.no_grad()
+def add_predictor_tokens(model, tokenizer, num_tokens: int, *, seed: int = 0) -> list[int]:
+    """Adds [PRED] tokens to a tokenizer and their rows to a model's embeddings.
+
+    A new row is the mean of the embeddings plus a tenth of their standard deviation in noise of
+    its own: equal rows would make the tokens one token, and rows far from the others would
+    dominate the softmax of a tied head. Spare rows, which some models carry beyond their
+    tokenizer, are used before the embeddings grow; they never shrink. A token that the tokenizer
+    already has keeps its row, so that a checkpoint may be trained further.
+
+    Args:
+        model: A causal language model of Transformers, tied or untied. For PEFT, call this on the
+            base model first and train the rows with ``trainable_token_indices``.
+        tokenizer: Changed in place.
+        num_tokens: k ≥ 0.
+        seed: Of the noise.
+
+    Returns:
+        The token ids, in order.
+
+    Raises:
+        ValueError: `num_tokens` is negative, or the embeddings lack rows of the tokenizer.
+    """
+    if num_tokens < 0:
+        raise ValueError(f"num_tokens must be 0 or more, got {num_tokens}")
+    known = len(tokenizer)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if known > rows:
+        raise ValueError(
+            f"the tokenizer has {known} tokens, but the model has embeddings for {rows} only"
+        )
+    tokens = [predictor_token(i + 1) for i in range(num_tokens)]
+    tokenizer.add_tokens(tokens, special_tokens=True)
+    if len(tokenizer) > rows:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if len(tokenizer) > known:
+        embeddings = [model.get_input_embeddings().weight]
+        head = model.get_output_embeddings()
+        if head is not None and head.weight is not embeddings[0]:
+            embeddings.append(head.weight)
+        for weight in embeddings:
+            _init_rows(weight, known, len(tokenizer), seed)
+    return tokenizer.convert_tokens_to_ids(tokens)
+
+
+def _init_rows(weight: Tensor, start: int, stop: int, seed: int) -> None:
+    """Draws rows start..stop of (vocab, hidden) around the mean of those before."""
+    std, mean = torch.std_mean(weight[:start].float(), dim=0)
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(stop - start, weight.shape[1], generator=generator)
+    weight[start:stop] = (mean + 0.1 * std * noise.to(weight.device)).to(weight.dtype)

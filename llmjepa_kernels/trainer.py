@@ -1,0 +1,280 @@
+"""LLM-JEPA in Hugging Face's Trainer: a collator that packs, a trainer that adds the JEPA term."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+
+from llmjepa_kernels.chat import LAYOUTS, chat_example, without_views
+from llmjepa_kernels.hf import patch_model, patched_impl
+from llmjepa_kernels.objective import llm_jepa_loss, supervised_positions
+from llmjepa_kernels.packing import IGNORE, Example, PackedBatch, pack
+
+
+@dataclass
+class LLMJEPACollator:
+    """Packs a list of examples into rows.
+
+    A feature is an `Example`, or a mapping with ``messages`` ([system,] user and assistant turns)
+    and optionally ``text`` and ``code``, its own views, which `tokenizer` turns into one.
+
+    Attributes:
+        tokenizer: A fast tokenizer with a chat template; needed for features with ``messages``.
+        max_length: Tokens in a row at most. Default: one row per batch, without any padding.
+        packing_strategy: "bfd", best-fit decreasing; an example is never split.
+        share_prefixes: Store equal prefixes once per row.
+        layout: "shared" or "official", see `chat_example`.
+        pred_ids: The [PRED] tokens, from `add_predictor_tokens`.
+        chat_options: Further options of `chat_example`.
+        views: False leaves the views out: next-token loss alone, plain fine-tuning.
+        pad_to_multiple_of: Pads rows to a multiple of this, for fewer different shapes.
+
+    Raises:
+        ValueError: An example is malformed or longer than `max_length`; names it by its index in
+            the batch.
+    """
+
+    tokenizer: Any = None
+    max_length: int | None = None
+    packing_strategy: str = "bfd"
+    share_prefixes: bool = True
+    layout: str = "shared"
+    pred_ids: Sequence[int] = ()
+    chat_options: Mapping[str, Any] = field(default_factory=dict)
+    views: bool = True
+    pad_to_multiple_of: int | None = None
+
+    def __post_init__(self):
+        if self.packing_strategy != "bfd":
+            raise ValueError(f"packing_strategy must be 'bfd', got {self.packing_strategy!r}")
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout must be one of {LAYOUTS}, got {self.layout!r}")
+
+    def __call__(self, features: Sequence[Example | Mapping[str, Any]]) -> PackedBatch:
+        """Packs the features, and adds how many tokens their chats alone take.
+
+        Returns:
+            batch: A `PackedBatch`; ``supervised``, the positions that need logits, computed here
+                to spare the training process the work; and ``sft_tokens`` (batch,) int64, whose
+                sum is how many tokens plain fine-tuning on the same chats takes, unpadded.
+        """
+        examples = [self.example(feature) for feature in features]
+        chats = [without_views(example) for example in examples]
+        batch = pack(
+            examples if self.views else chats,
+            self.max_length,
+            share_prefixes=self.share_prefixes,
+            pad_token_id=getattr(self.tokenizer, "pad_token_id", None) or 0,
+            pad_to_multiple_of=self.pad_to_multiple_of,
+        )
+        batch["supervised"] = supervised_positions(batch["labels"])
+        batch["sft_tokens"] = torch.zeros(len(batch["input_ids"]), dtype=torch.int64)
+        batch["sft_tokens"][0] = sum(len(s.input_ids) for chat in chats for s in chat.segments)
+        return batch
+
+    def example(self, feature: Example | Mapping[str, Any]) -> Example:
+        """The `Example` of one feature."""
+        if isinstance(feature, Example):
+            return feature
+        if not isinstance(feature, Mapping) or "messages" not in feature:
+            found = sorted(feature) if isinstance(feature, Mapping) else type(feature).__name__
+            raise ValueError(
+                f"features must be Examples or mappings with the key messages, got {found}"
+            )
+        if self.tokenizer is None:
+            raise ValueError("features with messages need a tokenizer, got tokenizer=None")
+        return chat_example(
+            feature["messages"],
+            self.tokenizer,
+            layout=self.layout,
+            pred_ids=self.pred_ids,
+            text=feature.get("text"),
+            code=feature.get("code"),
+            **self.chat_options,
+        )
+
+
+class LLMJEPATrainer(Trainer):
+    """Trains with ``ntp_loss + jepa_weight * jepa_loss``, one forward pass per batch.
+
+    Both means are exact under gradient accumulation and across processes: they are taken over
+    the supervised tokens and over the pairs of all batches that make up an update, so 1 x 8 and
+    4 x 2 examples give the same one. With ``average_tokens_across_devices=False`` they are taken
+    per process, as in Transformers.
+
+    Besides ``loss`` it logs, as means over the updates since the last log,
+
+    - ``ntp_loss``, ``jepa_loss`` and ``cosine``, the mean cosine similarity of the pairs;
+    - ``tokens_per_step``, all tokens through the model, padding included, and
+      ``tokens_per_second``, both over all processes;
+    - ``relative_cost``, tokens through the model over the tokens of the same chats alone, packed
+      without padding or prefix sharing: what plain fine-tuning on them takes.
+
+    Evaluation gives ``eval_loss``, ``eval_ntp_loss``, ``eval_jepa_loss`` and ``eval_cosine`` as
+    means over the whole set. Rows differ in shape and the head runs on supervised tokens only,
+    so there are no predictions: `predict` returns the same metrics.
+
+    Args:
+        model, args, data_collator, *other, **more: As in `Trainer`. A model that is not patched
+            yet is patched here. The collator defaults to ``LLMJEPACollator(processing_class)``.
+        jepa_weight: λ.
+        metric: "cosine", "l2", "mse" or "infonce", see `last_token_loss`.
+        temperature: Of "infonce".
+
+    Raises:
+        ValueError: DataParallel, label smoothing, a loss function or metrics of logits are asked
+            for, none of which fits a packed row.
+    """
+
+    # Trainer must not divide by the accumulation steps what is already normalised over them.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model=None,
+        args=None,
+        data_collator=None,
+        *other,
+        jepa_weight: float = 1.0,
+        metric: str = "cosine",
+        temperature: float = 0.07,
+        **more,
+    ):
+        if data_collator is None:
+            data_collator = LLMJEPACollator(more.get("processing_class"))
+        super().__init__(model, args, data_collator, *other, **more)
+        self._check_supported()
+        if not _is_patched(self.model):
+            patch_model(self.model)
+        self.loss_options = {
+            "jepa_weight": jepa_weight,
+            "metric": metric,
+            "temperature": temperature,
+        }
+        self.args.remove_unused_columns = False  # the collator takes the columns it knows
+        self.model_accepts_loss_kwargs = True  # makes Trainer count the supervised tokens
+        self._num_pairs: Tensor | None = None
+        self._eval_sums: Tensor | None = None
+        self._reset_train_sums()
+
+    def _check_supported(self) -> None:
+        unsupported = {
+            "DataParallel (start one process per GPU with torchrun)": self.args.n_gpu > 1,
+            "label_smoothing_factor": self.args.label_smoothing_factor,
+            "compute_loss_func": self.compute_loss_func,
+            "compute_metrics": self.compute_metrics,
+        }
+        for name, given in unsupported.items():
+            if given:
+                raise ValueError(f"LLMJEPATrainer does not support {name}, got {given!r}")
+
+    def _reset_train_sums(self) -> None:
+        self._train_sums = torch.zeros(5)  # ntp_loss, jepa_loss, cosine, tokens, sft_tokens
+        self._updates = 0
+        self._started: float | None = None
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Collects the batches of an update, and counts their pairs."""
+        if self._started is None:
+            self._started = time.perf_counter()
+        self._updates += 1
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        predictors = [batch["view_pairs"][..., 0] for batch in batches]
+        labels = [predictor.masked_fill(predictor < 0, IGNORE) for predictor in predictors]
+        # Counted like supervised tokens, so whatever parallelism means for those holds for pairs.
+        self._num_pairs = self._get_num_items_in_batch(
+            [{"labels": label, "shift_labels": label} for label in labels], device
+        )
+        return batches, num_items
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The loss of one batch: its share of the update's, given `num_items_in_batch`."""
+        batch = dict(inputs)
+        sft_tokens = batch.pop("sft_tokens", None)
+        counts = {}
+        if num_items_in_batch is not None:
+            counts = {
+                "num_items_in_batch": num_items_in_batch,
+                "num_pairs_in_batch": self._num_pairs,
+            }
+        outputs = llm_jepa_loss(model, batch, **self.loss_options, **counts)
+        loss = outputs.loss
+        if counts:
+            scale = self._loss_scale()
+            loss = loss * scale
+            tokens = batch["input_ids"].numel()
+            sft = tokens if sft_tokens is None else sft_tokens.sum()
+            shares = [outputs.ntp_loss, outputs.jepa_loss, outputs.cosine]
+            shares = [scale * share.detach() for share in shares]
+            values = [torch.as_tensor(x, device=loss.device) for x in (*shares, tokens, sft)]
+            self._train_sums = self._train_sums.to(loss.device) + torch.stack(values)
+        return (loss, outputs) if return_outputs else loss
+
+    def _loss_scale(self) -> int:
+        """Makes the mean over processes, which DistributedDataParallel takes, a sum."""
+        if not self.args.average_tokens_across_devices:
+            return 1
+        return self.accelerator.num_processes // self.get_tp_size()
+
+    def log(self, logs, start_time=None):
+        """Adds what was summed up since the last log to the log of the loss."""
+        if "loss" in logs and self._updates:
+            sums = self.accelerator.reduce(self._train_sums, reduction="mean") / self._updates
+            ntp_loss, jepa_loss, cosine, tokens, sft_tokens = sums.tolist()
+            tokens_per_step = tokens * self.accelerator.num_processes // self.get_tp_size()
+            seconds = time.perf_counter() - self._started
+            logs |= {
+                "ntp_loss": ntp_loss,
+                "jepa_loss": jepa_loss,
+                "cosine": cosine,
+                "tokens_per_step": tokens_per_step,
+                "tokens_per_second": tokens_per_step * self._updates / seconds,
+                "relative_cost": tokens / sft_tokens,
+            }
+            self._reset_train_sums()
+        super().log(logs, start_time)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """The loss of one batch; there are no predictions."""
+        batch = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, batch, return_outputs=True)
+        items, pairs = outputs.num_items, outputs.num_pairs
+        sums = [outputs.ntp_loss * items, outputs.jepa_loss * pairs, outputs.cosine * pairs]
+        self._eval_sums += torch.stack([*sums, items, pairs]).to(self._eval_sums)
+        return loss, None, None
+
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
+        """Evaluates; each loss is the mean over all tokens or pairs, however they are batched."""
+        paused = time.perf_counter()
+        self._eval_sums = torch.zeros(5, device=self.args.device)
+        output = super().evaluation_loop(
+            dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs
+        )
+        sums = self.accelerator.reduce(self._eval_sums, reduction="sum")
+        ntp_loss, jepa_loss, cosine, items, pairs = sums.tolist()
+        ntp_loss, jepa_loss = ntp_loss / max(items, 1), jepa_loss / max(pairs, 1)
+        metrics = {
+            "loss": ntp_loss + self.loss_options["jepa_weight"] * jepa_loss,
+            "ntp_loss": ntp_loss,
+            "jepa_loss": jepa_loss,
+            "cosine": cosine / max(pairs, 1),
+        }
+        output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in metrics.items()})
+        if self._started is not None:
+            self._started += time.perf_counter() - paused  # not time spent on training
+        return output
+
+
+def _is_patched(model) -> bool:
+    try:
+        patched_impl(model)
+    except RuntimeError:
+        return False
+    return True
