@@ -1,0 +1,247 @@
+"""The Triton back end of attention: lays out arguments and launches the kernels."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from llmjepa_kernels import attention_triton_kernels as kernels
+from llmjepa_kernels.block_mask import BlockMask
+from llmjepa_kernels.triton_configs import Config, choose, current_arch, head_dim_pieces
+
+MAX_HEAD_DIM = 256
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+ROW_PADDING = 128  # the largest tile: row statistics of the backward are padded to it
+DELTA_ROWS = 32
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    *,
+    position_ids: Tensor | None,
+    window: int | None,
+    softcap: float | None,
+    softmax_scale: float,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    _check(q)
+    batch, num_heads, seq, head_dim = q.shape
+    out = _empty_seq_major(q)
+    lse = q.new_empty(batch, num_heads, seq, dtype=torch.float32)
+
+    def launch(config: Config) -> None:
+        grid = (triton.cdiv(seq, config.block_m) * batch * num_heads,)
+        kernels._attention_forward_kernel[grid](
+            _operand(q, config.block_m, config),
+            _operand(k, config.block_n, config),
+            _operand(v, config.block_n, config),
+            _strided(out),
+            lse,
+            mask.visible_until,
+            mask.kv_offsets,
+            mask.kv_full_start,
+            mask.kv_indices,
+            position_ids if window is not None else None,
+            sinks,
+            batch,
+            num_heads,
+            num_heads // k.shape[1],
+            seq,
+            mask.kv_indices.shape[1],
+            window or 0,
+            _scaling(softmax_scale, softcap),
+            FOLD_SCALE=softcap is None and softmax_scale > 0,
+            **_constants(config, head_dim, mask, window),
+        )
+
+    launch(choose("forward", current_arch(), head_dim, q.dtype, mask.block_size, _aligned(q, k, v)))
+    return out, lse
+
+
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: BlockMask,
+    *,
+    position_ids: Tensor | None,
+    window: int | None,
+    softcap: float | None,
+    softmax_scale: float,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    _check(q)
+    batch, num_heads, seq, head_dim = q.shape
+    num_kv_heads = k.shape[1]
+    arch = current_arch()
+    aligned = _aligned(q, k, v, dout)
+    dq, dk, dv = _empty_seq_major(q), _empty_seq_major(k), _empty_seq_major(v)
+    lse2, delta, dsinks = _row_statistics(dout, out, lse, sinks)
+    padded = lse2.shape[-1]
+    position_ids = position_ids if window is not None else None
+
+    def launch_dkdv(config: Config) -> None:
+        grid = (triton.cdiv(seq, config.block_n) * batch * num_kv_heads,)
+        kernels._attention_dkdv_kernel[grid](
+            _operand(q, config.block_m, config),
+            _operand(k, config.block_n, config),
+            _operand(v, config.block_n, config),
+            _operand(dout, config.block_m, config),
+            lse2,
+            delta,
+            _strided(dk),
+            _strided(dv),
+            mask.visible_until,
+            mask.q_offsets,
+            mask.q_full_start,
+            mask.q_indices,
+            position_ids,
+            batch,
+            num_kv_heads,
+            num_heads // num_kv_heads,
+            seq,
+            padded,
+            mask.q_indices.shape[1],
+            window or 0,
+            softmax_scale,
+            _scaling(softmax_scale, softcap),
+            WANT_DK=True,
+            WANT_DV=True,
+            **_constants(config, head_dim, mask, window),
+        )
+
+    def launch_dq(config: Config) -> None:
+        grid = (triton.cdiv(seq, config.block_m) * batch * num_heads,)
+        kernels._attention_dq_kernel[grid](
+            _operand(q, config.block_m, config),
+            _operand(k, config.block_n, config),
+            _operand(v, config.block_n, config),
+            _operand(dout, config.block_m, config),
+            lse2,
+            delta,
+            _strided(dq),
+            mask.visible_until,
+            mask.kv_offsets,
+            mask.kv_full_start,
+            mask.kv_indices,
+            position_ids,
+            batch,
+            num_heads,
+            num_heads // num_kv_heads,
+            seq,
+            padded,
+            mask.kv_indices.shape[1],
+            window or 0,
+            softmax_scale,
+            _scaling(softmax_scale, softcap),
+            **_constants(config, head_dim, mask, window),
+        )
+
+    launch_dkdv(choose("dkdv", arch, head_dim, q.dtype, mask.block_size, aligned))
+    launch_dq(choose("dq", arch, head_dim, q.dtype, mask.block_size, aligned))
+    return dq, dk, dv, dsinks
+
+
+def _row_statistics(
+    dout: Tensor, out: Tensor, lse: Tensor, sinks: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """lse in base 2 and delta, (batch, num_heads, padded seq), and the gradient of the sinks."""
+    batch, num_heads, seq, head_dim = out.shape
+    padded = triton.cdiv(seq, ROW_PADDING) * ROW_PADDING
+    tiles = padded // DELTA_ROWS
+    lse2 = lse.new_empty(batch, num_heads, padded)
+    delta = torch.empty_like(lse2)
+    partial = None if sinks is None else lse.new_empty(batch, num_heads, tiles)
+    kernels._attention_row_statistics_kernel[(tiles * batch * num_heads,)](
+        _strided(out),
+        _strided(dout),
+        lse,
+        lse2,
+        delta,
+        sinks,
+        partial,
+        batch,
+        num_heads,
+        seq,
+        padded,
+        D=(head_dim, *head_dim_pieces(head_dim)),
+        BLOCK_M=DELTA_ROWS,
+    )
+    return lse2, delta, None if sinks is None else partial.sum(dim=(0, 2)).to(sinks.dtype)
+
+
+def _scaling(softmax_scale: float, softcap: float | None) -> tuple[float, float | None]:
+    """(a, c) of the base-2 scores a q.k, or c tanh(a q.k) with a softcap."""
+    if softcap is None:
+        return softmax_scale * math.log2(math.e), None
+    return softmax_scale / softcap, softcap * math.log2(math.e)
+
+
+def _constants(config: Config, head_dim: int, mask: BlockMask, window: int | None) -> dict:
+    constants = {
+        "D": (head_dim, *head_dim_pieces(head_dim, config.halves)),
+        "MASK_M": mask.block_size[0],
+        "MASK_N": mask.block_size[1],
+        "ALL_MASKED": window != mask.window,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "TMA": config.tma,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "enable_fp_fusion": True,
+    }
+    if config.maxnreg is not None:
+        constants["maxnreg"] = config.maxnreg
+    return constants
+
+
+def _operand(x: Tensor, rows: int, config: Config) -> tuple:
+    """What a kernel reads x through: its pointer and strides, or a tensor descriptor per piece."""
+    if not config.tma:
+        return _strided(x)
+    # A stride over a dimension of size 1 is arbitrary, but the hardware wants it aligned.
+    strides = [s if n > 1 else x.shape[3] for n, s in zip(x.shape, x.stride(), strict=True)]
+    strides[3] = 1
+    d0, d1 = head_dim_pieces(x.shape[3], config.halves)
+    sizes = [d0] if d1 in (0, d0) else [d0, d1]
+    return tuple(TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, d]) for d in sizes)
+
+
+def _strided(x: Tensor) -> tuple[Tensor, int, int, int]:
+    # A stride over a dimension of size 1 is arbitrary; zero keeps it from causing a compilation.
+    return x, *(s if n > 1 else 0 for n, s in zip(x.shape[:3], x.stride()[:3], strict=True))
+
+
+def _aligned(*tensors: Tensor) -> bool:
+    """Whether the tensor memory accelerator can address all of them."""
+    return all(
+        x.data_ptr() % 16 == 0
+        and x.shape[3] * x.element_size() % 16 == 0
+        and all(
+            n == 1 or (s > 0 and s * x.element_size() % 16 == 0)
+            for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)
+        )
+        for x in tensors
+    )
+
+
+def _empty_seq_major(x: Tensor) -> Tensor:
+    batch, heads, seq, head_dim = x.shape
+    return x.new_empty(batch, seq, heads, head_dim).transpose(1, 2)
+
+
+def _check(q: Tensor) -> None:
+    if q.dtype not in DTYPES:
+        raise ValueError(f"q must be float16, bfloat16 or float32 for impl='triton', got {q.dtype}")
+    if q.shape[3] > MAX_HEAD_DIM:
+        raise ValueError(f"head_dim must be at most {MAX_HEAD_DIM}, got {q.shape[3]}")
