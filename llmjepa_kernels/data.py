@@ -49,6 +49,8 @@ def read_chats(
         if recipe not in RECIPES:
             raise ValueError(f"recipe must be one of {sorted(RECIPES)}, got {recipe!r}")
         recipe = RECIPES[recipe]
+    if isinstance(source, Mapping):
+        raise ValueError(f"source must be one split or sample stream, got all of {list(source)}")
     if isinstance(source, (str, PathLike)):
         if not Path(source).is_file():
             raise FileNotFoundError(f"no file {fspath(source)!r}")
@@ -62,7 +64,11 @@ def _stream(source, recipe, on_error) -> Iterator[dict[str, Any]]:
             row = load()
             sample = _sample(recipe(row) if recipe else row)
         except (ValueError, LookupError, TypeError) as error:
-            reason = f"no column {error}" if isinstance(error, KeyError) else error
+            reason = str(error)
+            if isinstance(error, json.JSONDecodeError):
+                reason = f"not JSON: {error.msg} at column {error.colno}"
+            elif isinstance(error, KeyError):
+                reason = f"expected the column {error}, got {sorted(row)}"
             located = ValueError(f"{place}: {reason}")
             if on_error is None:
                 raise located from error
@@ -80,7 +86,7 @@ def _rows(source: Iterable[Any]) -> Iterator[tuple[str, Callable[[], Any]]]:
         with open(item, "rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield f"{fspath(item)}:{number}", lambda line=line: json.loads(line)
+                    yield f"{fspath(item)}:{number}", lambda line=line: json.loads(line.rstrip())
 
 
 def _sample(row: Any) -> dict[str, Any]:
@@ -108,8 +114,15 @@ def _chat(system: str, user: str, assistant: str, **views: str) -> dict[str, Any
     return {"messages": [{"role": role, "content": text} for role, text in contents], **views}
 
 
+def _label(row: Mapping[str, Any], num_labels: int) -> int:
+    label = int(row["label"])
+    if not 0 <= label < num_labels:
+        raise ValueError(f"label must be in 0 .. {num_labels - 1}, got {row['label']!r}")
+    return label
+
+
 def _hellaswag(row: Mapping[str, Any]) -> dict[str, Any]:
-    label, endings = int(row["label"]), row["endings"]
+    label, endings = _label(row, 4), row["endings"]
     options = [f"{letter}) {ending}" for letter, ending in zip("ABCD", endings, strict=True)]
     return _chat(
         "Which one of A), B), C), or D) is the best ending for the context? Answer A, B, C, or D.",
@@ -122,7 +135,7 @@ def _hellaswag(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _sentiment(*labels: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
     system = "Determine whether the comment is positive or negative"
-    return lambda row: _chat(system, row["text"], labels[row["label"]])
+    return lambda row: _chat(system, row["text"], labels[_label(row, len(labels))])
 
 
 # The columns of the datasets on the Hugging Face hub → the chats of the LLM-JEPA authors.

@@ -211,7 +211,12 @@ KWARGS = {"llama3": {"date_string": "1 May 2025"}}
 SPECIAL = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>"]
 SPECIAL += ["<end_of_turn>", "<|im_start|>", "<|im_end|>", "<|pred|>", "<|sep|>"]
 CORPUS = [name for spans in SPANS.values() for name in spans[1:]] * 2
-CORPUS += ["an x x, lines with a vowel? ([0-9])|(dog)\n", "Who?\n<|assistant|>\n", "é ü 漢字 naïve\n\n"] * 9
+CORPUS += [
+    " x x",
+    "lines with a vowel? ([0-9])|(dog)\n",
+    "Who?\n<|assistant|>\n",
+    "é ü 漢字 naïve\n\n",
+] * 9
 
 
 def build_tokenizer(kind):
