@@ -1,0 +1,173 @@
+#include "api.h"
+
+#include <algorithm>
+#include <new>
+#include <vector>
+
+#include "kernels.h"
+#include "plan.h"
+#include "threads.h"
+
+#define LK_DECLARE(isa)            \
+  namespace isa {                  \
+  extern const KernelTable kTable; \
+  }
+#ifdef LK_WITH_AVX512
+LK_DECLARE(avx512)
+#endif
+#ifdef LK_WITH_AVX2
+LK_DECLARE(avx2)
+#endif
+#ifdef LK_WITH_NEON
+LK_DECLARE(neon)
+#endif
+LK_DECLARE(portable)
+
+namespace {
+
+struct Isa {
+  const char* name;
+  const KernelTable* table;
+};
+
+// Built once; only what this machine has.
+const std::vector<Isa>& isas() {
+  static const std::vector<Isa> list = [] {
+    std::vector<Isa> found;
+#ifdef LK_WITH_AVX512
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+      found.push_back({"avx512", &avx512::kTable});
+    }
+#endif
+#ifdef LK_WITH_AVX2
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+      found.push_back({"avx2", &avx2::kTable});
+    }
+#endif
+#ifdef LK_WITH_NEON
+    found.push_back({"neon", &neon::kTable});
+#endif
+    found.push_back({"portable", &portable::kTable});
+    return found;
+  }();
+  return list;
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class Body>
+int32_t guarded(Body body) {
+  try {
+    return body() ? LK_OK : LK_OUT_OF_MEMORY;
+  } catch (const std::bad_alloc&) {
+    return LK_OUT_OF_MEMORY;
+  }
+}
+
+bool backward(const LkAttention& a) {
+  const AttentionKernels& kernels = isas()[a.isa].table->attention[a.dtype];
+  const BackwardPlan plan = plan_backward(a, kernels.sum_size, kernels.in_place);
+  size_t scratch = kernels.backward_scratch(a);
+  if (!kernels.in_place) {
+    int64_t keys = 0;
+    for (const BackwardTask& task : plan.tasks) {
+      if (!task.accumulators) keys = std::max(keys, task.query_end - task.key_begin);
+    }
+    scratch += 2 * keys * a.dim * kernels.sum_size + 128;
+  }
+  const auto num_tasks = static_cast<int64_t>(plan.tasks.size());
+  if (!parallel_for(num_tasks, a.num_threads, scratch, [&](int64_t i, void* memory) {
+        kernels.backward(a, plan.tasks[plan.order[i]], memory);
+      })) {
+    return false;
+  }
+
+  for (const SharedKeys& shared : plan.shared) {
+    constexpr int64_t kKeys = 256;
+    const int64_t keys = shared.key_end - shared.key_begin;
+    if (!parallel_for(ceil_div(keys, kKeys), a.num_threads, 0, [&](int64_t i, void*) {
+          const int64_t begin = shared.key_begin + i * kKeys;
+          kernels.reduce(a, &plan.tasks[shared.begin],
+                         static_cast<int64_t>(shared.end - shared.begin), begin,
+                         std::min(begin + kKeys, shared.key_end));
+        })) {
+      return false;
+    }
+  }
+  if (!a.sinks) return true;
+  return parallel_for(a.heads, a.num_threads, 0,
+                      [&](int64_t head, void*) { kernels.sinks(a, head); });
+}
+
+// Zero rows first, then the rows that pairs point at. A row that several slots (2 * pair + side)
+// point at is written once, from all of them in ascending order.
+bool distance_backward(const LkDistance& a) {
+  const DistanceKernels& kernels = isas()[a.isa].table->distance[a.dtype];
+  const int64_t num_rows = a.batch * a.seq, num_slots = a.batch * a.num_pairs * 2;
+  const size_t row_size = a.dim * (a.dtype == LK_FLOAT64 ? 8 : a.dtype == LK_FLOAT32 ? 4 : 2);
+  std::vector<int64_t> first(num_rows, -1), next(num_slots, -1), owners;
+  for (int64_t slot = num_slots - 1; slot >= 0; --slot) {
+    if (a.pairs[slot] < 0) continue;
+    int64_t& head = first[slot / (2 * a.num_pairs) * a.seq + a.pairs[slot]];
+    next[slot] = head;
+    head = slot;
+  }
+  for (int64_t row = 0; row < num_rows; ++row) {
+    if (first[row] >= 0) owners.push_back(first[row]);
+  }
+
+  constexpr int64_t kRows = 256;
+  return parallel_for(ceil_div(num_rows, kRows), a.num_threads, 0,
+                      [&](int64_t i, void*) {
+                        const int64_t begin = i * kRows, end = std::min(begin + kRows, num_rows);
+                        std::fill_n(static_cast<char*>(a.dhidden) + begin * row_size,
+                                    (end - begin) * row_size, char{0});
+                      }) &&
+         parallel_for(static_cast<int64_t>(owners.size()), a.num_threads, 0,
+                      [&](int64_t i, void*) { kernels.backward(a, next.data(), owners[i]); });
+}
+
+}  // namespace
+
+void lk_set_parallel(LkParallel parallel) { set_parallel(parallel); }
+
+const char* lk_isa_name(int32_t index) {
+  return index < static_cast<int32_t>(isas().size()) ? isas()[index].name : nullptr;
+}
+
+int32_t lk_attention_forward(const LkAttention* args) {
+  const LkAttention& a = *args;
+  const AttentionKernels& kernels = isas()[a.isa].table->attention[a.dtype];
+  const int64_t blocks = ceil_div(a.seq, a.block_m);
+  return guarded([&] {
+    return parallel_for(blocks * a.batch * a.kv_heads, a.num_threads, kernels.forward_scratch(a),
+                        [&](int64_t i, void* scratch) {
+                          // Late blocks see most keys: they go first.
+                          const int64_t block = blocks - 1 - i / (a.batch * a.kv_heads);
+                          const int64_t rest = i % (a.batch * a.kv_heads);
+                          kernels.forward(a, rest / a.kv_heads, rest % a.kv_heads, block, scratch);
+                        });
+  });
+}
+
+int32_t lk_attention_backward(const LkAttention* args) {
+  return guarded([&] { return backward(*args); });
+}
+
+int32_t lk_distance_forward(const LkDistance* args) {
+  const LkDistance& a = *args;
+  const DistanceKernels& kernels = isas()[a.isa].table->distance[a.dtype];
+  constexpr int64_t kPairs = 16;
+  const int64_t num_pairs = a.batch * a.num_pairs;
+  return guarded([&] {
+    return parallel_for(ceil_div(num_pairs, kPairs), a.num_threads, 0, [&](int64_t i, void*) {
+      const int64_t end = std::min((i + 1) * kPairs, num_pairs);
+      for (int64_t pair = i * kPairs; pair < end; ++pair) kernels.forward(a, pair);
+    });
+  });
+}
+
+int32_t lk_distance_backward(const LkDistance* args) {
+  return guarded([&] { return distance_backward(*args); });
+}

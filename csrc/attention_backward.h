@@ -1,0 +1,332 @@
+// Backward pass: five products per visible tile, queries outside and keys inside.
+//
+// dQ stays with its block of queries; dK and dV are added to their rows, which only one thread
+// does at a time and always in the same order (see BackwardTask).
+#pragma once
+
+#include "attention.h"
+
+namespace LK_ISA {
+
+template <class S>
+struct BackwardWorkspace {
+  using T = Compute<S>;
+  TileShape<T> shape;
+  Arena arena;
+  LaneQueries<T> lanes;
+  PanelKeys keys;
+  KeyChunk* chunk;
+  T *q_rows, *dout_rows;           // [lanes][stride]
+  T *q, *dout, *dq;                // [panel][dim][lanes of the panel]
+  T *lse, *delta;                  // [lanes]; lse in base 2
+  bool *q_finite, *dout_finite;    // [vectors]
+  T* rows;                         // [W][stride]
+  T *k, *v, *dk, *dv;              // [kChunk][stride]
+  T *p, *ds;                       // [kChunk][lanes of a panel]
+
+  BackwardWorkspace(const LkAttention& a, void* base)
+      : shape(a), arena(base), lanes(arena, shape.max_vectors), keys(arena) {
+    const int64_t num_lanes = shape.max_vectors * kLanes<T>;
+    chunk = arena.take<KeyChunk>(1);
+    q_rows = arena.take<T>(num_lanes * shape.stride);
+    dout_rows = arena.take<T>(num_lanes * shape.stride);
+    q = arena.take<T>(num_lanes * shape.padded);
+    dout = arena.take<T>(num_lanes * shape.padded);
+    dq = arena.take<T>(num_lanes * shape.padded);
+    lse = arena.take<T>(num_lanes);
+    delta = arena.take<T>(num_lanes);
+    q_finite = arena.take<bool>(shape.max_vectors);
+    dout_finite = arena.take<bool>(shape.max_vectors);
+    rows = arena.take<T>(int64_t{kLanes<T>} * shape.stride);
+    k = arena.take<T>(int64_t{kChunk} * shape.stride);
+    v = arena.take<T>(int64_t{kChunk} * shape.stride);
+    dk = arena.take<T>(int64_t{kChunk} * shape.stride);
+    dv = arena.take<T>(int64_t{kChunk} * shape.stride);
+    p = arena.take<T>(int64_t{kChunk} * kMaxVectors * kLanes<T>);
+    ds = arena.take<T>(int64_t{kChunk} * kMaxVectors * kLanes<T>);
+  }
+};
+
+// Where dK or dV of a (row, kv head) is summed: key j at base + j * stride.
+template <class T>
+struct RowSums {
+  T* base;
+  int64_t stride;
+};
+
+// Scores become P, and dP becomes dS without the softmax scale.
+template <class T, int V>
+void softmax_backward(const ScoreScale<T>& scale, const KeyMask<T>& mask, const KeyChunk& chunk,
+                      const PanelKeys& keys, const Int<T>* query, const Int<T>* position,
+                      const T* lse, const T* delta, T* p, T* ds) {
+  constexpr int W = kLanes<T>;
+  Vec<T> l[V], d[V];
+  LK_UNROLL for (int v = 0; v < V; ++v) {
+    l[v] = load(lse + v * W);
+    d[v] = load(delta + v * W);
+  }
+  for (int n = 0; n < keys.count; ++n) {
+    LK_UNROLL for (int v = 0; v < V; ++v) {
+      const int at = (n * V + v) * W;
+      Vec<T> s = load(p + at), cap = splat(T(1));
+      if (scale.cap_in != 0) {
+        const Vec<T> t = tanh<T>(s * scale.cap_in);
+        s = t * scale.cap_out;
+        cap -= t * t;
+      }
+      const Vec<T> weight = exp2<T>(s * scale.exponent - l[v]);
+      store(p + at, weight);
+      store(ds + at, weight * (load(ds + at) - d[v]) * cap);
+    }
+  }
+  if (!keys.masked) return;
+  for (int n = 0; n < keys.count; ++n) {
+    if (!keys.needs_mask[n]) continue;
+    const int32_t j = chunk.key[keys.index[n]];
+    for (int v = 0; v < V; ++v) {
+      const int at = (n * V + v) * W;
+      const IntVec<T> seen =
+          mask.visible(j, load_int<T>(query + v * W), load_int<T>(position + v * W));
+      store(p + at, seen ? load(p + at) : Vec<T>{});
+      store(ds + at, seen ? load(ds + at) : Vec<T>{});
+    }
+  }
+}
+
+template <class S, int V>
+void backward_panel(const LkAttention& a, BackwardWorkspace<S>& w,
+                    const ScoreScale<Compute<S>>& scale, const KeyMask<Compute<S>>& mask,
+                    const Panel& panel, bool k_finite) {
+  using T = Compute<S>;
+  constexpr int W = kLanes<T>;
+  const int lane = panel.first * W;
+  const Int<T>*query = w.lanes.query + lane, *position = w.lanes.position + lane;
+  const TileShape<T>& shape = w.shape;
+  const int64_t columns = int64_t{lane} * shape.padded, rows = int64_t{lane} * shape.stride;
+  PanelKeys& keys = w.keys;
+  keys.select(a, mask, *w.chunk, panel);
+  if (keys.count == 0) return;
+
+  dot_rows<T, V>(w.k, shape.stride, keys.index, keys.count, shape.dim, w.q + columns, w.p);
+  dot_rows<T, V>(w.v, shape.stride, keys.index, keys.count, shape.dim, w.dout + columns, w.ds);
+  softmax_backward<T, V>(scale, mask, *w.chunk, keys, query, position, w.lse + lane, w.delta + lane,
+                         w.p, w.ds);
+
+  if (k_finite || !keys.masked) {
+    accumulate_columns<T, V>(w.k, shape.stride, keys.index, keys.count, shape.dim, w.ds, nullptr,
+                             w.dq + columns);
+  } else {
+    accumulate_columns_masked<T>(w.k, shape.stride, keys, *w.chunk, shape.dim, w.ds, V, nullptr,
+                                 mask, query, position, w.dq + columns);
+  }
+  bool q_finite = true, dout_finite = true;
+  for (int v = panel.first; v < panel.first + V; ++v) {
+    q_finite &= w.q_finite[v];
+    dout_finite &= w.dout_finite[v];
+  }
+  const int vectors = shape.padded / W;
+  const auto add_rows = [&](bool finite, const T* weights, const T* b, T* c) {
+    if (finite || !keys.masked) {
+      accumulate_rows<T>(weights, V * W, keys.index, keys.count, vectors, b, c, shape.stride);
+    } else {
+      accumulate_rows_masked<T>(weights, V * W, keys, *w.chunk, shape.padded, b, mask, query,
+                                position, c, shape.stride);
+    }
+  };
+  add_rows(dout_finite, w.p, w.dout_rows + rows, w.dv);
+  add_rows(q_finite, w.ds, w.q_rows + rows, w.dk);
+}
+
+// Reads the queries of a block: rows for dK and dV, columns for the scores, and the statistics.
+template <class S>
+void read_queries(const LkAttention& a, int64_t row, const BlockLanes<Compute<S>>& lanes,
+                  const ScoreScale<Compute<S>>& scale, BackwardWorkspace<S>& w) {
+  using T = Compute<S>;
+  constexpr int W = kLanes<T>;
+  const TileShape<T>& shape = w.shape;
+  for (int first = 0; first < lanes.vectors; first += lanes.panel_vectors(first)) {
+    const int count = lanes.panel_vectors(first);
+    const int64_t columns = int64_t{first} * W * shape.padded;
+    for (int v = first; v < first + count; ++v) {
+      const int64_t head = lanes.head(v), query = lanes.query(v);
+      const int valid = lanes.valid(v);
+      const int64_t at = int64_t{v} * W;
+      T *q_rows = w.q_rows + at * shape.stride, *dout_rows = w.dout_rows + at * shape.stride;
+      Vec<T> q_poison = {}, dout_poison = {}, out_poison = {};
+      read_lanes<S>(a.q, row, head, query, valid, shape, q_rows, &q_poison);
+      read_lanes<S>(a.dout, row, head, query, valid, shape, dout_rows, &dout_poison);
+      read_lanes<S>(a.out, row, head, query, valid, shape, w.rows, &out_poison);
+      w.q_finite[v] = is_finite<T>(q_poison);
+      w.dout_finite[v] = is_finite<T>(dout_poison);
+
+      const int64_t stat = (row * a.heads + head) * a.seq + query;
+      for (int i = 0; i < W; ++i) {
+        Vec<T> dot = {};
+        for (int d = 0; d < shape.padded; d += W) {
+          dot += load(w.rows + i * shape.stride + d) * load(dout_rows + i * shape.stride + d);
+        }
+        const T delta = sum_lanes<T>(dot);
+        w.delta[at + i] = delta;
+        w.lse[at + i] = i < valid ? static_cast<const T*>(a.lse)[stat + i] * kLog2E<T> : T(0);
+        if (a.delta && i < valid) static_cast<T*>(a.delta)[stat + i] = delta;
+      }
+      rows_to_columns(shape, q_rows, w.q + columns + (v - first) * W, count * W);
+      rows_to_columns(shape, dout_rows, w.dout + columns + (v - first) * W, count * W);
+    }
+    for (int64_t i = 0; i < int64_t{count} * shape.padded; ++i) {
+      T* x = w.q + columns + i * W;
+      store(x, load(x) * scale.query_factor);
+      store(w.dq + columns + i * W, Vec<T>{});
+    }
+  }
+}
+
+// sums[key of n] += factor * packed[n]
+template <class T>
+void scatter_keys(const KeyChunk& chunk, const TileShape<T>& shape, const T* packed, T factor,
+                  const RowSums<T>& sums) {
+  constexpr int W = kLanes<T>;
+  for (int n = 0; n < chunk.count; ++n) {
+    T* out = sums.base + chunk.key[n] * sums.stride;
+    const T* in = packed + int64_t{n} * shape.stride;
+    int d = 0;
+    for (; d + W <= shape.dim; d += W) store(out + d, load(out + d) + load(in + d) * factor);
+    for (; d < shape.dim; ++d) out[d] += in[d] * factor;
+  }
+}
+
+template <class S>
+void backward_range(const LkAttention& a, int64_t row, int64_t kv_head, int64_t block,
+                    const BlockRange& range, BackwardWorkspace<S>& w,
+                    const RowSums<Compute<S>>& dk, const RowSums<Compute<S>>& dv) {
+  using T = Compute<S>;
+  constexpr int W = kLanes<T>;
+  const ScoreScale<T> scale(a);
+  const KeyMask<T> mask(a, row);
+  const BlockLanes<T> lanes(range);
+  w.lanes.fill(a, row, lanes);
+  read_queries<S>(a, row, lanes, scale, w);
+
+  const QueryRange queries(a, row, range.query_begin, range.query_end);
+  TileCursor cursor(a, row, block, queries);
+  while (cursor.next(w.chunk)) {
+    const bool k_finite = pack_keys<S>(a.k, row, kv_head, *w.chunk, w.shape, w.k);
+    pack_keys<S>(a.v, row, kv_head, *w.chunk, w.shape, w.v);
+    const size_t bytes = int64_t{w.chunk->count} * w.shape.stride * sizeof(T);
+    std::memset(w.dk, 0, bytes);
+    std::memset(w.dv, 0, bytes);
+    for (int first = 0; first < lanes.vectors; first += lanes.panel_vectors(first)) {
+      const Panel panel = lanes.panel(a, row, first);
+      switch (panel.vectors) {
+        case 1: backward_panel<S, 1>(a, w, scale, mask, panel, k_finite); break;
+        case 2: backward_panel<S, 2>(a, w, scale, mask, panel, k_finite); break;
+        default: backward_panel<S, kMaxVectors>(a, w, scale, mask, panel, k_finite); break;
+      }
+    }
+    scatter_keys(*w.chunk, w.shape, w.dk, T(a.scale), dk);
+    scatter_keys(*w.chunk, w.shape, w.dv, T(1), dv);
+  }
+
+  for (int first = 0; first < lanes.vectors; first += lanes.panel_vectors(first)) {
+    const int count = lanes.panel_vectors(first);
+    for (int v = first; v < first + count; ++v) {
+      write_lanes<S>(a.dq, row, lanes.head(v), lanes.query(v), lanes.valid(v), w.shape,
+                     w.dq + int64_t{first} * W * w.shape.padded + (v - first) * W, count * W,
+                     splat(T(a.scale)), w.rows);
+    }
+  }
+}
+
+template <class S>
+S* key_row(const LkTensor& x, const BackwardTask& task, int64_t key) {
+  return static_cast<S*>(x.data) + task.row * x.batch_stride + task.kv_head * x.head_stride +
+         key * x.seq_stride;
+}
+
+template <class S>
+void attention_reduce(const LkAttention& a, const BackwardTask* tasks, int64_t num_tasks,
+                      int64_t begin, int64_t end) {
+  using T = Compute<S>;
+  constexpr int W = kLanes<T>;
+  for (int64_t j = begin; j < end; ++j) {
+    for (int part = 0; part < 2; ++part) {
+      S* out = key_row<S>(part ? a.dv : a.dk, tasks[0], j);
+      for (int64_t d = 0; d < a.dim; d += W) {
+        const int width = static_cast<int>(a.dim - d < W ? a.dim - d : W);
+        Vec<T> sum = {};
+        for (const BackwardTask* task = tasks; task < tasks + num_tasks; ++task) {
+          if (j < task->key_begin || j >= task->query_end) continue;
+          const int64_t row = part * (task->query_end - task->key_begin) + j - task->key_begin;
+          sum += task->accumulators
+                     ? load_tail(static_cast<const T*>(task->accumulators) + row * a.dim + d, width)
+                     : load_tail(out + d, width);
+        }
+        store_tail(out + d, sum, width);
+      }
+    }
+  }
+}
+
+template <class S>
+void attention_backward(const LkAttention& a, const BackwardTask& task, void* scratch) {
+  using T = Compute<S>;
+  constexpr bool kInPlace = sizeof(S) == sizeof(T);
+  BackwardWorkspace<S> workspace(a, scratch);
+  const int64_t keys = task.query_end - task.key_begin;
+  RowSums<T> dk{}, dv{};
+  // A task that shares its keys with nobody may still need a wider type than dk and dv have.
+  T* sums = static_cast<T*>(task.accumulators);
+  if (!sums && !kInPlace) sums = workspace.arena.template take<T>(2 * keys * a.dim);
+  if (sums) {
+    std::memset(sums, 0, 2 * keys * a.dim * sizeof(T));
+    dk = {sums - task.key_begin * a.dim, a.dim};
+    dv = {dk.base + keys * a.dim, a.dim};
+  } else if constexpr (kInPlace) {
+    for (int64_t j = task.key_begin; j < task.query_end; ++j) {
+      std::memset(key_row<S>(a.dk, task, j), 0, a.dim * sizeof(S));
+      std::memset(key_row<S>(a.dv, task, j), 0, a.dim * sizeof(S));
+    }
+    dk = {key_row<S>(a.dk, task, 0), a.dk.seq_stride};
+    dv = {key_row<S>(a.dv, task, 0), a.dv.seq_stride};
+  }
+
+  for (int64_t q = task.query_begin; q < task.query_end;) {
+    const int64_t block = q / a.block_m, next = (block + 1) * a.block_m;
+    const int64_t end = next < task.query_end ? next : task.query_end;
+    for_block_ranges<T>(a, task.kv_head, q, end, workspace.shape.max_vectors,
+                        [&](const BlockRange& range) {
+                          backward_range<S>(a, task.row, task.kv_head, block, range, workspace, dk,
+                                            dv);
+                        });
+    q = end;
+  }
+  if (!task.accumulators && !kInPlace) {
+    BackwardTask done = task;
+    done.accumulators = sums;
+    attention_reduce<S>(a, &done, 1, task.key_begin, task.query_end);
+  }
+}
+
+// dsinks[h] = -sum over rows and queries of exp(sinks[h] - lse) * delta
+template <class S>
+void attention_sinks(const LkAttention& a, int64_t head) {
+  using T = Compute<S>;
+  const T sink = static_cast<const T*>(a.sinks)[head];
+  double sum = 0;
+  for (int64_t row = 0; row < a.batch; ++row) {
+    const int64_t at = (row * a.heads + head) * a.seq;
+    const T *lse = static_cast<const T*>(a.lse) + at, *delta = static_cast<const T*>(a.delta) + at;
+    for (int64_t i = 0; i < a.seq; ++i) {
+      // The compiler's exp may be an AVX function of libm, which is fine: it is not inlined.
+      sum -= __builtin_exp(double(sink) - double(lse[i])) * double(delta[i]);
+    }
+  }
+  static_cast<T*>(a.dsinks)[head] = static_cast<T>(sum);
+}
+
+template <class S>
+size_t backward_scratch(const LkAttention& a) {
+  return BackwardWorkspace<S>(a, nullptr).arena.size();
+}
+
+}  // namespace LK_ISA

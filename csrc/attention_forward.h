@@ -1,0 +1,200 @@
+// Forward pass: FlashAttention's online softmax over the visible tiles of a block of queries.
+#pragma once
+
+#include "attention.h"
+
+namespace LK_ISA {
+
+template <class S>
+struct ForwardWorkspace {
+  using T = Compute<S>;
+  TileShape<T> shape;
+  Arena arena;
+  LaneQueries<T> lanes;
+  PanelKeys keys;
+  KeyChunk* chunk;
+  T *q, *out;            // [panel][dim][lanes of the panel]
+  T *max, *sum, *alpha;  // [lanes]
+  T *rows;               // [W][stride]
+  T *k, *v;              // [kChunk][stride]
+  T *scores;             // [kChunk][lanes of a panel]
+
+  ForwardWorkspace(const LkAttention& a, void* base)
+      : shape(a), arena(base), lanes(arena, shape.max_vectors), keys(arena) {
+    const int64_t num_lanes = shape.max_vectors * kLanes<T>;
+    chunk = arena.take<KeyChunk>(1);
+    q = arena.take<T>(num_lanes * shape.padded);
+    out = arena.take<T>(num_lanes * shape.padded);
+    max = arena.take<T>(num_lanes);
+    sum = arena.take<T>(num_lanes);
+    alpha = arena.take<T>(kMaxVectors * kLanes<T>);
+    rows = arena.take<T>(int64_t{kLanes<T>} * shape.stride);
+    k = arena.take<T>(int64_t{kChunk} * shape.stride);
+    v = arena.take<T>(int64_t{kChunk} * shape.stride);
+    scores = arena.take<T>(int64_t{kChunk} * kMaxVectors * kLanes<T>);
+  }
+};
+
+// Soft cap and mask, where a score needs either.
+template <class T, int V>
+void finish_scores(const ScoreScale<T>& scale, const KeyMask<T>& mask, const KeyChunk& chunk,
+                   const PanelKeys& keys, const Int<T>* query, const Int<T>* position, T* scores) {
+  constexpr int W = kLanes<T>;
+  if (scale.cap_in != 0) {
+    for (int n = 0; n < keys.count * V; ++n) {
+      store(scores + n * W, tanh<T>(load(scores + n * W) * scale.cap_in) * scale.cap_out);
+    }
+  }
+  if (!keys.masked) return;
+  for (int n = 0; n < keys.count; ++n) {
+    if (!keys.needs_mask[n]) continue;
+    const int32_t j = chunk.key[keys.index[n]];
+    for (int v = 0; v < V; ++v) {
+      T* x = scores + (n * V + v) * W;
+      const IntVec<T> seen =
+          mask.visible(j, load_int<T>(query + v * W), load_int<T>(position + v * W));
+      store(x, seen ? load(x) : splat(-kInfinity<T>));
+    }
+  }
+}
+
+// Turns scores into exp(score - max), updating the running maximum and sum of each lane; alpha
+// is what the sums so far must be multiplied by.
+template <class T, int V>
+void online_softmax_update(int count, T exponent, T* scores, T* max, T* sum, T* alpha) {
+  constexpr int W = kLanes<T>;
+  // Summed per chunk: one long sum would lose a digit over a few thousand keys.
+  Vec<T> m[V], l[V] = {}, base[V];
+  LK_UNROLL for (int v = 0; v < V; ++v) m[v] = load(max + v * W);
+  for (int n = 0; n < count; ++n) {
+    LK_UNROLL for (int v = 0; v < V; ++v) m[v] = maximum(load(scores + (n * V + v) * W), m[v]);
+  }
+  LK_UNROLL for (int v = 0; v < V; ++v) {
+    const Vec<T> before = load(max + v * W);
+    // A lane that has seen nothing yet keeps a maximum of -inf, which must not meet itself.
+    base[v] = m[v] == splat(-kInfinity<T>) ? Vec<T>{} : m[v] * exponent;
+    const Vec<T> a = before == splat(-kInfinity<T>) ? Vec<T>{} : exp2<T>(before * exponent - base[v]);
+    store(alpha + v * W, a);
+    store(sum + v * W, load(sum + v * W) * a);
+    store(max + v * W, m[v]);
+  }
+  for (int n = 0; n < count; ++n) {
+    LK_UNROLL for (int v = 0; v < V; ++v) {
+      T* x = scores + (n * V + v) * W;
+      const Vec<T> p = exp2<T>(load(x) * exponent - base[v]);
+      l[v] += p;
+      store(x, p);
+    }
+  }
+  LK_UNROLL for (int v = 0; v < V; ++v) store(sum + v * W, load(sum + v * W) + l[v]);
+}
+
+template <class S, int V>
+void forward_panel(const LkAttention& a, ForwardWorkspace<S>& w, const ScoreScale<Compute<S>>& scale,
+                   const KeyMask<Compute<S>>& mask, const Panel& panel, bool v_finite) {
+  using T = Compute<S>;
+  constexpr int W = kLanes<T>;
+  const int lane = panel.first * W;
+  const Int<T>*query = w.lanes.query + lane, *position = w.lanes.position + lane;
+  T* out = w.out + int64_t{lane} * w.shape.padded;
+  w.keys.select(a, mask, *w.chunk, panel);
+  if (w.keys.count == 0) return;
+
+  dot_rows<T, V>(w.k, w.shape.stride, w.keys.index, w.keys.count, w.shape.dim,
+                 w.q + int64_t{lane} * w.shape.padded, w.scores);
+  finish_scores<T, V>(scale, mask, *w.chunk, w.keys, query, position, w.scores);
+  online_softmax_update<T, V>(w.keys.count, scale.exponent, w.scores, w.max + lane, w.sum + lane,
+                              w.alpha);
+  if (v_finite || !w.keys.masked) {
+    accumulate_columns<T, V>(w.v, w.shape.stride, w.keys.index, w.keys.count, w.shape.dim, w.scores,
+                             w.alpha, out);
+  } else {
+    accumulate_columns_masked<T>(w.v, w.shape.stride, w.keys, *w.chunk, w.shape.dim, w.scores, V,
+                                 w.alpha, mask, query, position, out);
+  }
+}
+
+template <class S>
+void forward_range(const LkAttention& a, int64_t row, int64_t kv_head, int64_t block,
+                   const BlockRange& range, ForwardWorkspace<S>& w) {
+  using T = Compute<S>;
+  constexpr int W = kLanes<T>;
+  const ScoreScale<T> scale(a);
+  const KeyMask<T> mask(a, row);
+  const BlockLanes<T> lanes(range);
+  w.lanes.fill(a, row, lanes);
+
+  for (int first = 0; first < lanes.vectors; first += lanes.panel_vectors(first)) {
+    const int count = lanes.panel_vectors(first);
+    const int64_t offset = int64_t{first} * W * w.shape.padded;
+    for (int v = first; v < first + count; ++v) {
+      Vec<T> ignored = {};
+      read_lanes<S>(a.q, row, lanes.head(v), lanes.query(v), lanes.valid(v), w.shape, w.rows,
+                    &ignored);
+      rows_to_columns(w.shape, w.rows, w.q + offset + (v - first) * W, count * W);
+      // A sink is one more score, whose value is zero.
+      const T sink = a.sinks ? static_cast<const T*>(a.sinks)[lanes.head(v)] / scale.exponent * kLog2E<T>
+                             : -kInfinity<T>;
+      store(w.max + v * W, splat(sink));
+      store(w.sum + v * W, splat(T(sink != -kInfinity<T>)));
+    }
+    for (int64_t i = 0; i < int64_t{count} * w.shape.padded; ++i) {
+      T* x = w.q + offset + i * W;
+      store(x, load(x) * scale.query_factor);
+      store(w.out + offset + i * W, Vec<T>{});
+    }
+  }
+
+  const QueryRange queries(a, row, range.query_begin, range.query_end);
+  TileCursor cursor(a, row, block, queries);
+  while (cursor.next(w.chunk)) {
+    pack_keys<S>(a.k, row, kv_head, *w.chunk, w.shape, w.k);
+    const bool v_finite = pack_keys<S>(a.v, row, kv_head, *w.chunk, w.shape, w.v);
+    for (int first = 0; first < lanes.vectors; first += lanes.panel_vectors(first)) {
+      const Panel panel = lanes.panel(a, row, first);
+      switch (panel.vectors) {
+        case 1: forward_panel<S, 1>(a, w, scale, mask, panel, v_finite); break;
+        case 2: forward_panel<S, 2>(a, w, scale, mask, panel, v_finite); break;
+        default: forward_panel<S, kMaxVectors>(a, w, scale, mask, panel, v_finite); break;
+      }
+    }
+  }
+
+  T* lse = static_cast<T*>(a.lse);
+  for (int first = 0; first < lanes.vectors; first += lanes.panel_vectors(first)) {
+    const int count = lanes.panel_vectors(first);
+    for (int v = first; v < first + count; ++v) {
+      const Vec<T> sum = load(w.sum + v * W), max = load(w.max + v * W);
+      const auto empty = sum == Vec<T>{};  // every visible score was -inf
+      const Vec<T> inverse = empty ? Vec<T>{} : T(1) / sum;
+      // NaN must survive the bit arithmetic of log2.
+      Vec<T> value = (max * scale.exponent + log2<T>(sum)) * kLn2<T>;
+      value = empty ? splat(-kInfinity<T>) : (sum == sum ? value : sum);
+      T buffer[W];
+      store(buffer, value);
+      std::memcpy(lse + (row * a.heads + lanes.head(v)) * a.seq + lanes.query(v), buffer,
+                  lanes.valid(v) * sizeof(T));
+      write_lanes<S>(a.out, row, lanes.head(v), lanes.query(v), lanes.valid(v), w.shape,
+                     w.out + int64_t{first} * W * w.shape.padded + (v - first) * W, count * W,
+                     inverse, w.rows);
+    }
+  }
+}
+
+template <class S>
+size_t forward_scratch(const LkAttention& a) {
+  return ForwardWorkspace<S>(a, nullptr).arena.size();
+}
+
+template <class S>
+void attention_forward(const LkAttention& a, int64_t row, int64_t kv_head, int64_t block,
+                       void* scratch) {
+  ForwardWorkspace<S> workspace(a, scratch);
+  const int64_t begin = block * a.block_m, end = begin + a.block_m;
+  for_block_ranges<Compute<S>>(a, kv_head, begin, end < a.seq ? end : a.seq,
+                               workspace.shape.max_vectors, [&](const BlockRange& range) {
+                                 forward_range<S>(a, row, kv_head, block, range, workspace);
+                               });
+}
+
+}  // namespace LK_ISA

@@ -1,0 +1,43 @@
+// What api.cpp asks of the kernels, which are compiled once per instruction set.
+#pragma once
+
+#include <cstddef>
+
+#include "api.h"
+
+// A range of queries of one (row, kv head) whose backward pass runs in one thread.
+//
+// dK and dV of keys key_begin .. query_end - 1 are summed in `accumulators` (dK, then dV; a row of
+// `dim` numbers of the compute type per key), or in place if that is null.
+struct BackwardTask {
+  int64_t row, kv_head, query_begin, query_end, key_begin;
+  void* accumulators;
+};
+
+struct AttentionKernels {
+  size_t sum_size;  // of a number that dK and dV are summed in
+  bool in_place;    // whether dk and dv hold such numbers
+  // Bytes of scratch a thread needs.
+  size_t (*forward_scratch)(const LkAttention&);
+  size_t (*backward_scratch)(const LkAttention&);
+  // Queries of one block of the mask, all heads that share a kv head.
+  void (*forward)(const LkAttention&, int64_t row, int64_t kv_head, int64_t block, void* scratch);
+  void (*backward)(const LkAttention&, const BackwardTask&, void* scratch);
+  // Sums the accumulators of the tasks into dk and dv of keys begin .. end - 1, in their order; on
+  // top of what the one task without accumulators, if any, has summed there in place.
+  void (*reduce)(const LkAttention&, const BackwardTask* tasks, int64_t num_tasks, int64_t begin,
+                 int64_t end);
+  void (*sinks)(const LkAttention&, int64_t head);
+};
+
+struct DistanceKernels {
+  void (*forward)(const LkDistance&, int64_t pair);
+  // The gradient row that `first_slot` and the slots linked after it point at.
+  void (*backward)(const LkDistance&, const int64_t* next, int64_t first_slot);
+};
+
+// One table per instruction set, indexed by LkDtype.
+struct KernelTable {
+  AttentionKernels attention[4];
+  DistanceKernels distance[4];
+};

@@ -1,0 +1,286 @@
+"""CPU back end of both operations: C++ kernels for AVX-512, AVX2, NEON and plain vectors.
+
+Source: FlashAttention-2, arXiv:2307.08691, in the layout that csrc/attention.h describes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llmjepa_kernels.block_mask import BlockMask
+
+LIBRARY = Path(__file__).with_name("_cpu.so")
+# Overrides the choice of instruction set, for tests and comparisons.
+ISA_VARIABLE = "LLMJEPA_CPU_ISA"
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+METRICS = {"cosine": 0, "l2": 1, "mse": 2}
+MAX_HEAD_DIM = 256
+
+
+def is_available() -> bool:
+    """Whether the compiled library is there."""
+    return LIBRARY.exists()
+
+
+def isas() -> list[str]:
+    """The instruction sets the library has kernels for and this machine can run, best first."""
+    library, names = _library(), []
+    while name := library.lk_isa_name(len(names)):
+        names.append(name.decode())
+    return names
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    *,
+    position_ids: Tensor | None,
+    window: int | None,
+    softcap: float | None,
+    softmax_scale: float,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """out, stored as (batch, seq, num_heads, head_dim), and lse (batch, num_heads, seq)."""
+    call = _AttentionCall(q, k, v, mask, position_ids, window, softcap, softmax_scale, sinks)
+    out, lse = _empty_seq_major(q), call.stats()
+    call.set(out=out, lse=lse)
+    call.run("lk_attention_forward")
+    return out, lse
+
+
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: BlockMask,
+    *,
+    position_ids: Tensor | None,
+    window: int | None,
+    softcap: float | None,
+    softmax_scale: float,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """dq, dk, dv, stored like out, and dsinks (None without sinks)."""
+    call = _AttentionCall(q, k, v, mask, position_ids, window, softcap, softmax_scale, sinks)
+    dq, dk, dv = (_empty_seq_major(x) for x in (q, k, v))
+    call.set(dout=dout, out=out, lse=lse.contiguous(), dq=dq, dk=dk, dv=dv)
+    dsinks = None
+    if sinks is not None:
+        dsinks = torch.empty_like(call.sinks)
+        call.set(delta=call.stats(), dsinks=dsinks)
+    call.run("lk_attention_backward")
+    return dq, dk, dv, None if sinks is None else dsinks.to(sinks.dtype)
+
+
+def distance_forward(hidden: Tensor, pairs: Tensor, *, metric: str) -> tuple[Tensor, Tensor]:
+    """Distance (batch, num_pairs) of each pair's rows, and what its backward needs (…, 3)."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    distance = torch.empty(pairs.shape[:2], dtype=dtype)
+    stats = torch.empty(*pairs.shape[:2], 3, dtype=dtype)
+    _run_distance("lk_distance_forward", hidden, pairs, metric, distance=distance, stats=stats)
+    return distance, stats
+
+
+def distance_backward(
+    ddistance: Tensor, hidden: Tensor, pairs: Tensor, stats: Tensor, *, metric: str
+) -> Tensor:
+    """dhidden (batch, seq, hidden_size), zero except at the pairs' rows."""
+    dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    _run_distance(
+        "lk_distance_backward",
+        hidden,
+        pairs,
+        metric,
+        ddistance=ddistance.contiguous(),
+        stats=stats.contiguous(),
+        dhidden=dhidden,
+    )
+    return dhidden
+
+
+# The structures of csrc/api.h.
+
+
+class _TensorArgument(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("batch_stride", ctypes.c_int64),
+        ("head_stride", ctypes.c_int64),
+        ("seq_stride", ctypes.c_int64),
+    )
+
+
+def _fields(kind: type, names: str) -> list[tuple[str, type]]:
+    return [(name, kind) for name in names.split()]
+
+
+class _AttentionArguments(ctypes.Structure):
+    _fields_ = (
+        *_fields(ctypes.c_int64, "batch heads kv_heads seq dim block_m block_n kv_indices_stride"),
+        *_fields(ctypes.c_void_p, "visible_until kv_offsets kv_full_start kv_indices positions"),
+        ("window", ctypes.c_int64),
+        *_fields(ctypes.c_double, "softcap scale"),
+        *_fields(ctypes.c_int32, "full_is_full dtype isa num_threads"),
+        ("sinks", ctypes.c_void_p),
+        *_fields(_TensorArgument, "q k v out"),
+        ("lse", ctypes.c_void_p),
+        *_fields(_TensorArgument, "dout dq dk dv"),
+        *_fields(ctypes.c_void_p, "delta dsinks"),
+    )
+
+
+class _DistanceArguments(ctypes.Structure):
+    _fields_ = (
+        *_fields(ctypes.c_int64, "batch seq dim num_pairs hidden_batch_stride hidden_seq_stride"),
+        *_fields(ctypes.c_void_p, "hidden pairs distance stats ddistance dhidden"),
+        *_fields(ctypes.c_int32, "metric dtype isa num_threads"),
+    )
+
+
+class _AttentionCall:
+    """Fills the arguments of a call and keeps the tensors alive that they point into."""
+
+    def __init__(self, q, k, v, mask, position_ids, window, softcap, softmax_scale, sinks):
+        batch, heads, seq, dim = q.shape
+        if dim > MAX_HEAD_DIM:
+            raise ValueError(f"head_dim must be at most {MAX_HEAD_DIM} on a CPU, got {dim}")
+        kv_indices = mask.kv_indices.contiguous()
+        self.stats_shape = (batch, heads, seq)
+        self.tensors = []
+        self.arguments = _AttentionArguments(
+            batch=batch,
+            heads=heads,
+            kv_heads=k.shape[1],
+            seq=seq,
+            dim=dim,
+            block_m=mask.block_size[0],
+            block_n=mask.block_size[1],
+            kv_indices_stride=kv_indices.shape[1],
+            window=window or 0,
+            softcap=softcap or 0.0,
+            scale=softmax_scale,
+            full_is_full=window is None or mask.window == window,
+            dtype=_dtype(q),
+            isa=_isa(),
+            num_threads=torch.get_num_threads(),
+        )
+        self.set(
+            q=q,
+            k=k,
+            v=v,
+            visible_until=mask.visible_until.contiguous(),
+            kv_offsets=mask.kv_offsets.contiguous(),
+            kv_full_start=mask.kv_full_start.contiguous(),
+            kv_indices=kv_indices,
+        )
+        if window is not None:
+            self.set(positions=position_ids.to(torch.int32).contiguous())
+        if sinks is not None:
+            self.sinks = sinks.to(torch.promote_types(q.dtype, torch.float32)).contiguous()
+            self.set(sinks=self.sinks)
+
+    def stats(self) -> Tensor:
+        """An uninitialised (batch, num_heads, seq) tensor for lse or delta."""
+        dtype = torch.float64 if self.arguments.dtype == DTYPES[torch.float64] else torch.float32
+        return torch.empty(self.stats_shape, dtype=dtype)
+
+    def set(self, **tensors: Tensor) -> None:
+        self.tensors.extend(tensors.values())
+        for name, tensor in tensors.items():
+            pointer = tensor.data_ptr()
+            if tensor.dim() == 4:
+                pointer = _TensorArgument(pointer, *tensor.stride()[:3])
+            setattr(self.arguments, name, pointer)
+
+    def run(self, function: str) -> None:
+        _check_status(getattr(_library(), function)(ctypes.byref(self.arguments)))
+
+
+def _run_distance(
+    function: str, hidden: Tensor, pairs: Tensor, metric: str, **tensors: Tensor
+) -> None:
+    pairs = pairs.contiguous()
+    batch, seq, dim = hidden.shape
+    arguments = _DistanceArguments(
+        batch=batch,
+        seq=seq,
+        dim=dim,
+        num_pairs=pairs.shape[1],
+        hidden_batch_stride=hidden.stride(0),
+        hidden_seq_stride=hidden.stride(1),
+        hidden=hidden.data_ptr(),
+        pairs=pairs.data_ptr(),
+        metric=METRICS[metric],
+        dtype=_dtype(hidden),
+        isa=_isa(),
+        num_threads=torch.get_num_threads(),
+        **{name: tensor.data_ptr() for name, tensor in tensors.items()},
+    )
+    _check_status(getattr(_library(), function)(ctypes.byref(arguments)))
+
+
+def _check_status(status: int) -> None:
+    if status != 0:
+        raise MemoryError("the CPU kernels ran out of memory for their tiles")
+
+
+def _dtype(x: Tensor) -> int:
+    if x.dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {list(DTYPES)}, got {x.dtype}")
+    return DTYPES[x.dtype]
+
+
+def _empty_seq_major(x: Tensor) -> Tensor:
+    batch, heads, seq, dim = x.shape
+    return x.new_empty(batch, seq, heads, dim).transpose(1, 2)
+
+
+def _isa() -> int:
+    name = os.environ.get(ISA_VARIABLE)
+    if not name:
+        return 0
+    if name not in isas():
+        raise ValueError(f"{ISA_VARIABLE} must be one of {isas()} on this machine, got {name!r}")
+    return isas().index(name)
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    if not is_available():
+        raise RuntimeError(
+            "impl='cpu' needs the compiled kernels, which this installation lacks; install "
+            "llmjepa_kernels where GCC or Clang is present, or use impl='reference'"
+        )
+    library = ctypes.CDLL(str(LIBRARY))
+    library.lk_isa_name.restype = ctypes.c_char_p
+    library.lk_set_parallel.argtypes = (ctypes.c_void_p,)
+    library.lk_set_parallel.restype = None
+    library.lk_set_parallel(_torch_parallel())
+    return library
+
+
+def _torch_parallel() -> int | None:
+    """Address of GOMP_parallel in the OpenMP runtime that torch itself has loaded.
+
+    The kernels link no OpenMP: a second runtime in the process would start its own threads and
+    compete with torch's. A library's handle also finds the symbols of what it depends on, so this
+    gets torch's own runtime whatever its file is called.
+    """
+    for library in Path(torch.__file__).with_name("lib").glob("libtorch_cpu.*"):
+        try:
+            function = ctypes.CDLL(str(library)).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        return ctypes.cast(function, ctypes.c_void_p).value
+    return None

@@ -1,0 +1,93 @@
+"""Builds csrc/ into one shared library that cpu.py loads with ctypes.
+
+The library depends on no Python, no torch and no OpenMP, so one wheel serves all versions of
+them, and building it takes nothing but GCC or Clang. Where that fails the package installs
+without it and uses its plain PyTorch reference on CPU tensors.
+"""
+
+import platform
+import sys
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+
+# Instruction sets of each machine: namespace, bytes and number of vector registers, flags.
+# Which of them runs is decided when the library is loaded.
+X86 = (
+    ("avx512", 64, 32, ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]),
+    ("avx2", 32, 16, ["-mavx2", "-mfma"]),
+    ("portable", 16, 16, []),
+)
+ARM = (("neon", 16, 32, []), ("portable", 16, 16, []))
+INSTRUCTION_SETS = {"x86_64": X86, "amd64": X86, "aarch64": ARM, "arm64": ARM}
+
+
+class BuildKernels(build_ext):
+    """Compiles the kernels once per instruction set and links everything into one library."""
+
+    def get_ext_filename(self, fullname):
+        return fullname.replace(".", "/") + ".so"
+
+    def get_export_symbols(self, ext):
+        return []
+
+    def run(self):
+        try:
+            super().run()
+        except Exception as error:
+            print(
+                "\n*** The CPU kernels could not be compiled; llmjepa_kernels will use plain "
+                f"PyTorch on CPU tensors.\n*** They need GCC or Clang: {error}\n",
+                file=sys.stderr,
+            )
+
+    def build_extension(self, ext):
+        machine = platform.machine().lower()
+        isas = INSTRUCTION_SETS.get(machine, (("portable", 16, 16, []),))
+        defines = [f"-DLK_WITH_{name.upper()}" for name, *_ in isas]
+        common = [source for source in ext.sources if not source.endswith("kernels.cpp")]
+        objects = self.compiler.compile(
+            common, output_dir=self.build_temp, extra_postargs=[*FLAGS, *defines]
+        )
+        for name, size, registers, flags in isas:
+            objects += self.compiler.compile(
+                ["csrc/kernels.cpp"],
+                output_dir=f"{self.build_temp}/{name}",
+                extra_postargs=[
+                    *FLAGS,
+                    *flags,
+                    f"-DLK_ISA={name}",
+                    f"-DLK_VECTOR_BYTES={size}",
+                    f"-DLK_VECTOR_REGISTERS={registers}",
+                ],
+            )
+        self.compiler.link_shared_object(
+            objects,
+            self.get_ext_fullpath(ext.name),
+            extra_postargs=["-pthread"],
+            target_lang="c++",
+        )
+
+
+class PlatformWheel(bdist_wheel):
+    """The library is tied to a platform, not to a Python."""
+
+    def get_tag(self):
+        _, _, platform_tag = super().get_tag()
+        return "py3", "none", platform_tag
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "llmjepa_kernels._cpu",
+            [f"csrc/{name}.cpp" for name in ("api", "kernels", "plan", "threads")],
+            depends=["csrc"],
+            optional=False,
+        )
+    ],
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel},
+)
