@@ -1,8 +1,8 @@
 """A built-in source of (natural language, regular expression) pairs that needs no download.
 
 Every pair is rendered twice from one random expression tree: once as English, once as a regex in
-the notation of NL-RX-SYNTH (``&`` is intersection, ``~`` complement). Each operator opens with its
-own words, so that a description has exactly one reading, and a synonym never changes the regex.
+the notation of NL-RX-SYNTH (`&` is intersection, `~` complement). Each operator opens with its own
+words, so that a description has exactly one reading, and a synonym never changes the regex.
 
 Source: the grammar of NL-RX-SYNTH, arXiv:1608.03000.
 """
@@ -12,7 +12,10 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import islice
+
+from llmjepa_kernels.regex_structure import structure
 
 SYSTEM_PROMPT = "Convert natural language to regular expression."
 SPLITS = ("train", "heldout")
@@ -41,73 +44,38 @@ class Operator:
 
     phrasings: tuple[str, ...]
     regex: str
-    arity: int
+    arity: int = 1
     idempotent: bool = False
 
 
 OPERATORS = {
-    "not": Operator(("not {0}", "anything but {0}"), "~({0})", 1),
-    "starts_with": Operator(("text starting with {0}", "text beginning with {0}"), "({0})(.*)", 1),
-    "ends_with": Operator(("text ending with {0}", "text finishing with {0}"), "(.*)({0})", 1),
-    "contains": Operator(("text containing {0}", "text including {0}"), ".*({0}).*", 1),
-    "word": Operator(("the word {0}",), r"\b({0})\b", 1),
-    "star": Operator(("zero or more of {0}", "any number of {0}"), "({0})*", 1),
-    "at_least": Operator(("{n} or more of {0}", "at least {n} of {0}"), "({0}){{{n},}}", 1),
-    "or": Operator(("either {0} or {1}",), "({0})|({1})", 2, idempotent=True),
-    "and": Operator(("both {0} and {1}",), "({0})&({1})", 2, idempotent=True),
+    "not": Operator(("not {0}", "anything but {0}"), "~({0})"),
+    "starts_with": Operator(("text starting with {0}", "text beginning with {0}"), "({0})(.*)"),
+    "ends_with": Operator(("text ending with {0}", "text finishing with {0}"), "(.*)({0})"),
+    "contains": Operator(("text containing {0}", "text including {0}"), ".*({0}).*"),
+    "word": Operator(("the word {0}",), r"\b({0})\b"),
+    "star": Operator(("zero or more of {0}", "any number of {0}"), "({0})*"),
+    "repeat": Operator(("{n} or more of {0}", "at least {n} of {0}"), "({0}){{{n},}}"),
+    "or": Operator(("either {0} or {1}",), "({0})|({1})", arity=2, idempotent=True),
+    "and": Operator(("both {0} and {1}",), "({0})&({1})", arity=2, idempotent=True),
     "followed_by": Operator(("first {0} then {1}", "first {0} before {1}"), "({0}).*({1})", 2),
 }
 _REPETITIONS = range(2, 8)
 
 
-@dataclass(frozen=True)
-class Expression:
-    """A node of an expression tree; a leaf has no operator.
-
-    Attributes:
-        text: The English of the whole subtree.
-        regex: The regular expression of the whole subtree.
-        operator: A key of ``OPERATORS``, or None for a character class or a string.
-        operands: The subtrees, in reading order.
-    """
-
-    text: str
-    regex: str
-    operator: str | None = None
-    operands: tuple[Expression, ...] = ()
-
-    @property
-    def depth(self) -> int:
-        """Operators on the longest way to a leaf; 0 for a leaf."""
-        return 1 + max(child.depth for child in self.operands) if self.operator else 0
-
-    def operators(self) -> list[str]:
-        """Every operator of the tree, with repetitions, in reading order."""
-        own = [self.operator] if self.operator else []
-        return own + [name for child in self.operands for name in child.operators()]
-
-    def operator_pairs(self) -> set[str]:
-        """``"outer>inner"`` for every operator that is directly inside another one."""
-        pairs = {f"{self.operator}>{child.operator}" for child in self.operands if child.operator}
-        return pairs.union(*(child.operator_pairs() for child in self.operands))
-
-
-def random_expression(rng: random.Random, depth: int) -> Expression:
-    """Draws a tree of exactly the given depth: a uniform operator at every inner node."""
+def random_expression(rng: random.Random, depth: int) -> tuple[str, str]:
+    """Text and regex of a random tree of exactly this depth; all operators are equally likely."""
     if depth == 0:
-        text = rng.choice(list(_LEAVES))
-        return Expression(text, _LEAVES[text])
-    name = rng.choice(list(OPERATORS))
-    operator = OPERATORS[name]
+        return rng.choice(list(_LEAVES.items()))
+    operator = rng.choice(list(OPERATORS.values()))
     depths = [depth - 1, *(rng.randrange(depth) for _ in range(operator.arity - 1))]
     rng.shuffle(depths)
-    operands = tuple(random_expression(rng, operand_depth) for operand_depth in depths)
-    if operator.idempotent and operands[0].regex == operands[1].regex:
+    operands = [random_expression(rng, operand_depth) for operand_depth in depths]
+    texts, regexes = zip(*operands, strict=True)
+    if operator.idempotent and regexes[0] == regexes[1]:
         return random_expression(rng, depth)
     n = rng.choice(_REPETITIONS)
-    text = rng.choice(operator.phrasings).format(*(child.text for child in operands), n=n)
-    regex = operator.regex.format(*(child.regex for child in operands), n=n)
-    return Expression(text, regex, name, operands)
+    return rng.choice(operator.phrasings).format(*texts, n=n), operator.regex.format(*regexes, n=n)
 
 
 def split_of(regex: str) -> str:
@@ -129,14 +97,13 @@ def samples(
         seed: Equal seeds give equal streams, on every machine.
         split: ``"train"`` or ``"heldout"``; see ``split_of``.
         min_depth: Least nesting depth; 0 is a bare character class or string.
-        max_depth: Greatest nesting depth. Depths are drawn uniformly, as long as a
-            depth has new texts.
+        max_depth: Greatest nesting depth. Depths are drawn uniformly, as long as each has new
+            texts.
     Yields:
-        ``messages`` ([system, user, assistant], as in a JSONL line), ``depth`` (int), ``operators``
-        (list of names) and ``operator_pairs`` (sorted list of ``"outer>inner"``).
+        ``messages`` ([system, user, assistant], as in a JSONL line) and what ``structure`` says of
+        the regex: ``depth``, ``operators``, ``operator_pairs``.
     Raises:
-        ValueError: An argument is out of range, or the stream has run dry because the depth admits
-            no further text.
+        ValueError: An argument is out of range, or the depths admit no further text.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
@@ -148,38 +115,32 @@ def samples(
     return _stream(random.Random(seed), split, min_depth, max_depth)
 
 
+def generate(
+    count: int, *, seed: int = 0, split: str = "train", min_depth: int = 1, max_depth: int = 2
+) -> list[dict]:
+    """The first ``count`` of ``samples`` with the same arguments."""
+    if count < 0:
+        raise ValueError(f"count must not be negative, got {count}")
+    stream = samples(seed=seed, split=split, min_depth=min_depth, max_depth=max_depth)
+    return list(islice(stream, count))
+
+
 def _stream(rng: random.Random, split: str, min_depth: int, max_depth: int) -> Iterator[dict]:
     seen: set[str] = set()
     misses = 0
     while misses < 100_000:
-        expression = random_expression(rng, rng.randint(min_depth, max_depth))
-        text = f"{rng.choice(_OPENINGS)} {expression.text}"
-        if text in seen or split_of(expression.regex) != split:
+        expression, regex = random_expression(rng, rng.randint(min_depth, max_depth))
+        text = f"{rng.choice(_OPENINGS)} {expression}"
+        if text in seen or split_of(regex) != split:
             misses += 1
             continue
         misses = 0
         seen.add(text)
-        yield {
-            "messages": [
-                {"role": "system", "content": SYSTEM_PROMPT},
-                {"role": "user", "content": text},
-                {"role": "assistant", "content": expression.regex},
-            ],
-            "depth": expression.depth,
-            "operators": expression.operators(),
-            "operator_pairs": sorted(expression.operator_pairs()),
-        }
+        turns = {"system": SYSTEM_PROMPT, "user": text, "assistant": regex}
+        messages = [{"role": role, "content": content} for role, content in turns.items()]
+        made_of = {k: v if k == "depth" else list(v) for k, v in asdict(structure(regex)).items()}
+        yield {"messages": messages, **made_of}
     raise ValueError(
         f"depth {min_depth} to {max_depth} gives only about {len(seen)} different {split} texts: "
         "ask for fewer samples or a greater max_depth"
     )
-
-
-def generate(
-    count: int, *, seed: int = 0, split: str = "train", min_depth: int = 1, max_depth: int = 2
-) -> list[dict]:
-    """The first ``count`` elements of ``samples`` with the same arguments."""
-    if count < 0:
-        raise ValueError(f"count must not be negative, got {count}")
-    stream = samples(seed=seed, split=split, min_depth=min_depth, max_depth=max_depth)
-    return [next(stream) for _ in range(count)]
