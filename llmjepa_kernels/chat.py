@@ -78,16 +78,21 @@ def chat_example(
     labels = _labels(chat, supervise)
 
     segments = [Segment(chat.input_ids, labels=labels)]
-    text_view = None
-    if layout == "shared":
-        end = _text_end(chat, text)
-        if end is not None:
-            ids = chat.input_ids
-            text_view = _View(ids[:end], chat.spans[-2][0], segment=0)
-            segments = _split(ids, labels, end)
-    if text_view is None:
-        text_view = _lone_turn(tokenizer, "user", contents[-2], text, template_kwargs)
-    code_view = _lone_turn(tokenizer, "assistant", contents[-1], code, template_kwargs)
+    end = _text_end(chat, text) if layout == "shared" else None
+    appended = bool(pred_ids) and pred_position == "append"
+
+    def lone_turn(role: str, name: str, content: str | None, default: str) -> _View:
+        if content is not None:
+            check_content(content, name)
+        turn = _turn(tokenizer, (role,), [default if content is None else content], template_kwargs)
+        return _lone_view(tokenizer, turn, appended)
+
+    if end is None:
+        text_view = lone_turn("user", "text", text, contents[-2])
+    else:
+        text_view = _View(chat.input_ids[:end], chat.spans[-2][0], segment=0)
+        segments = _split(chat.input_ids, labels, end)
+    code_view = lone_turn("assistant", "code", code, contents[-1])
     return _link(segments, text_view, code_view, direction, pred_position, pred_ids)
 
 
@@ -451,19 +456,15 @@ def _text_end(chat: _Turn, text: str | None) -> int | None:
     return last if chat.text[start:end] == text.strip() and not beyond.strip() else None
 
 
-def _lone_turn(
-    tokenizer,
-    role: str,
-    content: str,
-    override: str | None,
-    template_kwargs: Mapping[str, Any] | None,
-) -> _View:
-    """A turn alone through the template, up to its last content token."""
-    if override is not None:
-        check_content(override, "text" if role == "user" else "code")
-        content = override
-    turn = _turn(tokenizer, (role,), [content], template_kwargs)
-    start, stop = turn.spans[0]
+def _lone_view(tokenizer, turn: _Turn, pred_follows: bool) -> _View:
+    """A turn alone, up to its last content token.
+
+    A [PRED] written right behind the content would keep what the template writes there out of the
+    content's last token, so it is kept out here too.
+    """
+    (start, stop), end = turn.spans[0], turn.char_spans[0][1]
+    if pred_follows and turn.offsets[stop - 1][1] > end:
+        return _View(_encode(tokenizer, turn.text[:end]), start)
     return _View(turn.input_ids[:stop], start)
 
 

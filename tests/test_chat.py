@@ -125,6 +125,29 @@ SMOLLM2 = (
     "+ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+GEMMA3 = (
+    "{{ bos_token }}{%- if messages[0]['role'] == 'system' -%}"
+    "{%- set first_user_prefix = messages[0]['content'] + '\n\n' -%}"
+    "{%- set loop_messages = messages[1:] -%}{%- else -%}{%- set first_user_prefix = '' -%}"
+    "{%- set loop_messages = messages -%}{%- endif -%}{%- for message in loop_messages -%}"
+    "{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/...') }}{%- endif -%}"
+    "{%- if message['role'] == 'assistant' -%}{%- set role = 'model' -%}{%- else -%}"
+    "{%- set role = message['role'] -%}{%- endif -%}"
+    "{{ '<start_of_turn>' + role + '\n' + (first_user_prefix if loop.first else '') }}"
+    "{{ message['content'] | trim }}{{ '<end_of_turn>\n' }}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<start_of_turn>model\n' }}{%- endif -%}"
+)
+R1 = (
+    "{% set ns = namespace(system_prompt='') %}{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{% set ns.system_prompt = message['content'] %}"
+    "{% endif %}{% endfor %}{{ bos_token }}{{ ns.system_prompt }}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ '<|User|>' + message['content'] }}"
+    "{% elif message['role'] == 'assistant' %}{% set content = message['content'] %}"
+    "{% if '</think>' in content %}{% set content = content.split('</think>')[-1] %}{% endif %}"
+    "{{ '<|Assistant|>' + content + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|Assistant|><think>\n' }}{% endif %}"
+)
 LLAMA2 = (
     "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
     "{% set system_message = messages[0]['content'] %}{% else %}"
@@ -157,6 +180,20 @@ SPANS = {
         "<end_of_turn>\n<start_of_turn>model\nANS<end_of_turn>\n",
         "ANS<end_of_turn>",
         "<s><start_of_turn>user\nANS",
+    ),
+    "gemma3": (
+        GEMMA3,
+        "<s><start_of_turn>user\nSYS\n\nASK?",
+        "<end_of_turn>\n<start_of_turn>model\nANS<end_of_turn>\n",
+        "ANS<end_of_turn>",
+        "<s><start_of_turn>user\nANS",
+    ),
+    "r1": (
+        R1,
+        "<s>SYS<|User|>ASK?",
+        "<|Assistant|>ANS</s>",
+        "ANS</s>",
+        "<s><|Assistant|>ANS",
     ),
     "olmo2": (
         OLMO2,
@@ -199,6 +236,8 @@ SPANS = {
 USER_ALONE = {
     "llama3": SPANS["llama3"][4].replace("assistant", "user").replace("ANS", "ASK?"),
     "gemma2": "<s><start_of_turn>user\nASK?",
+    "gemma3": "<s><start_of_turn>user\nASK?",
+    "r1": "<s><|User|>ASK?",
     "olmo2": "<s><|user|>\nASK?",
     "qwen2.5": "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful "
     "assistant.<|im_end|>\n<|im_start|>user\nASK?",
@@ -208,8 +247,8 @@ USER_ALONE = {
     "llama2": "<s>[INST] ASK?",
 }
 KWARGS = {"llama3": {"date_string": "1 May 2025"}}
-SPECIAL = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>"]
-SPECIAL += ["<end_of_turn>", "<|im_start|>", "<|im_end|>", "<|pred|>", "<|sep|>"]
+SPECIAL = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>", "<|User|>"]
+SPECIAL += ["<end_of_turn>", "<|im_start|>", "<|im_end|>", "<|pred|>", "<|sep|>", "<|Assistant|>"]
 CORPUS = [name for spans in SPANS.values() for name in spans[1:]] * 2
 CORPUS += [
     " x x",
@@ -293,7 +332,7 @@ def decode(tokenizer, ids):
     return tokenizer.decode([i for i in ids if i != -100])
 
 
-PRED = 10
+PRED = 3 + SPECIAL.index("<|pred|>")
 CHAT = turns("SYS", "ASK?", "ANS")
 
 
@@ -337,8 +376,7 @@ def test_official_layout(family, kind):
     chat, user, pred, target = example.segments
     assert decode(tokenizer, chat.input_ids) == text + rest
     assert decode(tokenizer, chat.labels).strip() == supervised.strip()
-    end = "\n" if family == "olmo2" and kind == "punctuation_newline" else ""
-    assert decode(tokenizer, user.input_ids) == USER_ALONE[family] + end
+    assert decode(tokenizer, user.input_ids) == USER_ALONE[family]
     assert decode(tokenizer, target.input_ids) == code
     assert list(pred.input_ids) == [PRED, PRED + 1]
     assert [segment.parent for segment in example.segments] == [None, None, 1, None]
@@ -420,6 +458,22 @@ def test_without_pred_tokens_the_last_content_tokens_are_compared():
         predictor, target = batch["view_pairs"][0, 0].tolist()
         assert tokenizer.decode(batch["input_ids"][0, predictor]) == "?"
         assert "ANS".endswith(tokenizer.decode(batch["input_ids"][0, target]))
+
+
+def test_a_token_of_content_and_template_belongs_to_the_content():
+    tokenizer = get_tokenizer(OLMO2, "punctuation_newline")
+    for layout, pred_ids, text in (
+        ("shared", [], "<s><|system|>\nSYS\n<|user|>\nASK?\n"),
+        ("shared", [PRED], "<s><|system|>\nSYS\n<|user|>\nASK?\n"),
+        ("official", [], "<s><|user|>\nASK?\n"),
+        ("official", [PRED], "<s><|user|>\nASK?"),  # as "ASK?<|pred|>\n" is tokenized
+    ):
+        example = chat_example(CHAT, tokenizer, layout=layout, pred_ids=pred_ids)
+        view = example.segments[layout == "official"]
+        assert decode(tokenizer, view.input_ids) == text
+    asked = turns("ASK?" + tokenizer.decode(PRED), "ANS")
+    written = tokenizer.apply_chat_template(asked[:1])["input_ids"]
+    assert written[: len(view.input_ids) + 1] == [*view.input_ids, PRED]
 
 
 @pytest.mark.parametrize("layout", ["shared", "official"])

