@@ -69,9 +69,11 @@ def chat_example(
         ValueError: The messages are malformed, an option is unknown, the tokenizer is not fast or
             has no chat template, or the template does not keep each content in one piece.
     """
-    _check_options(layout=layout, direction=direction, pred_position=pred_position)
-    _check_options(supervise=supervise)
+    _check_options(
+        layout=layout, direction=direction, pred_position=pred_position, supervise=supervise
+    )
     check_messages(messages)
+    pred_ids = list(pred_ids)
     contents = [message["content"] for message in messages]
     roles = tuple(message["role"] for message in messages)
     chat = _turn(tokenizer, roles, contents, template_kwargs)
@@ -79,7 +81,7 @@ def chat_example(
 
     segments = [Segment(chat.input_ids, labels=labels)]
     end = _text_end(chat, text) if layout == "shared" else None
-    appended = bool(pred_ids) and pred_position == "append"
+    appended = len(pred_ids) > 0 and pred_position == "append"
 
     def lone_turn(role: str, name: str, content: str | None, default: str) -> _View:
         if content is not None:
@@ -122,6 +124,7 @@ def plain_example(
     """
     _check_options(direction=direction, pred_position=pred_position, supervise=supervise)
     check_messages(messages)
+    pred_ids = list(pred_ids)
     prompt = plain_prompt(messages, tokenizer, separator_id=separator_id)
     if tokenizer.eos_token_id is None:
         raise ValueError("the plain format needs a tokenizer with an EOS token")
@@ -255,7 +258,7 @@ def _link(
     code: _View,
     direction: str,
     pred_position: str,
-    pred_ids: Sequence[int],
+    pred_ids: list[int],
 ) -> Example:
     """Adds the views and [PRED] segments that the pairs need to the segments of the chat."""
     pairs = []
@@ -276,7 +279,7 @@ def _link(
         else:
             predictor = index_of(source)
             if pred_ids:
-                predictor = add(list(pred_ids), predictor)
+                predictor = add(pred_ids, predictor)
         pairs.append((predictor, index_of(target)))
 
     if direction != "code_to_text":
