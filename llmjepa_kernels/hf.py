@@ -416,7 +416,7 @@ def _dense(
         seen = mask[:, 0] == 0
         if not (seen | (mask[:, 0] <= HIDDEN)).all():
             raise ValueError(
-                "attention_mask must be bool, or 0 where visible and −10⁴ or less elsewhere, with "
+                "attention_mask must be bool, or 0 where visible and -1e4 or less elsewhere, with "
                 "soft cap or sinks; got other values"
             )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -86,7 +86,9 @@ def tiny_model(
     model_type, own = FAMILIES[family]
     config = CONFIG_MAPPING[model_type](**{**COMMON, **own, **options})
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", experts_implementation="eager"
+    )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
