@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Trainer
+from transformers.trainer_callback import ProgressCallback
 
 from llmjepa_kernels.chat import LAYOUTS, chat_example, without_views
 from llmjepa_kernels.hf import patch_model, patched_impl
@@ -65,9 +66,8 @@ class LLMJEPACollator:
                 sum is how many tokens plain fine-tuning on the same chats takes, unpadded.
         """
         examples = [self.example(feature) for feature in features]
-        chats = [without_views(example) for example in examples]
         batch = pack(
-            examples if self.views else chats,
+            examples if self.views else [without_views(example) for example in examples],
             self.max_length,
             share_prefixes=self.share_prefixes,
             pad_token_id=getattr(self.tokenizer, "pad_token_id", None) or 0,
@@ -75,7 +75,7 @@ class LLMJEPACollator:
         )
         batch["supervised"] = supervised_positions(batch["labels"])
         batch["sft_tokens"] = torch.zeros(len(batch["input_ids"]), dtype=torch.int64)
-        batch["sft_tokens"][0] = sum(len(s.input_ids) for chat in chats for s in chat.segments)
+        batch["sft_tokens"][0] = sum(map(chat_tokens, examples))
         return batch
 
     def example(self, feature: Example | Mapping[str, Any]) -> Example:
@@ -100,6 +100,11 @@ class LLMJEPACollator:
         )
 
 
+def chat_tokens(example: Example) -> int:
+    """Tokens of an example without its views: what plain fine-tuning takes for it."""
+    return sum(len(segment.input_ids) for segment in without_views(example).segments)
+
+
 class LLMJEPATrainer(Trainer):
     """Trains with ``ntp_loss + jepa_weight * jepa_loss``, one forward pass per batch.
 
@@ -117,8 +122,9 @@ class LLMJEPATrainer(Trainer):
       without padding or prefix sharing: what plain fine-tuning on them takes.
 
     Evaluation gives ``eval_loss``, ``eval_ntp_loss``, ``eval_jepa_loss`` and ``eval_cosine`` as
-    means over the whole set. Rows differ in shape and the head runs on supervised tokens only,
-    so there are no predictions: `predict` returns the same metrics.
+    means over the whole set. Without any pair there is neither ``jepa_loss`` nor ``cosine``. Rows
+    differ in shape and the head runs on supervised tokens only, so there are no predictions:
+    `predict` returns the same metrics.
 
     Args:
         model, args, data_collator, *other, **more: As in `Trainer`. A model that is not patched
@@ -175,7 +181,7 @@ class LLMJEPATrainer(Trainer):
                 raise ValueError(f"LLMJEPATrainer does not support {name}, got {given!r}")
 
     def _reset_train_sums(self) -> None:
-        self._train_sums = torch.zeros(5)  # ntp_loss, jepa_loss, cosine, tokens, sft_tokens
+        self._train_sums = torch.zeros(6)  # ntp_loss, jepa_loss, cosine, pairs, tokens, sft
         self._updates = 0
         self._started: float | None = None
 
@@ -212,8 +218,9 @@ class LLMJEPATrainer(Trainer):
             sft = tokens if sft_tokens is None else sft_tokens.sum()
             shares = [outputs.ntp_loss, outputs.jepa_loss, outputs.cosine]
             shares = [scale * share.detach() for share in shares]
-            values = [torch.as_tensor(x, device=loss.device) for x in (*shares, tokens, sft)]
-            self._train_sums = self._train_sums.to(loss.device) + torch.stack(values)
+            values = (*shares, outputs.num_pairs, tokens, sft)
+            values = torch.stack([torch.as_tensor(x, device=loss.device) for x in values])
+            self._train_sums = self._train_sums.to(loss.device) + values
         return (loss, outputs) if return_outputs else loss
 
     def _loss_scale(self) -> int:
@@ -226,13 +233,13 @@ class LLMJEPATrainer(Trainer):
         """Adds what was summed up since the last log to the log of the loss."""
         if "loss" in logs and self._updates:
             sums = self.accelerator.reduce(self._train_sums, reduction="mean") / self._updates
-            ntp_loss, jepa_loss, cosine, tokens, sft_tokens = sums.tolist()
+            ntp_loss, jepa_loss, cosine, pairs, tokens, sft_tokens = sums.tolist()
             tokens_per_step = tokens * self.accelerator.num_processes // self.get_tp_size()
             seconds = time.perf_counter() - self._started
+            logs["ntp_loss"] = ntp_loss
+            if pairs:
+                logs |= {"jepa_loss": jepa_loss, "cosine": cosine}
             logs |= {
-                "ntp_loss": ntp_loss,
-                "jepa_loss": jepa_loss,
-                "cosine": cosine,
                 "tokens_per_step": tokens_per_step,
                 "tokens_per_second": tokens_per_step * self._updates / seconds,
                 "relative_cost": tokens / sft_tokens,
@@ -260,12 +267,10 @@ class LLMJEPATrainer(Trainer):
         sums = self.accelerator.reduce(self._eval_sums, reduction="sum")
         ntp_loss, jepa_loss, cosine, items, pairs = sums.tolist()
         ntp_loss, jepa_loss = ntp_loss / max(items, 1), jepa_loss / max(pairs, 1)
-        metrics = {
-            "loss": ntp_loss + self.loss_options["jepa_weight"] * jepa_loss,
-            "ntp_loss": ntp_loss,
-            "jepa_loss": jepa_loss,
-            "cosine": cosine / max(pairs, 1),
-        }
+        loss = ntp_loss + self.loss_options["jepa_weight"] * jepa_loss
+        metrics = {"loss": loss, "ntp_loss": ntp_loss}
+        if pairs:
+            metrics |= {"jepa_loss": jepa_loss, "cosine": cosine / pairs}
         output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in metrics.items()})
         if self._started is not None:
             self._started += time.perf_counter() - paused  # not time spent on training
@@ -278,3 +283,15 @@ def _is_patched(model) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+class ProgressBar(ProgressCallback):
+    """Trainer's progress bar, with the latest losses on it instead of a line for each log."""
+
+    SHOWN = ("loss", "ntp_loss", "jepa_loss", "cosine", "tokens_per_second")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and self.training_bar is not None:
+            shown = {key: f"{logs[key]:.4g}" for key in self.SHOWN if key in logs}
+            if shown:
+                self.training_bar.set_postfix(shown, refresh=False)

@@ -1,0 +1,458 @@
+"""`llmjepa train`: fine-tunes or pretrains with LLM-JEPA, by default on built-in data."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from llmjepa_kernels.packing import Example
+
+# Transformers takes seconds to import: everything that needs it is imported when it is needed,
+# so that --help and mistakes in the options answer at once.
+
+DESCRIPTION = """\
+Trains a language model with next-token loss + λ · JEPA loss, in one forward pass per batch.
+
+Without options it makes pairs of English and regular expressions, trains a small Llama from random
+weights on them, once with next-token loss alone and once with LLM-JEPA, and compares the two on
+held-out pairs: about three minutes on two cores.
+"""
+EPILOG = """\
+Every other option of transformers.TrainingArguments is accepted as well, for example
+--weight-decay 0.01 --lr-scheduler-type linear --gradient-checkpointing True --save-steps 200.
+
+examples:
+  llmjepa train
+  llmjepa train --model meta-llama/Llama-3.2-1B-Instruct --data train.jsonl --eval-data test.jsonl
+  llmjepa train --model SmolLM2-135M-Instruct.Q4_1.gguf --data train.jsonl --lora-rank 64
+  torchrun --nproc-per-node 8 -m llmjepa_kernels.train train --model Qwen/Qwen3-1.7B --data a.jsonl
+"""
+
+# Options of TrainingArguments that differ from its own defaults.
+COMMON = {
+    "lr_scheduler_type": "cosine",
+    "logging_steps": 0.02,  # 50 points, however long the training
+    "report_to": "none",
+    "use_cache": True,  # of the saved checkpoint; training never uses it
+}
+SCRATCH = {
+    "learning_rate": 2e-3,
+    "num_train_epochs": 6.0,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 64,
+    "warmup_steps": 0.05,
+    "save_strategy": "no",  # of intermediate checkpoints
+}
+FINE_TUNE = {
+    "learning_rate": 2e-5,
+    "num_train_epochs": 4.0,
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 16,
+    "warmup_steps": 0.03,
+}
+TRAIN_SAMPLES, EVAL_SAMPLES = 4000, 200
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The ``llmjepa`` command; returns its exit status."""
+    parser = argparse.ArgumentParser("llmjepa", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser(
+        "train",
+        help="train with LLM-JEPA",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_arguments(train)
+    args, rest = parser.parse_known_args(argv)
+    try:
+        job = Job(args, rest)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"llmjepa train: error: {error}", file=sys.stderr)
+        return 2
+    job.run()
+    return 0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``llmjepa train``."""
+    data = parser.add_argument_group("model and data")
+    data.add_argument(
+        "--model",
+        metavar="NAME",
+        help="model of the Hugging Face hub, directory or .gguf file (default: a small Llama from "
+        "random weights, with a tokenizer trained on the data)",
+    )
+    data.add_argument(
+        "--data",
+        metavar="FILE",
+        help='JSONL, a line being {"messages": [{"role": "system", "content": …}, user, '
+        'assistant]}; "text" and "code" may give other views (default: built-in pairs of English '
+        "and regular expressions)",
+    )
+    data.add_argument("--eval-data", metavar="FILE", help="the same, held out")
+    data.add_argument(
+        "--train-samples",
+        type=int,
+        metavar="N",
+        help=f"train on the first N (default: all of --data, {TRAIN_SAMPLES} built-in ones)",
+    )
+    data.add_argument(
+        "--eval-samples",
+        type=int,
+        metavar="N",
+        default=EVAL_SAMPLES,
+        help="evaluate on the first N held-out ones (default: %(default)s)",
+    )
+    data.add_argument(
+        "--max-length",
+        type=int,
+        metavar="N",
+        help="tokens in a packed row at most (default: one row per batch, without padding)",
+    )
+    data.add_argument(
+        "--no-share-prefixes",
+        dest="share_prefixes",
+        action="store_false",
+        help="store every copy of a common prefix, such as the system prompt",
+    )
+
+    objective = parser.add_argument_group("objective")
+    objective.add_argument(
+        "--layout",
+        choices=("shared", "official"),
+        default="shared",
+        help="shared: the Text view is the prefix of the chat; official: the authors' three "
+        "sequences (default: %(default)s)",
+    )
+    objective.add_argument(
+        "--num-pred-tokens",
+        type=int,
+        metavar="K",
+        default=1,
+        help="[PRED] tokens after the Text (default: %(default)s)",
+    )
+    objective.add_argument(
+        "--jepa-weight",
+        type=float,
+        metavar="λ",
+        default=1.0,
+        help="weight of the JEPA loss (default: %(default)s)",
+    )
+    objective.add_argument(
+        "--metric",
+        choices=("cosine", "l2", "mse", "infonce"),
+        default="cosine",
+        help="distance of prediction and Code view (default: %(default)s)",
+    )
+    objective.add_argument(
+        "--temperature",
+        type=float,
+        metavar="T",
+        default=0.07,
+        help="of infonce (default: %(default)s)",
+    )
+    objective.add_argument(
+        "--compare",
+        action=argparse.BooleanOptionalAction,
+        help="train with next-token loss alone as well (default: only without --model)",
+    )
+
+    training = parser.add_argument_group("training")
+    training.add_argument(
+        "--lora-rank",
+        type=int,
+        metavar="R",
+        help="train LoRA of all attention and MLP projections, alpha 2R (default: all weights)",
+    )
+    for option, destination, kind, metavar in (
+        ("--epochs", "num_train_epochs", float, "N"),
+        ("--batch-size", "per_device_train_batch_size", int, "N"),
+        ("--learning-rate", "learning_rate", float, "LR"),
+    ):
+        training.add_argument(
+            option,
+            dest=destination,
+            type=kind,
+            metavar=metavar,
+            help=f"default: {FINE_TUNE[destination]:g} with --model, else {SCRATCH[destination]:g}",
+        )
+    training.add_argument(
+        "--max-steps", type=int, metavar="N", help="stop after N updates, whatever --epochs says"
+    )
+    training.add_argument(
+        "--gradient-accumulation-steps",
+        type=int,
+        metavar="N",
+        default=1,
+        help="batches that make up an update (default: %(default)s)",
+    )
+    training.add_argument(
+        "--bf16", action="store_true", help="bfloat16 autocast; weights stay in float32"
+    )
+    training.add_argument(
+        "--seed",
+        type=int,
+        default=42,
+        help="of weights, data order and built-in data (default: %(default)s)",
+    )
+    training.add_argument(
+        "--output-dir",
+        metavar="DIR",
+        type=Path,
+        default=Path("outputs/train"),
+        help="gets a checkpoint per run, report.txt, report.png and report.json "
+        "(default: %(default)s)",
+    )
+
+
+class Job:
+    """One ``llmjepa train``: checks and loads everything at first, then trains.
+
+    Raises:
+        ValueError: An option or a sample is wrong.
+        OSError: A file or a model is not there.
+        ImportError: A package of the ``train`` extra is missing; says how to install it.
+    """
+
+    def __init__(self, args: argparse.Namespace, rest: list[str]):
+        self.args, self.rest = args, rest
+        self._check_options()
+        self._training_arguments("check")
+        self.train_samples, self.eval_samples = self._samples()
+        self._built = self._build()
+        self.train_examples = self._examples(self.train_samples, args.data)
+        self.eval_examples = self._examples(self.eval_samples, args.eval_data)
+
+    def run(self) -> None:
+        """Trains, evaluates and saves each model, and reports on them together."""
+        from llmjepa_kernels.report import write_report
+
+        names = ["NTP only", "LLM-JEPA"] if self.args.compare else ["LLM-JEPA"]
+        runs = []
+        for name in names:
+            print(f"\n{name}", flush=True)
+            runs.append(self._run(name, views=name == "LLM-JEPA"))
+        if None not in runs:  # in the main process
+            print("\n" + write_report(runs, self.args.output_dir))
+            print(f"Checkpoints, report.txt, report.json and report.png: {self.args.output_dir}/")
+
+    def _check_options(self) -> None:
+        args = self.args
+        modules = ["transformers", "accelerate", "tokenizers", "matplotlib", "rich"]
+        modules += ["peft"] * (args.lora_rank is not None)
+        modules += ["gguf"] * (args.model or "").endswith(".gguf")
+        for module in modules:
+            if importlib.util.find_spec(module) is None:
+                raise ImportError(
+                    f"the package {module} is missing: pip install 'llmjepa_kernels[train]'"
+                )
+        for name in ("train_samples", "eval_samples", "max_length", "lora_rank"):
+            value = getattr(args, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        if args.num_pred_tokens < 0:
+            raise ValueError(f"--num-pred-tokens must be 0 or more, got {args.num_pred_tokens}")
+        if args.compare is None:
+            args.compare = args.model is None
+
+    def _training_arguments(self, directory: str):
+        """Transformers' options of one run: this module's defaults, its options, all others."""
+        import torch
+        from transformers import HfArgumentParser, TrainingArguments
+
+        args = self.args
+        parser = HfArgumentParser(TrainingArguments, allow_abbrev=False)
+        parser.set_defaults(**COMMON, **(FINE_TUNE if args.model else SCRATCH))
+        parser.set_defaults(use_cpu=not (torch.cuda.is_available() or torch.xpu.is_available()))
+        known = {action.dest for action in parser._actions}
+        given = {k: v for k, v in vars(args).items() if k in known and v is not None}
+        parser.set_defaults(**given | {"output_dir": str(args.output_dir / directory)})
+        parsed, unknown = parser.parse_args_into_dataclasses(
+            self.rest, return_remaining_strings=True, look_for_args_file=False
+        )
+        if unknown:
+            raise ValueError(f"unknown options {' '.join(unknown)}: see llmjepa train --help")
+        return parsed
+
+    def _samples(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """The chats to train on and to evaluate with."""
+        from llmjepa_kernels import data, grammar
+
+        args = self.args
+        if args.data is not None:
+            train = list(islice(data.read_chats(args.data), args.train_samples))
+        else:
+            train = grammar.generate(args.train_samples or TRAIN_SAMPLES, seed=args.seed)
+        if not train:
+            raise ValueError(f"--data {args.data} has no samples")
+        held_out = []
+        if args.eval_data is not None:
+            held_out = list(islice(data.read_chats(args.eval_data), args.eval_samples))
+        elif args.data is None:
+            held_out = grammar.generate(args.eval_samples, seed=args.seed, split="heldout")
+        return train, held_out
+
+    def _build(self):
+        """The model before training, its tokenizer and [PRED] tokens: the same at every call."""
+        from transformers import set_seed
+
+        from llmjepa_kernels import models
+        from llmjepa_kernels.data import train_tokenizer
+        from llmjepa_kernels.predictor_tokens import add_predictor_tokens
+
+        args = self.args
+        set_seed(args.seed)
+        if args.model is not None:
+            model, tokenizer = models.load_pretrained(args.model)
+        else:
+            tokenizer = train_tokenizer(self.train_samples)
+            model = models.small_llama(tokenizer)
+        pred_ids = add_predictor_tokens(model, tokenizer, args.num_pred_tokens, seed=args.seed)
+        if args.lora_rank is not None:
+            model = models.add_lora(model, args.lora_rank, pred_ids=pred_ids)
+        return model, tokenizer, pred_ids
+
+    def _examples(self, samples: list[dict[str, Any]], source: str | None) -> list[Example]:
+        """Tokenized once, and checked before hours of training depend on it."""
+        from llmjepa_kernels.packing import pack
+        from llmjepa_kernels.trainer import LLMJEPACollator
+
+        _, tokenizer, pred_ids = self._built
+        collator = LLMJEPACollator(tokenizer, layout=self.args.layout, pred_ids=pred_ids)
+        max_length = self.args.max_length
+        examples = []
+        for index, sample in enumerate(samples):
+            try:
+                example = collator.example(sample)
+                if sum(len(s.input_ids) for s in example.segments) > (max_length or sys.maxsize):
+                    pack([example], max_length, share_prefixes=self.args.share_prefixes)
+            except ValueError as error:
+                text = sample["messages"][-2]["content"]
+                where = f"{source or 'built-in data'}, sample {index + 1} ({text[:60]!r})"
+                raise ValueError(f"{where}: {error}") from error
+            examples.append(example)
+        return examples
+
+    def _run(self, name: str, *, views: bool) -> dict[str, Any] | None:
+        """Trains one model; what there is to report in the main process, None in others."""
+        from transformers.trainer_callback import ProgressCallback
+
+        from llmjepa_kernels.trainer import (
+            LLMJEPACollator,
+            LLMJEPATrainer,
+            ProgressBar,
+            chat_tokens,
+        )
+
+        args = self.args
+        model, tokenizer, _ = self._built or self._build()
+        self._built = None
+        collator = LLMJEPACollator(
+            tokenizer,
+            max_length=args.max_length,
+            # Next-token loss alone stands for plain fine-tuning, which shares nothing.
+            share_prefixes=args.share_prefixes and views,
+            views=views,
+        )
+        trainer = LLMJEPATrainer(
+            model,
+            self._training_arguments(name.lower().replace(" ", "-")),
+            collator,
+            train_dataset=self.train_examples,
+            eval_dataset=self.eval_examples or None,
+            processing_class=tokenizer,
+            jepa_weight=args.jepa_weight,
+            metric=args.metric,
+            temperature=args.temperature,
+        )
+        if trainer.pop_callback(ProgressCallback):
+            trainer.add_callback(ProgressBar)
+        speed = trainer.train(trainer.args.resume_from_checkpoint).metrics
+        held_out = trainer.evaluate() if self.eval_examples else {}
+        self._save(trainer)
+        if not trainer.is_world_process_zero():
+            return None
+
+        logs = [log for log in trainer.state.log_history if "tokens_per_step" in log]
+        tokens = sum(log["tokens_per_step"] for log in logs)
+        cost = tokens / sum(log["tokens_per_step"] / log["relative_cost"] for log in logs)
+        chats = [chat_tokens(example) for example in self.train_examples]
+        metrics = {
+            "loss": logs[-1]["loss"],
+            "ntp_loss": logs[-1]["ntp_loss"],
+            "tokens_per_example": cost * sum(chats) / len(chats),
+            "seconds_per_example": 1 / speed["train_samples_per_second"],
+            "relative_cost": cost,
+            **{key: held_out[key] for key in held_out if key.endswith("loss")},
+        }
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        cosines = self._view_cosines(model, tokenizer) if self.eval_examples else []
+        if self.eval_examples:
+            metrics["exact_match"] = self._exact_match(model, tokenizer)
+            metrics["view_cosine"] = sum(cosines) / len(cosines)
+        return {
+            "name": name,
+            "metrics": metrics,
+            "history": trainer.state.log_history,
+            "cosines": cosines,
+        }
+
+    def _save(self, trainer) -> None:
+        """A checkpoint for ``AutoModelForCausalLM.from_pretrained``, LoRA merged into it."""
+        directory = Path(trainer.args.output_dir)
+        if self.args.lora_rank is None:
+            trainer.save_model()
+            return
+        trainer.save_model(str(directory / "adapter"))
+        if trainer.is_world_process_zero():
+            merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+            merged.save_pretrained(directory)
+            trainer.processing_class.save_pretrained(directory)
+            trainer.model = merged
+
+    def _view_cosines(self, model, tokenizer) -> list[float]:
+        """cos(Enc(Text), Enc(Code)) of every held-out pair, without [PRED] in between."""
+        from torch.nn.functional import cosine_similarity
+
+        from llmjepa_kernels.analysis import view_states
+        from llmjepa_kernels.trainer import LLMJEPACollator
+
+        collator = LLMJEPACollator(tokenizer, layout=self.args.layout)
+        batches = (collator(chunk) for chunk in _chunks(self.eval_samples, 64))
+        return cosine_similarity(*view_states(model, batches)).tolist()
+
+    def _exact_match(self, model, tokenizer) -> float:
+        """The fraction of held-out chats whose answer the model gives by greedy decoding."""
+        from llmjepa_kernels.evaluate import exact_match, stop_ids
+
+        longest = max(
+            sum(label != -100 for segment in example.segments for label in segment.labels or ())
+            for example in self.train_examples
+        )
+        matches = exact_match(
+            model,
+            tokenizer,
+            self.eval_samples,
+            stop_ids=stop_ids(tokenizer, self.train_examples[:100]),
+            max_new_tokens=longest + 1,
+        )
+        return sum(matches) / len(matches)
+
+
+def _chunks(items: list, size: int) -> Iterator[list]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
