@@ -139,14 +139,16 @@ const char* lk_isa_name(int32_t index) {
 int32_t lk_attention_forward(const LkAttention* args) {
   const LkAttention& a = *args;
   const AttentionKernels& kernels = isas()[a.isa].table->attention[a.dtype];
-  const int64_t blocks = ceil_div(a.seq, a.block_m);
+  const int64_t queries = kernels.forward_queries(a), blocks = ceil_div(a.seq, queries);
   return guarded([&] {
     return parallel_for(blocks * a.batch * a.kv_heads, a.num_threads, kernels.forward_scratch(a),
                         [&](int64_t i, void* scratch) {
                           // Late blocks see most keys: they go first.
                           const int64_t block = blocks - 1 - i / (a.batch * a.kv_heads);
                           const int64_t rest = i % (a.batch * a.kv_heads);
-                          kernels.forward(a, rest / a.kv_heads, rest % a.kv_heads, block, scratch);
+                          const int64_t begin = block * queries;
+                          kernels.forward(a, rest / a.kv_heads, rest % a.kv_heads, begin,
+                                          std::min(begin + queries, a.seq), scratch);
                         });
   });
 }

@@ -42,34 +42,35 @@ struct TileShape {
     dim = static_cast<int>(a.dim);
     padded = (dim + W - 1) / W * W;
     stride = padded + 64 / static_cast<int>(sizeof(T));
-    // Enough queries to pay for packing the keys, few enough to stay in the second-level cache.
-    const int lanes = 12288 * 4 / static_cast<int>(sizeof(T)) / padded;
-    max_vectors = lanes < 192 ? lanes / W : 192 / W;
+    // Enough lanes to pay for packing the keys, few enough to stay in the second-level cache.
+    max_vectors = (padded <= 128 ? 768 : 384) / static_cast<int>(sizeof(T)) / W;
     if (max_vectors < kMaxVectors) max_vectors = kMaxVectors;
   }
+
+  // Heads, and queries, that are processed together.
+  int heads(const LkAttention& a) const {
+    const int64_t group = a.heads / a.kv_heads;
+    return static_cast<int>(group < max_vectors ? group : max_vectors);
+  }
+  int64_t queries(const LkAttention& a) const { return max_vectors / heads(a) * W; }
 };
 
-// Heads and queries of a block that are processed together.
+// Queries and heads that are processed together.
 struct BlockRange {
   int64_t head_begin;
   int heads;
   int64_t query_begin, query_end;
 };
 
-// Calls fn(BlockRange) for pieces of the given queries that fit into max_vectors.
+// Calls fn(BlockRange) for these queries, a few of the heads that share the kv head at a time.
 template <class T, class Fn>
-void for_block_ranges(const LkAttention& a, int64_t kv_head, int64_t begin, int64_t end,
-                      int max_vectors, Fn fn) {
-  constexpr int W = kLanes<T>;
+void for_head_groups(const LkAttention& a, int64_t kv_head, int64_t begin, int64_t end,
+                     const TileShape<T>& shape, Fn fn) {
   const int64_t group = a.heads / a.kv_heads;
-  const int heads = static_cast<int>(group < max_vectors ? group : max_vectors);
-  const int64_t queries = max_vectors / heads * W;
-  for (int64_t q = begin; q < end; q += queries) {
-    const int64_t q_end = q + queries < end ? q + queries : end;
-    for (int64_t h = 0; h < group; h += heads) {
-      const int count = static_cast<int>(group - h < heads ? group - h : heads);
-      fn(BlockRange{kv_head * group + h, count, q, q_end});
-    }
+  const int heads = shape.heads(a);
+  for (int64_t h = 0; h < group; h += heads) {
+    const int count = static_cast<int>(group - h < heads ? group - h : heads);
+    fn(BlockRange{kv_head * group + h, count, begin, end});
   }
 }
 

@@ -16,6 +16,7 @@ struct BackwardWorkspace {
   LaneQueries<T> lanes;
   PanelKeys keys;
   KeyChunk* chunk;
+  uint16_t* tiles;                 // [key blocks]
   T *q_rows, *dout_rows;           // [lanes][stride]
   T *q, *dout, *dq;                // [panel][dim][lanes of the panel]
   T *lse, *delta;                  // [lanes]; lse in base 2
@@ -28,6 +29,7 @@ struct BackwardWorkspace {
       : shape(a), arena(base), lanes(arena, shape.max_vectors), keys(arena) {
     const int64_t num_lanes = shape.max_vectors * kLanes<T>;
     chunk = arena.take<KeyChunk>(1);
+    tiles = arena.take<uint16_t>(a.seq / a.block_n + 1);
     q_rows = arena.take<T>(num_lanes * shape.stride);
     dout_rows = arena.take<T>(num_lanes * shape.stride);
     q = arena.take<T>(num_lanes * shape.padded);
@@ -196,9 +198,9 @@ void scatter_keys(const KeyChunk& chunk, const TileShape<T>& shape, const T* pac
 }
 
 template <class S>
-void backward_range(const LkAttention& a, int64_t row, int64_t kv_head, int64_t block,
-                    const BlockRange& range, BackwardWorkspace<S>& w,
-                    const RowSums<Compute<S>>& dk, const RowSums<Compute<S>>& dv) {
+void backward_range(const LkAttention& a, int64_t row, int64_t kv_head, const BlockRange& range,
+                    BackwardWorkspace<S>& w, const RowSums<Compute<S>>& dk,
+                    const RowSums<Compute<S>>& dv) {
   using T = Compute<S>;
   constexpr int W = kLanes<T>;
   const ScoreScale<T> scale(a);
@@ -208,7 +210,7 @@ void backward_range(const LkAttention& a, int64_t row, int64_t kv_head, int64_t 
   read_queries<S>(a, row, lanes, scale, w);
 
   const QueryRange queries(a, row, range.query_begin, range.query_end);
-  TileCursor cursor(a, row, block, queries);
+  TileCursor cursor(a, row, queries, w.tiles);
   while (cursor.next(w.chunk)) {
     const bool k_finite = pack_keys<S>(a.k, row, kv_head, *w.chunk, w.shape, w.k);
     pack_keys<S>(a.v, row, kv_head, *w.chunk, w.shape, w.v);
@@ -290,15 +292,12 @@ void attention_backward(const LkAttention& a, const BackwardTask& task, void* sc
     dv = {key_row<S>(a.dv, task, 0), a.dv.seq_stride};
   }
 
-  for (int64_t q = task.query_begin; q < task.query_end;) {
-    const int64_t block = q / a.block_m, next = (block + 1) * a.block_m;
-    const int64_t end = next < task.query_end ? next : task.query_end;
-    for_block_ranges<T>(a, task.kv_head, q, end, workspace.shape.max_vectors,
-                        [&](const BlockRange& range) {
-                          backward_range<S>(a, task.row, task.kv_head, block, range, workspace, dk,
-                                            dv);
-                        });
-    q = end;
+  const int64_t queries = workspace.shape.queries(a);
+  for (int64_t q = task.query_begin; q < task.query_end; q += queries) {
+    const int64_t end = q + queries < task.query_end ? q + queries : task.query_end;
+    for_head_groups(a, task.kv_head, q, end, workspace.shape, [&](const BlockRange& range) {
+      backward_range<S>(a, task.row, task.kv_head, range, workspace, dk, dv);
+    });
   }
   if (!task.accumulators && !kInPlace) {
     BackwardTask done = task;

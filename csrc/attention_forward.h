@@ -13,6 +13,7 @@ struct ForwardWorkspace {
   LaneQueries<T> lanes;
   PanelKeys keys;
   KeyChunk* chunk;
+  uint16_t* tiles;       // [key blocks]
   T *q, *out;            // [panel][dim][lanes of the panel]
   T *max, *sum, *alpha;  // [lanes]
   T *rows;               // [W][stride]
@@ -23,6 +24,7 @@ struct ForwardWorkspace {
       : shape(a), arena(base), lanes(arena, shape.max_vectors), keys(arena) {
     const int64_t num_lanes = shape.max_vectors * kLanes<T>;
     chunk = arena.take<KeyChunk>(1);
+    tiles = arena.take<uint16_t>(a.seq / a.block_n + 1);
     q = arena.take<T>(num_lanes * shape.padded);
     out = arena.take<T>(num_lanes * shape.padded);
     max = arena.take<T>(num_lanes);
@@ -115,8 +117,8 @@ void forward_panel(const LkAttention& a, ForwardWorkspace<S>& w, const ScoreScal
 }
 
 template <class S>
-void forward_range(const LkAttention& a, int64_t row, int64_t kv_head, int64_t block,
-                   const BlockRange& range, ForwardWorkspace<S>& w) {
+void forward_range(const LkAttention& a, int64_t row, int64_t kv_head, const BlockRange& range,
+                   ForwardWorkspace<S>& w) {
   using T = Compute<S>;
   constexpr int W = kLanes<T>;
   const ScoreScale<T> scale(a);
@@ -146,7 +148,7 @@ void forward_range(const LkAttention& a, int64_t row, int64_t kv_head, int64_t b
   }
 
   const QueryRange queries(a, row, range.query_begin, range.query_end);
-  TileCursor cursor(a, row, block, queries);
+  TileCursor cursor(a, row, queries, w.tiles);
   while (cursor.next(w.chunk)) {
     pack_keys<S>(a.k, row, kv_head, *w.chunk, w.shape, w.k);
     const bool v_finite = pack_keys<S>(a.v, row, kv_head, *w.chunk, w.shape, w.v);
@@ -187,14 +189,18 @@ size_t forward_scratch(const LkAttention& a) {
 }
 
 template <class S>
-void attention_forward(const LkAttention& a, int64_t row, int64_t kv_head, int64_t block,
-                       void* scratch) {
+int64_t forward_queries(const LkAttention& a) {
+  return TileShape<Compute<S>>(a).queries(a);
+}
+
+template <class S>
+void attention_forward(const LkAttention& a, int64_t row, int64_t kv_head, int64_t query_begin,
+                       int64_t query_end, void* scratch) {
   ForwardWorkspace<S> workspace(a, scratch);
-  const int64_t begin = block * a.block_m, end = begin + a.block_m;
-  for_block_ranges<Compute<S>>(a, kv_head, begin, end < a.seq ? end : a.seq,
-                               workspace.shape.max_vectors, [&](const BlockRange& range) {
-                                 forward_range<S>(a, row, kv_head, block, range, workspace);
-                               });
+  for_head_groups(a, kv_head, query_begin, query_end, workspace.shape,
+                  [&](const BlockRange& range) {
+                    forward_range<S>(a, row, kv_head, range, workspace);
+                  });
 }
 
 }  // namespace LK_ISA

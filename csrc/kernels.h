@@ -20,8 +20,11 @@ struct AttentionKernels {
   // Bytes of scratch a thread needs.
   size_t (*forward_scratch)(const LkAttention&);
   size_t (*backward_scratch)(const LkAttention&);
-  // Queries of one block of the mask, all heads that share a kv head.
-  void (*forward)(const LkAttention&, int64_t row, int64_t kv_head, int64_t block, void* scratch);
+  // How many queries forward() takes best at once.
+  int64_t (*forward_queries)(const LkAttention&);
+  // Some queries, all heads that share a kv head.
+  void (*forward)(const LkAttention&, int64_t row, int64_t kv_head, int64_t query_begin,
+                  int64_t query_end, void* scratch);
   void (*backward)(const LkAttention&, const BackwardTask&, void* scratch);
   // Sums the accumulators of the tasks into dk and dv of keys begin .. end - 1, in their order; on
   // top of what the one task without accumulators, if any, has summed there in place.

@@ -45,35 +45,54 @@ struct QueryRange {
   }
 };
 
-// Walks the tiles of one query block. Keys of full tiles come first; those of partial tiles are
-// picked one by one, so that the visible keys of many sparse tiles make one dense chunk.
+// Walks the tiles of the query blocks that a range of queries touches. Keys of tiles that are full
+// for all of these blocks come first; of the others, visible keys are picked one by one, so that
+// those of many sparse tiles make one dense chunk.
 class TileCursor {
  public:
-  TileCursor(const LkAttention& a, int64_t row, int64_t block, const QueryRange& queries)
+  // `full_blocks` is scratch: for each key block, of how many query blocks its tile is full.
+  TileCursor(const LkAttention& a, int64_t row, const QueryRange& queries, uint16_t* full_blocks)
       : a_(a),
         queries_(queries),
         until_(a.visible_until + row * a.seq),
         position_(a.positions ? a.positions + row * a.seq : nullptr),
-        tiles_(a.kv_indices + row * a.kv_indices_stride) {
-    const int64_t num_blocks = (a.seq + a.block_m - 1) / a.block_m;
-    const int32_t* offsets = a.kv_offsets + row * (num_blocks + 1) + block;
-    const int32_t full_start = a.kv_full_start[row * num_blocks + block];
-    partial_ = offsets[0];
-    // Where full tiles still need the window mask they are walked like partial ones.
-    partial_end_ = a.full_is_full ? full_start : offsets[1];
-    full_ = partial_end_;
-    full_end_ = offsets[1];
+        full_blocks_(full_blocks) {
+    const int64_t num_queries = (a.seq + a.block_m - 1) / a.block_m;
+    const int64_t num_keys = (a.seq + a.block_n - 1) / a.block_n;
+    const int32_t* offsets = a.kv_offsets + row * (num_queries + 1);
+    const int32_t* full_start = a.kv_full_start + row * num_queries;
+    const int32_t* tiles = a.kv_indices + row * a.kv_indices_stride;
+    const int64_t begin = queries.begin / a.block_m, end = (queries.end - 1) / a.block_m + 1;
+    begin_ = num_keys;
+    end_ = 0;
+    std::memset(full_blocks, 0, num_keys * sizeof(uint16_t));
+    for (int64_t block = begin; block < end; ++block) {
+      for (int32_t i = offsets[block]; i < offsets[block + 1]; ++i) {
+        const int64_t tile = tiles[i];
+        if (tile < begin_) begin_ = tile;
+        if (tile >= end_) end_ = tile + 1;
+        // Where full tiles still need the window mask they are walked like partial ones.
+        const bool full = i >= full_start[block] && a.full_is_full;
+        full_blocks[tile] = (full_blocks[tile] + full) | kVisible;
+      }
+    }
+    all_ = static_cast<uint16_t>(kVisible | (end - begin));
+    tile_ = begin_;
   }
 
   bool next(KeyChunk* chunk) {
     chunk->count = 0;
-    chunk->full = true;
-    while (chunk->count < kChunk && enter_tile(&full_, full_end_)) {
-      while (chunk->count < kChunk && key_ < key_end_) chunk->key[chunk->count++] = key_++;
+    if (walk_full_) {
+      chunk->full = true;
+      while (chunk->count < kChunk && enter_tile()) {
+        while (chunk->count < kChunk && key_ < key_end_) chunk->key[chunk->count++] = key_++;
+      }
+      if (chunk->count > 0) return true;
+      walk_full_ = false;
+      tile_ = begin_;
     }
-    if (chunk->count > 0) return true;
     chunk->full = false;
-    while (chunk->count < kChunk && enter_tile(&partial_, partial_end_)) {
+    while (chunk->count < kChunk && enter_tile()) {
       for (; chunk->count < kChunk && key_ < key_end_; ++key_) {
         chunk->key[chunk->count] = key_;
         chunk->count += queries_.sees(a_, until_, position_, key_);
@@ -83,20 +102,29 @@ class TileCursor {
   }
 
  private:
-  // Moves on to the next tile of the list when the current one is used up.
-  bool enter_tile(int32_t* tile, int32_t end) {
+  static constexpr uint16_t kVisible = 0x8000;
+
+  // Moves on to the next tile of the kind being walked when the current one is used up.
+  bool enter_tile() {
     if (key_ < key_end_) return true;
-    if (*tile == end) return false;
-    key_ = static_cast<int32_t>(tiles_[(*tile)++] * a_.block_n);
-    const int64_t last = key_ + a_.block_n;
-    key_end_ = static_cast<int32_t>(last < a_.seq ? last : a_.seq);
-    return true;
+    for (; tile_ < end_; ++tile_) {
+      if (full_blocks_[tile_] == 0 || (full_blocks_[tile_] == all_) != walk_full_) continue;
+      key_ = static_cast<int32_t>(tile_ * a_.block_n);
+      const int64_t last = key_ + a_.block_n;
+      key_end_ = static_cast<int32_t>(last < a_.seq ? last : a_.seq);
+      ++tile_;
+      return true;
+    }
+    return false;
   }
 
   const LkAttention& a_;
   const QueryRange& queries_;
-  const int32_t *until_, *position_, *tiles_;
-  int32_t full_, full_end_, partial_, partial_end_;
+  const int32_t *until_, *position_;
+  uint16_t* full_blocks_;
+  int64_t begin_, end_, tile_;
+  uint16_t all_;
+  bool walk_full_ = true;
   int32_t key_ = 0, key_end_ = 0;
 };
 
