@@ -26,7 +26,7 @@ held-out pairs: about three minutes on two cores.
 """
 EPILOG = """\
 Every other option of transformers.TrainingArguments is accepted as well, for example
---weight-decay 0.01 --lr-scheduler-type linear --gradient-checkpointing True --save-steps 200.
+--weight-decay 0.01 --lr-scheduler-type linear --activation-checkpointing True --save-steps 200.
 
 examples:
   llmjepa train
