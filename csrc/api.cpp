@@ -143,11 +143,11 @@ int32_t lk_attention_forward(const LkAttention* args) {
   return guarded([&] {
     return parallel_for(blocks * a.batch * a.kv_heads, a.num_threads, kernels.forward_scratch(a),
                         [&](int64_t i, void* scratch) {
-                          // Late blocks see most keys: they go first.
-                          const int64_t block = blocks - 1 - i / (a.batch * a.kv_heads);
-                          const int64_t rest = i % (a.batch * a.kv_heads);
-                          const int64_t begin = block * queries;
-                          kernels.forward(a, rest / a.kv_heads, rest % a.kv_heads, begin,
+                          // One kv head after the other, since its keys are then in the cache;
+                          // late blocks, which may see most keys, first.
+                          const int64_t group = i / blocks;
+                          const int64_t begin = (blocks - 1 - i % blocks) * queries;
+                          kernels.forward(a, group / a.kv_heads, group % a.kv_heads, begin,
                                           std::min(begin + queries, a.seq), scratch);
                         });
   });

@@ -195,7 +195,15 @@ bool pack_keys(const LkTensor& x, int64_t row, int64_t kv_head, const KeyChunk& 
                const TileShape<Compute<S>>& shape, Compute<S>* packed) {
   Vec<Compute<S>> poison = {};
   const S* base = static_cast<const S*>(x.data) + row * x.batch_stride + kv_head * x.head_stride;
+  // Rows lie too far apart for the hardware to foresee.
+  constexpr int kAhead = 12;
   for (int n = 0; n < chunk.count; ++n) {
+    if (n + kAhead < chunk.count) {
+      const S* ahead = base + chunk.key[n + kAhead] * x.seq_stride;
+      for (int d = 0; d < shape.dim; d += 64 / static_cast<int>(sizeof(S))) {
+        __builtin_prefetch(ahead + d);
+      }
+    }
     read_row(base + chunk.key[n] * x.seq_stride, packed + int64_t{n} * shape.stride, shape.dim,
              shape.padded, &poison);
   }
