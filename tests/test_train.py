@@ -1,0 +1,187 @@
+"""`llmjepa train` from its arguments to the files it leaves."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llmjepa_kernels import grammar, train
+from llmjepa_kernels.evaluate import exact_match, greedy_completions, stop_ids
+from llmjepa_kernels.hf import patch_model
+from llmjepa_kernels.report import format_table
+
+MINIATURE = ["--train-samples", "40", "--eval-samples", "6", "--batch-size", "8"]
+
+
+def run(*options: object) -> int:
+    return train.main(["train", *map(str, options)])
+
+
+@pytest.fixture(scope="module")
+def miniature(tmp_path_factory):
+    """The default run in small: both models, table, picture, checkpoints."""
+    directory = tmp_path_factory.mktemp("run")
+    assert run(*MINIATURE, "--max-steps", 3, "--output-dir", directory) == 0
+    return directory
+
+
+def report(directory) -> dict[str, dict]:
+    return {run["name"]: run for run in json.loads((directory / "report.json").read_text())}
+
+
+def losses(run: dict) -> list[float]:
+    return [log["loss"] for log in run["history"] if "loss" in log]
+
+
+def test_default_run_reports_both_models(miniature):
+    runs = report(miniature)
+    assert list(runs) == ["NTP only", "LLM-JEPA"]
+    table = (miniature / "report.txt").read_text()
+    assert [line.split("  ")[1] for line in table.splitlines()[-2:]] == list(runs)
+    assert (miniature / "report.png").read_bytes().startswith(b"\x89PNG")
+    for name, cost in (("NTP only", 1.0), ("LLM-JEPA", None)):
+        metrics = runs[name]["metrics"]
+        assert losses(runs[name])[-1] == metrics["loss"] < losses(runs[name])[0]
+        assert metrics["exact_match"] == 0.0  # after three updates
+        assert -1 <= metrics["view_cosine"] <= 1
+        assert len(runs[name]["cosines"]) == 6
+        assert metrics["relative_cost"] == pytest.approx(cost or metrics["relative_cost"])
+        assert metrics["seconds_per_example"] > 0
+        assert f"{metrics['eval_ntp_loss']:.4f}" in table
+    # The same weights and the same first batch: only the objective and the packing differ.
+    first = [run["history"][0]["ntp_loss"] for run in runs.values()]
+    assert first[0] == pytest.approx(first[1], rel=1e-5)
+    assert runs["LLM-JEPA"]["metrics"]["relative_cost"] < 1
+
+
+@pytest.mark.parametrize("name", ["ntp-only", "llm-jepa"])
+def test_checkpoint_loads_and_generates_patched_as_unpatched(miniature, name):
+    model = AutoModelForCausalLM.from_pretrained(miniature / name)
+    tokenizer = AutoTokenizer.from_pretrained(miniature / name)
+    assert tokenizer.convert_tokens_to_ids("<|predictor_1|>") == len(tokenizer) - 1
+    assert model.config.vocab_size == len(tokenizer)
+    assert model.config.use_cache
+    prompts = [tokenizer(text)["input_ids"] for text in ("lines with a vowel", "not", "a b c d e")]
+    options = {"stop_ids": [tokenizer.eos_token_id], "max_new_tokens": 8}
+    expected = [greedy_completions(model, tokenizer, [prompt], **options)[0] for prompt in prompts]
+    patched = greedy_completions(patch_model(model), tokenizer, prompts, **options)
+    assert patched == expected
+
+
+def test_same_seed_same_numbers(miniature, tmp_path):
+    assert run(*MINIATURE, "--max-steps", 3, "--no-compare", "--output-dir", tmp_path) == 0
+    again = report(tmp_path)
+    assert list(again) == ["LLM-JEPA"]
+    assert losses(again["LLM-JEPA"]) == losses(report(miniature)["LLM-JEPA"])
+
+
+def test_lora_from_a_directory_on_jsonl(miniature, tmp_path):
+    data = tmp_path / "data.jsonl"
+    rows = grammar.generate(8, seed=5)
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--model", miniature / "llm-jepa", "--data", data, "--eval-data", data]
+    options += [
+        "--lora-rank",
+        4,
+        "--max-steps",
+        2,
+        "--learning-rate",
+        "1e-2",
+        "--layout",
+        "official",
+    ]
+    options += ["--metric", "infonce", "--jepa-weight", 0.5, "--num-pred-tokens", 2, "--bf16"]
+    options += ["--weight-decay", 0.1, "--max-length", 400]
+    assert run(*options, "--output-dir", tmp_path / "out") == 0
+    assert list(report(tmp_path / "out")) == ["LLM-JEPA"]
+
+    checkpoint = tmp_path / "out" / "llm-jepa"
+    arguments = torch.load(checkpoint / "adapter" / "training_args.bin", weights_only=False)
+    assert (arguments.weight_decay, arguments.learning_rate) == (0.1, 0.01)
+    before = AutoModelForCausalLM.from_pretrained(miniature / "llm-jepa").state_dict()
+    after = AutoModelForCausalLM.from_pretrained(checkpoint).state_dict()
+    assert before.keys() == after.keys()
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(before[name], after[name])
+    old, new = (state["model.embed_tokens.weight"] for state in (before, after))
+    assert len(new) == len(old) + 1  # one [PRED] token was there, one is new
+    assert torch.equal(new[: len(old) - 1], old[:-1])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "data.jsonl:2: "),
+        ('{"messages": []}', r"data.jsonl:2: messages must have the roles"),
+    ],
+)
+def test_malformed_data_is_named_by_line(tmp_path, capsys, line, message):
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps(grammar.generate(1)[0]) + "\n" + line + "\n")
+    assert run("--data", data, "--output-dir", tmp_path) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--max-length", "20"], "built-in data, sample 1 ('lines"),
+        (["--max-length", "0"], "--max-length must be at least 1, got 0"),
+        (["--num-pred-tokens", "-1"], "--num-pred-tokens must be 0 or more, got -1"),
+        (["--data", "none.jsonl"], "no file 'none.jsonl'"),
+        (["--model", "none.gguf"], "no file 'none.gguf'"),
+        (["--weight-decoy", "1"], "unknown options --weight-decoy 1"),
+    ],
+)
+def test_mistakes_are_named_before_training(tmp_path, capsys, options, message):
+    assert run(*options, "--train-samples", 3, "--output-dir", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("llmjepa train: error: ")
+    assert message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_package_says_how_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else name)
+    assert run("--lora-rank", 8) == 2
+    assert "peft is missing: pip install 'llmjepa_kernels[train]'" in capsys.readouterr().err
+
+
+def test_help_explains_and_stops(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run("--help")
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    for option in ("--model", "--jepa-weight", "--lora-rank", "--no-share-prefixes", "--compare"):
+        assert option in text
+
+
+def test_exact_match_compares_whole_answers(miniature):
+    """A model that only knows one answer is right on it alone."""
+    tokenizer = AutoTokenizer.from_pretrained(miniature / "llm-jepa")
+    rows = grammar.generate(2, seed=7)
+    answer = tokenizer(rows[0]["messages"][-1]["content"])["input_ids"]
+
+    class Parrot(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def generate(self, input_ids, attention_mask, eos_token_id, **options):
+            assert (attention_mask.sum(dim=1) > 0).all()
+            assert tokenizer.eos_token_id in eos_token_id
+            tail = torch.tensor([*answer, tokenizer.eos_token_id, *answer])
+            return torch.cat([input_ids, tail.expand(len(input_ids), -1)], dim=1)
+
+    stop = stop_ids(tokenizer, [])
+    assert exact_match(Parrot(), tokenizer, rows, stop_ids=stop, max_new_tokens=99) == [True, False]
+
+
+def test_table_shows_a_dash_for_what_was_not_measured():
+    table = format_table([{"name": "LLM-JEPA", "metrics": {"loss": 1.5, "ntp_loss": 1.25}}])
+    assert table.splitlines()[-1].split()[1:] == ["1.5000", "1.2500", "-", "-", "-", "-", "-", "-"]
