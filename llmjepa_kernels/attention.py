@@ -15,6 +15,7 @@ BACKENDS = {
     "triton": "llmjepa_kernels.attention_triton",
     "cpu": "llmjepa_kernels.cpu",
     "reference": "llmjepa_kernels.reference",
+    "flash": "llmjepa_kernels.attention_flash",
 }
 
 
@@ -50,7 +51,8 @@ def view_attention(
             no value (gpt-oss).
         block_mask: The tiles to visit. Default: built here from `visible_until`, which costs
             about as much as a small kernel; pass it when several layers share one mask.
-        impl: "triton", "cpu" or "reference". Default: by the device of q. An explicit choice
+        impl: "triton", "cpu", "reference" or "flash" (flash-attn's kernels; CUDA only, installed
+            with the extra `flash`). Default: by the device of q, never "flash". An explicit choice
             never falls back to another.
 
     Returns:
