@@ -1,5 +1,7 @@
 """Loops that pass a dense 4D mask: the block-sparse path where it is equivalent, else dense."""
 
+import functools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -44,10 +46,11 @@ def counts(monkeypatch):
     paths = {"sparse": "view_attention", "dense": "_dense", "read": "visible_until_of"}
     for name, function in paths.items():
 
-        def spy(*args, name=name, original=getattr(hf, function), **kwargs):
+        def spy(*args, name, original, **kwargs):
             calls[name] += 1
             return original(*args, **kwargs)
 
+        spy = functools.partial(spy, name=name, original=getattr(hf, function))
         monkeypatch.setattr(hf, function, spy)
     return calls
 
@@ -179,7 +182,7 @@ def test_mask_is_read_once_under_checkpointing(reentrant, counts):
     inputs["attention_mask"] = as_form(visible(visible_until), "infinite")
     model = patch_model(tiny_model("llama"))
     expected = run(model, inputs)
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
     counts.update(sparse=0, read=0)
     assert_same(run(model, inputs), expected, 0)
     assert counts == {"sparse": 4, "dense": 0, "read": 1}

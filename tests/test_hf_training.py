@@ -43,7 +43,7 @@ def test_gradient_checkpointing(family, reentrant):
     batch = packed()
     model = patch_model(tiny_model(family))
     expected = loss_and_gradients(model, batch)
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert_same(loss_and_gradients(model, batch), expected, 1e-6)
@@ -55,7 +55,7 @@ def test_two_forwards_before_one_backward():
     model = patch_model(tiny_model("llama"))
     _, a = loss_and_gradients(model, first)
     _, b = loss_and_gradients(model, second)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     model.zero_grad(set_to_none=True)
     losses = [llm_jepa_loss(model, batch).loss for batch in (first, second)]
     sum(losses).backward()
@@ -160,6 +160,8 @@ def test_compile(backend):
 def test_compile_other_families(family):
     batch = packed()
     model = patch_model(tiny_model(family))
+    if family == "gpt_oss":  # its eager loop over experts breaks the graph
+        model.set_experts_implementation("grouped_mm")
     expected = loss_and_gradients(model, batch)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     assert_same(loss_and_gradients(model, batch, compiled), expected, 1e-6)
@@ -167,7 +169,7 @@ def test_compile_other_families(family):
 
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_packings_of_one_shape_do_not_recompile():
-    """The lists of tiles and the supervised tokens change in length: dynamic from the second on."""
+    """The tile lists and the supervised tokens vary in length: each becomes dynamic, once."""
     model = patch_model(tiny_model("llama"))
     recorder = Recorder("eager")
     compiled = torch.compile(model, fullgraph=True, backend=recorder)
@@ -179,7 +181,7 @@ def test_packings_of_one_shape_do_not_recompile():
         expected = loss_and_gradients(model, batch)
         assert_same(loss_and_gradients(model, batch, compiled), expected, 1e-6)
     assert len(lengths) > 5
-    assert recorder.graphs <= 2
+    assert recorder.graphs <= 3
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
@@ -187,7 +189,7 @@ def test_compile_with_checkpointing():
     batch = packed()
     model = patch_model(tiny_model("llama"))
     expected = loss_and_gradients(model, batch)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert_same(loss_and_gradients(model, batch, compiled), expected, 1e-6)
 
