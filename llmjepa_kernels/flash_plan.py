@@ -21,6 +21,7 @@ from torch import Tensor
 # A row's padding is tokens that see only themselves. As a sequence each, they would cost more than
 # the row; this many in a succession become one sequence of a call with a window of one token.
 MIN_SOLITARY = 8
+MAX_TILE = 128  # the most queries that a thread block of flash-attn takes
 
 
 @dataclass(frozen=True)
@@ -161,32 +162,29 @@ def _causal_calls(
 ) -> tuple[VarlenCall, VarlenCall | None]:
     """The call over all runs, and the one over long successions of runs of a single token."""
     # Number the successions of solitary tokens, and tell the long ones.
-    solitary = end - start == 1
-    leads = torch.ones_like(solitary)
-    leads[1:] = ~(solitary[1:] & solitary[:-1])
+    length = end - start
+    leads = torch.ones_like(length, dtype=torch.bool)
+    leads[1:] = (length[1:] > 1) | (length[:-1] > 1)
     group = leads.cumsum(0) - 1
-    merged = solitary & (torch.bincount(group)[group] >= MIN_SOLITARY)
+    merged = (length == 1) & (torch.bincount(group)[group] >= MIN_SOLITARY)
 
-    # One sequence per run, but one for all of a long succession.
-    leads |= ~merged
+    # One sequence per run, but one for all of a long succession; no longer than the longest run
+    # or a tile, as every sequence is given the thread blocks that the longest one needs.
+    index = torch.arange(len(end), device=end.device) - leads.nonzero().flatten()[group]
+    leads |= ~merged | (index % length.max().clamp(min=MAX_TILE) == 0)
     trails = torch.cat([leads[1:], leads.new_ones(1)])
     start, end, merged = start[leads], end[trails], merged[leads]
-    if not merged.any():
-        bounds = torch.nn.functional.pad(end, (1, 0))
-        return _call(bounds, bounds, causal=True, window=window), None
 
     # In the causal call that sequence becomes two, its queries alone and its keys alone.
-    q_bounds = end.repeat_interleave(1 + merged.long())
-    k_bounds = q_bounds.clone()
-    k_bounds[torch.arange(len(end), device=end.device)[merged] + merged.cumsum(0)[merged] - 1] = (
-        start[merged]
-    )
+    keep = torch.stack([merged, torch.ones_like(merged)], dim=1).flatten()
+    q_bounds = end.repeat_interleave(2)[keep]
+    k_bounds = torch.stack([start, end], dim=1).flatten()[keep]
     q_bounds, k_bounds = (torch.nn.functional.pad(x, (1, 0)) for x in (q_bounds, k_bounds))
+    causal = _call(q_bounds, k_bounds, causal=True, window=window)
+    if not merged.any():
+        return causal, None
     start, end = start[merged], end[merged]
-    return (
-        _call(q_bounds, k_bounds, causal=True, window=window),
-        _in_place(start, end, start, end, causal=True, window=1),
-    )
+    return causal, _in_place(start, end, start, end, causal=True, window=1)
 
 
 def _in_place(

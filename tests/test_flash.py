@@ -14,6 +14,8 @@ from llmjepa_kernels.reference import visible
 from tests.helpers import AttentionCase, check_attention, random_rows
 from tests.varlen_stand_in import FlashAttention2StandIn, FlashAttention3StandIn
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def covered(plan, tokens):
     """How many calls make query i attend to key j, (tokens, tokens)."""
@@ -123,17 +125,18 @@ def test_calls_are_one_more_than_the_nesting_of_branches():
     assert len(plan_calls(pack([Example(segments)])["visible_until"]).calls) == 4
 
 
-def test_padding_is_one_sequence():
+def test_padding_is_few_sequences():
     examples = [llm_jepa_example([2] * 5, [3] * 7, [4] * 4, pred_ids=[1])]
-    alone = pack(examples)
-    padded = pack(examples, pad_to_multiple_of=512)
-    plans = [plan_calls(batch["visible_until"]) for batch in (alone, padded)]
-    assert plans[0].solitary is None
-    padding = padded["visible_until"].shape[1] - alone["visible_until"].shape[1]
-    assert plans[1].solitary.rows.tolist() == list(range(512 - padding, 512))
-    # In the causal call, its queries without keys and its keys without queries.
-    assert len(plans[1].causal.cu_seqlens_q) == len(plans[0].causal.cu_seqlens_q) + 2
-    assert plans[1].solitary.cu_seqlens_q.diff().count_nonzero() == 1
+    bare = pack(examples)["visible_until"]
+    padded = pack(examples, pad_to_multiple_of=512)["visible_until"]
+    without, plan = plan_calls(bare), plan_calls(padded)
+    assert without.solitary is None
+    assert plan.solitary.rows.tolist() == list(range(bare.shape[1], 512))
+    # 495 tokens in sequences of 128; in the causal call, queries and keys of each apart.
+    assert plan.solitary.cu_seqlens_q.diff().count_nonzero() == 4
+    assert len(plan.causal.cu_seqlens_q) == len(without.causal.cu_seqlens_q) + 8
+    assert plan.causal.max_seqlen_q == 128
+    assert torch.equal(covered(plan, 512), seen_by_all(padded))
 
     few = torch.arange(1, MIN_SOLITARY, dtype=torch.int32)[None]
     assert plan_calls(few).solitary is None
@@ -204,7 +207,9 @@ def check_exact(case):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "+".join(o) or "plain")
 def test_matches_the_reference(kernels, options, dtype):
-    case = AttentionCase.random(**{"batch": 2, "seq": 60, "head_dim": 16, "mean_length": 3, **options})
+    case = AttentionCase.random(
+        **{"batch": 2, "seq": 60, "head_dim": 16, "mean_length": 3, **options}
+    )
     case.visible_until[0, 45:] = torch.arange(46, 61)  # some padding in one row
     case.visible_until[0, :45].clamp_(max=45)
     plan = plan_calls(case.visible_until)
@@ -369,21 +374,47 @@ def test_refuses_what_the_kernels_do_not_take(kernels, monkeypatch):
         run(torch.float16, mean_length=1)
 
 
-def test_without_a_gpu_or_the_package_it_says_what_is_missing(monkeypatch):
-    case = AttentionCase.random(seq=20, head_dim=8)
+class Packages:
+    """importlib where only some packages are installed."""
+
+    def __init__(self, *names):
+        self.names = names
+
+    def import_module(self, name):
+        if name not in self.names:
+            raise ImportError(name)
+        return name
+
+
+V2, V3 = "flash_attn.flash_attn_interface", "flash_attn_3._C"
+
+
+@pytest.mark.parametrize(
+    ("installed", "capability", "head_dim", "expected"),
+    [
+        ((V2, V3), (9, 0), 128, attention_flash.FlashAttention3),
+        ((V3,), (9, 0), 192, attention_flash.FlashAttention3),
+        ((V2, V3), (9, 0), 256, attention_flash.FlashAttention2),
+        ((V2, V3), (8, 0), 128, attention_flash.FlashAttention2),
+        ((V2,), (9, 0), 128, attention_flash.FlashAttention2),
+        ((V3,), (8, 0), 128, None),
+        ((), (9, 0), 128, None),
+    ],
+)
+def test_chooses_what_is_installed(monkeypatch, installed, capability, head_dim, expected):
+    monkeypatch.setattr(attention_flash, "importlib", Packages(*installed))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    find_kernels = attention_flash.find_kernels.__wrapped__
+    if expected is not None:
+        assert type(find_kernels(torch.device("cuda"), head_dim)) is expected
+    else:
+        with pytest.raises(RuntimeError, match=r"pip install 'llmjepa_kernels\[flash\]'"):
+            find_kernels(torch.device("cuda"), head_dim)
+
+
+def test_runs_on_gpus_only():
     with pytest.raises(RuntimeError, match="impl='flash' runs on CUDA GPUs, q is on cpu"):
-        case.run("flash")
-
-    monkeypatch.setitem(attention_flash.__dict__, "importlib", NoPackages)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    with pytest.raises(RuntimeError, match=r"pip install 'llmjepa_kernels\[flash\]'"):
-        attention_flash.find_kernels.__wrapped__(torch.device("cuda"), 64)
-
-
-class NoPackages:
-    @staticmethod
-    def import_module(name):
-        raise ImportError(name)
+        AttentionCase.random(seq=20, head_dim=8).run("flash")
 
 
 # The real thing
