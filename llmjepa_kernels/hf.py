@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llmjepa_kernels.attention import BACKENDS, view_attention
 from llmjepa_kernels.block_mask import SCHEDULE_KEYS, BlockMask
@@ -103,7 +104,7 @@ def patched_impl(model: nn.Module) -> str | None:
             f"{type(pretrained).__name__} is not patched, so it cannot keep the views of a packed "
             "row apart: call patch_model(model) first"
         )
-    return name[len(NAME) + 1 :] or None
+    return ALL_ATTENTION_FUNCTIONS[name].keywords["impl"]
 
 
 def _pretrained(model: nn.Module) -> PreTrainedModel:
@@ -142,7 +143,8 @@ def _has_hook(module: nn.Module) -> bool:
 def _register(impl: str | None) -> str:
     if impl is not None and impl not in BACKENDS:
         raise ValueError(f"impl must be one of {sorted(BACKENDS)} or None, got {impl!r}")
-    name = NAME if impl is None else f"{NAME}_{impl}"
+    # Transformers takes any name with "flash" in it for one of its own.
+    name = NAME if impl is None else f"{NAME}_{impl.replace('flash', 'varlen')}"
     AttentionInterface.register(name, functools.partial(_attention, impl=impl))
     AttentionMaskInterface.register(name, sdpa_mask)
     return name
@@ -156,11 +158,11 @@ def _prepare(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | 
     if visible_until is not None:
         _check_packed(module, args, kwargs)
     else:
-        visible_until = _recognised(module, kwargs)
-        if visible_until is None:
+        recognised = _recognised(module, kwargs)
+        if recognised is None:
             return None
-        # Transformers applies a 4D mask as it is, also in layers with a sliding window.
-        kwargs = {**kwargs, "visible_until": visible_until, "ignore_window": True}
+        kwargs = {**kwargs, **recognised}
+        visible_until = kwargs["visible_until"]
     given = [key for key in SCHEDULE_KEYS if kwargs.get(key) is not None]
     if not given:
         schedule = BlockMask.from_visible_until(visible_until).schedule()
@@ -211,24 +213,41 @@ def _check_packed(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Non
         )
 
 
-def _recognised(module: nn.Module, kwargs: dict[str, Any]) -> Tensor | None:
-    """visible_until of the dense mask among the arguments, if that is equivalent to it."""
-    mask = kwargs.get("attention_mask")
+def _recognised(module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """What takes the place of the dense mask among the arguments, if that can be replaced."""
+    given = kwargs.get("attention_mask")
+    per_layer_type = isinstance(given, dict) and given.keys() <= LAYER_TYPES
+    mask = given.get("full_attention") if per_layer_type else given
+    tokens = kwargs.get("input_ids")
+    tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
     if (
         not isinstance(mask, Tensor)
-        or mask.dim() != 4
+        or tokens is None
+        or mask.shape[1:] != (1, tokens.shape[1], tokens.shape[1])
         or mask.requires_grad
         or kwargs.get("past_key_values") is not None
         or (module.training and _dropout_field(module.config) is not None)
         or torch.compiler.is_compiling()  # the answer depends on data
     ):
         return None
-    tokens = kwargs.get("input_ids")
-    tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
-    if tokens is None or mask.shape[1:] != (1, tokens.shape[1], tokens.shape[1]):
-        return None
     visible_until = visible_until_of(mask[:, 0])
-    return None if visible_until is None else visible_until.expand(len(tokens), -1)
+    if visible_until is None:
+        return None
+    visible_until = visible_until.expand(len(tokens), -1).contiguous()
+    if not per_layer_type:
+        # Transformers applies one 4D mask as it is, also in layers with a sliding window.
+        return {"visible_until": visible_until, "ignore_window": True}
+
+    position_ids = kwargs.get("position_ids")
+    if position_ids is None:
+        position_ids = torch.arange(tokens.shape[1], device=mask.device)
+    position_ids = position_ids.expand(len(tokens), -1)
+    if "sliding_attention" in given:
+        seen = _seen(given["sliding_attention"])
+        window = visible(visible_until, position_ids, module.config.sliding_window)
+        if seen is None or seen.shape != mask.shape or not _same(window, seen[:, 0]):
+            return None
+    return {"visible_until": visible_until, "position_ids": position_ids}
 
 
 def visible_until_of(mask: Tensor) -> Tensor | None:
@@ -241,21 +260,28 @@ def visible_until_of(mask: Tensor) -> Tensor | None:
     Returns:
         visible_until: (batch, seq) int32.
     """
-    if mask.dtype == torch.bool:
-        seen, binary = mask, True
-    elif mask.is_floating_point():
-        seen = mask == 0
-        binary = (seen | (mask <= HIDDEN)).all()
-    else:
+    seen = _seen(mask)
+    if seen is None:
         return None
     viewers = seen.sum(dim=1)
     padding = viewers == 0
     index = torch.arange(mask.shape[-1], device=mask.device)
     visible_until = (index + viewers + padding).clamp(max=mask.shape[-1]).int()
-    same = visible(visible_until) == (seen | torch.diag_embed(padding))
-    # The row of a padding token says only what it sees itself, which nobody asks for.
-    same = (same | padding[:, :, None]).all()
-    return visible_until if bool(same & binary) else None
+    return visible_until if _same(visible(visible_until), seen) else None
+
+
+def _seen(mask: Tensor) -> Tensor | None:
+    """A dense mask as bool, or None if it does more than to hide pairs."""
+    if mask.dtype == torch.bool:
+        return mask
+    seen = mask == 0
+    return seen if (seen | (mask <= HIDDEN)).all() else None
+
+
+def _same(expected: Tensor, seen: Tensor) -> bool:
+    """Whether two masks agree, but for the queries of tokens that `seen` shows to nobody."""
+    padding = ~seen.any(dim=1)
+    return bool(((expected == seen) | padding[:, :, None]).all())
 
 
 # In every layer: the attention function
@@ -410,11 +436,9 @@ def _dense(
         raise ValueError(
             f"attention_mask must have one head with soft cap or sinks, got {mask.shape[1]}"
         )
-    elif mask.dtype == torch.bool:
-        seen = mask[:, 0]
     else:
-        seen = mask[:, 0] == 0
-        if not (seen | (mask[:, 0] <= HIDDEN)).all():
+        seen = _seen(mask[:, 0])
+        if seen is None:
             raise ValueError(
                 "attention_mask must be bool, or 0 where visible and -1e4 or less elsewhere, with "
                 "soft cap or sinks; got other values"

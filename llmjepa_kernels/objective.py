@@ -12,6 +12,7 @@ from transformers.utils import ModelOutput
 
 from llmjepa_kernels.block_mask import SCHEDULE_KEYS
 from llmjepa_kernels.hf import patched_impl
+from llmjepa_kernels.loss import BACKENDS as LOSS_BACKENDS
 from llmjepa_kernels.loss import last_token_loss
 from llmjepa_kernels.packing import IGNORE
 
@@ -76,6 +77,8 @@ def llm_jepa_loss(
     Source: LLM-JEPA, arXiv:2509.14252.
     """
     impl = patched_impl(model)
+    if impl not in LOSS_BACKENDS:  # a back end of attention alone
+        impl = None
     missing = [key for key in REQUIRED_KEYS if batch.get(key) is None]
     if missing:
         raise ValueError(f"batch must have the keys of a PackedBatch, it lacks {missing}")

@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
 
 from llmjepa_kernels import hf, pack
+from llmjepa_kernels.attention import BACKENDS
 from llmjepa_kernels.block_mask import SCHEDULE_KEYS
 from llmjepa_kernels.hf import NAME, patch_model, patched_impl, unpatch_model
 from tests.helpers import random_examples
@@ -123,6 +124,17 @@ def test_impl_reaches_attention(batch, sparse_calls):
     assert [call["window"] for call in sparse_calls] == [5, None]
     with pytest.raises(ValueError, match=r"impl must be one of .*'nonsense'"):
         patch_model(model, impl="nonsense")
+
+
+@pytest.mark.parametrize("impl", [None, *sorted(BACKENDS)])
+def test_every_impl_leaves_generation_alone(impl):
+    """Whether it can run here or not; one has a name that Transformers might claim."""
+    model = tiny_model("llama").eval()
+    prompts = left_padded([5, 2])
+    expected = model.generate(**prompts, max_new_tokens=4, do_sample=False)
+    patch_model(model, impl=impl)
+    assert patched_impl(model) == impl
+    assert torch.equal(model.generate(**prompts, max_new_tokens=4, do_sample=False), expected)
 
 
 def test_models_that_share_a_config(batch):

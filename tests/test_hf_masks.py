@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmjepa_kernels import hf, pack
-from llmjepa_kernels.hf import patch_model, visible_until_of
+from llmjepa_kernels.hf import patch_model, unpatch_model, visible_until_of
 from llmjepa_kernels.reference import visible
 from tests.helpers import random_examples, random_rows
 from tests.models import VOCAB, tiny_model
@@ -213,20 +213,46 @@ def test_float32_mask_on_a_model_in_low_precision(dtype, counts):
     assert counts["dense"] == 4
 
 
-def test_mask_per_layer_type(counts):
-    """Models with sliding layers take a mask for each type of layer."""
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "gpt_oss"])
+def test_mask_per_layer_type(family, counts):
+    """Models with sliding layers take a mask for each type: sparse if the window is by position."""
     visible_until, position_ids = random_rows(2, 30, seed=5)
     inputs = inputs_for(visible_until, position_ids)
-    model = tiny_model("gemma3")
-    patch_model(model)
-    expected = run(model, {**inputs, "visible_until": visible_until})
+    model = tiny_model(family)
+    full = visible(visible_until)
+    window = model.config.sliding_window
+    sliding = visible(visible_until, position_ids, window)
+    index = torch.arange(30)
+    other = full & (index > index[:, None] - window)  # by packed index
+    assert not torch.equal(other, sliding)
+
+    def masks(form, sliding):
+        types = {"full_attention": full, "sliding_attention": sliding}
+        return {name: as_form(seen, form) for name, seen in types.items()}
+
+    for seen, path in ((sliding, "sparse"), (other, "dense")):
+        unpatch_model(model)
+        expected = run(model, {**inputs, "attention_mask": masks("lowest", seen)})
+        patch_model(model)
+        counts.update(sparse=0, dense=0, read=0)
+        actual = run(model, {**inputs, "attention_mask": masks("bool", seen)})
+        assert_same(actual, expected)
+        assert counts == {"sparse": 0, "dense": 0, "read": 1, path: 2}
+
+
+def test_mask_per_layer_type_without_positions(counts):
+    """Positions default to indices, as in the model."""
+    index = torch.arange(20)
+    causal = (index <= index[:, None])[None].expand(2, -1, -1)
     masks = {
-        "full_attention": as_form(visible(visible_until), "bool"),
-        "sliding_attention": as_form(
-            visible(visible_until, position_ids, model.config.sliding_window), "bool"
-        ),
+        "full_attention": as_form(causal, "bool"),
+        "sliding_attention": as_form(causal & (index > index[:, None] - 5), "infinite"),
     }
-    assert_same(run(model, {**inputs, "attention_mask": masks}), expected)
+    ids = inputs_for(torch.zeros(2, 20), None)["input_ids"]
+    model = patch_model(tiny_model("gemma3"))
+    actual = model(input_ids=ids, attention_mask=masks).logits
+    assert counts["sparse"] == 2
+    torch.testing.assert_close(actual, model(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
 
 
 @settings(max_examples=60, deadline=None)
