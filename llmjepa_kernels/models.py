@@ -6,7 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 
 def load_pretrained(name: str):
@@ -31,7 +37,10 @@ def load_pretrained(name: str):
     tokenizer = AutoTokenizer.from_pretrained(name, **options)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options), tokenizer
+    if options:  # quantised weights cannot be trained
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
+    return model, tokenizer
 
 
 def small_llama(tokenizer, *, hidden_size: int = 192, num_layers: int = 4) -> LlamaForCausalLM:

@@ -144,9 +144,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     objective.add_argument(
         "--jepa-weight",
         type=float,
-        metavar="λ",
+        metavar="WEIGHT",
         default=1.0,
-        help="weight of the JEPA loss (default: %(default)s)",
+        help="λ, the weight of the JEPA loss (default: %(default)s)",
     )
     objective.add_argument(
         "--metric",
@@ -160,6 +160,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         default=0.07,
         help="of infonce (default: %(default)s)",
+    )
+    objective.add_argument(
+        "--loss-dropout",
+        type=float,
+        metavar="RATE",
+        default=0.0,
+        help="fraction of the examples, drawn anew every epoch, that go without views and so "
+        "without their cost (default: %(default)s)",
     )
     objective.add_argument(
         "--compare",
@@ -204,6 +212,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=42,
         help="of weights, data order and built-in data (default: %(default)s)",
+    )
+    training.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the last checkpoints in --output-dir (see --save-steps), if there are any",
     )
     training.add_argument(
         "--output-dir",
@@ -262,6 +275,8 @@ class Job:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
         if args.num_pred_tokens < 0:
             raise ValueError(f"--num-pred-tokens must be 0 or more, got {args.num_pred_tokens}")
+        if not 0 <= args.loss_dropout <= 1:
+            raise ValueError(f"--loss-dropout must be from 0 to 1, got {args.loss_dropout}")
         if args.compare is None:
             args.compare = args.model is None
 
@@ -282,6 +297,8 @@ class Job:
         )
         if unknown:
             raise ValueError(f"unknown options {' '.join(unknown)}: see llmjepa train --help")
+        if parsed.resume_from_checkpoint is not None:
+            raise ValueError("--resume-from-checkpoint is not supported: use --resume")
         return parsed
 
     def _samples(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -346,7 +363,9 @@ class Job:
     def _run(self, name: str, *, views: bool) -> dict[str, Any] | None:
         """Trains one model; what there is to report in the main process, None in others."""
         from transformers.trainer_callback import ProgressCallback
+        from transformers.trainer_utils import get_last_checkpoint
 
+        from llmjepa_kernels.loss_dropout import LossDropout
         from llmjepa_kernels.trainer import (
             LLMJEPACollator,
             LLMJEPATrainer,
@@ -368,7 +387,7 @@ class Job:
             model,
             self._training_arguments(name.lower().replace(" ", "-")),
             collator,
-            train_dataset=self.train_examples,
+            train_dataset=LossDropout(self.train_examples, args.loss_dropout, seed=args.seed),
             eval_dataset=self.eval_examples or None,
             processing_class=tokenizer,
             jepa_weight=args.jepa_weight,
@@ -377,7 +396,9 @@ class Job:
         )
         if trainer.pop_callback(ProgressCallback):
             trainer.add_callback(ProgressBar)
-        speed = trainer.train(trainer.args.resume_from_checkpoint).metrics
+        directory = trainer.args.output_dir
+        resumed = self.args.resume and Path(directory).is_dir() and get_last_checkpoint(directory)
+        speed = trainer.train(resume_from_checkpoint=resumed or None).metrics
         held_out = trainer.evaluate() if self.eval_examples else {}
         self._save(trainer)
         if not trainer.is_world_process_zero():

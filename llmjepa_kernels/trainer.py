@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 from llmjepa_kernels.chat import LAYOUTS, chat_example, without_views
@@ -23,7 +23,8 @@ class LLMJEPACollator:
     """Packs a list of examples into rows.
 
     A feature is an `Example`, or a mapping with ``messages`` ([system,] user and assistant turns)
-    and optionally ``text`` and ``code``, its own views, which `tokenizer` turns into one.
+    that `tokenizer` turns into one; it may have ``text`` and ``code``, its own views, and
+    ``views``, False if it is to go without any.
 
     Attributes:
         tokenizer: A fast tokenizer with a chat template; needed for features with ``messages``.
@@ -89,7 +90,7 @@ class LLMJEPACollator:
             )
         if self.tokenizer is None:
             raise ValueError("features with messages need a tokenizer, got tokenizer=None")
-        return chat_example(
+        example = chat_example(
             feature["messages"],
             self.tokenizer,
             layout=self.layout,
@@ -98,6 +99,7 @@ class LLMJEPACollator:
             code=feature.get("code"),
             **self.chat_options,
         )
+        return example if feature.get("views", True) else without_views(example)
 
 
 def chat_tokens(example: Example) -> int:
@@ -163,6 +165,7 @@ class LLMJEPATrainer(Trainer):
             "metric": metric,
             "temperature": temperature,
         }
+        self.add_callback(_SetEpoch())
         self.args.remove_unused_columns = False  # the collator takes the columns it knows
         self.model_accepts_loss_kwargs = True  # makes Trainer count the supervised tokens
         self._num_pairs: Tensor | None = None
@@ -275,6 +278,15 @@ class LLMJEPATrainer(Trainer):
         if self._started is not None:
             self._started += time.perf_counter() - paused  # not time spent on training
         return output
+
+
+class _SetEpoch(TrainerCallback):
+    """Tells the dataset the epoch, as Accelerate does only in one process without a resume."""
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        dataset = getattr(train_dataloader, "dataset", None)
+        if hasattr(dataset, "set_epoch"):
+            dataset.set_epoch(int(state.epoch or 0))
 
 
 def _is_patched(model) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 
 import pytest
 import torch
@@ -82,6 +83,21 @@ def test_same_seed_same_numbers(miniature, tmp_path):
     assert losses(again["LLM-JEPA"]) == losses(report(miniature)["LLM-JEPA"])
 
 
+def test_resume_ends_where_the_uninterrupted_run_ends(tmp_path):
+    options = [*MINIATURE, "--no-compare", "--max-steps", 4, "--loss-dropout", 0.5]
+    options += ["--batch-size", 20, "--output-dir", tmp_path]  # two updates an epoch
+    assert run(*options, "--save-strategy", "steps", "--save-steps", 3) == 0
+    checkpoint = tmp_path / "llm-jepa"
+    weights = (checkpoint / "model.safetensors").read_bytes()
+    expected = losses(report(tmp_path)["LLM-JEPA"])
+    (checkpoint / "model.safetensors").unlink()
+    shutil.rmtree(checkpoint / "checkpoint-4")
+
+    assert run(*options, "--resume") == 0
+    assert (checkpoint / "model.safetensors").read_bytes() == weights
+    assert losses(report(tmp_path)["LLM-JEPA"]) == expected
+
+
 def test_lora_from_a_directory_on_jsonl(miniature, tmp_path):
     data = tmp_path / "data.jsonl"
     rows = grammar.generate(8, seed=5)
@@ -137,6 +153,8 @@ def test_malformed_data_is_named_by_line(tmp_path, capsys, line, message):
         (["--num-pred-tokens", "-1"], "--num-pred-tokens must be 0 or more, got -1"),
         (["--data", "none.jsonl"], "no file 'none.jsonl'"),
         (["--model", "none.gguf"], "no file 'none.gguf'"),
+        (["--loss-dropout", "2"], "--loss-dropout must be from 0 to 1, got 2.0"),
+        (["--resume-from-checkpoint", "x"], "use --resume"),
         (["--weight-decoy", "1"], "unknown options --weight-decoy 1"),
     ],
 )

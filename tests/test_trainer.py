@@ -21,6 +21,7 @@ from llmjepa_kernels.chat import without_views
 from llmjepa_kernels.data import train_tokenizer
 from llmjepa_kernels.grammar import generate
 from llmjepa_kernels.hf import patch_model, patched_impl
+from llmjepa_kernels.loss_dropout import LossDropout
 from llmjepa_kernels.models import add_lora
 from llmjepa_kernels.objective import llm_jepa_loss
 from llmjepa_kernels.packing import IGNORE
@@ -340,6 +341,49 @@ def test_columns_of_a_dataset_reach_the_collator(tokenizer, tmp_path):
         LLMJEPATrainer(model, args, collator, train_dataset=data).train()
         results.append(parameters(model))
     assert torch.equal(*results)
+
+
+def test_loss_dropout_is_drawn_by_seed_epoch_and_example(tokenizer):
+    _, collator = build(tokenizer)
+    data = [collator.example(row) for row in ROWS]
+
+    def dropped(epoch: int, rate: float = 0.75, seed: int = 1, source=data) -> list[int]:
+        dataset = LossDropout(source, rate, seed=seed)
+        dataset.set_epoch(epoch)
+        order = reversed(range(len(dataset)))
+        return [i for i in order if not collator.example(dataset[i]).pairs][::-1]
+
+    assert dropped(0) == dropped(0) == dropped(0, source=ROWS)
+    assert dropped(0) != dropped(1)
+    assert dropped(0) != dropped(0, seed=2)
+    assert not dropped(0, rate=0.0)
+    assert dropped(0, rate=1.0) == list(range(len(data)))
+    rates = [len(dropped(epoch)) / len(data) for epoch in range(20)]
+    assert sum(rates) / len(rates) == pytest.approx(0.75, abs=0.06)
+    with pytest.raises(ValueError, match="rate must be from 0 to 1, got 2"):
+        LossDropout(data, 2)
+
+
+def test_loss_dropout_saves_the_views_cost_in_every_epoch(tokenizer, tmp_path):
+    model, collator = build(tokenizer)
+    data = LossDropout([collator.example(row) for row in ROWS], 0.75)
+    args = arguments(
+        tmp_path,
+        max_steps=3,
+        per_device_train_batch_size=len(ROWS),
+        dataloader_num_workers=1,
+        dataloader_persistent_workers=True,
+    )
+    trainer = LLMJEPATrainer(model, args, collator, train_dataset=data)
+    trainer.train()
+    expected = []
+    for epoch in range(3):
+        data.set_epoch(epoch)
+        batch = collator([data[i] for i in range(len(data))])
+        expected.append(batch["input_ids"].numel())
+    found = [log["tokens_per_step"] for log in trainer.state.log_history[:3]]
+    assert found == expected
+    assert max(found) < collator(data.data)["input_ids"].numel()
 
 
 def test_trainer_patches_once_and_packs_by_default(tokenizer, tmp_path):
