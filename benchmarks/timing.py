@@ -1,0 +1,121 @@
+"""How everything here is timed: interleaved rounds, medians, and the machine's own limits."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import median
+
+import torch
+
+
+def interleaved(
+    steps: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    budget: float = float("inf"),
+    device: torch.device | str = "cpu",
+    setup: Callable[[str], object] = lambda name: None,
+) -> dict[str, list[float]]:
+    """Seconds of every step in every round.
+
+    Each round runs all steps, every second one in reverse, so that drift of the machine meets all
+    alike. A step that has used up `budget` seconds is left out of the rounds that follow.
+
+    Args:
+        steps: By name, in order.
+        rounds: At least one.
+        setup: Called with the name before each run, outside of its time.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for index in range(rounds):
+        for name in list(steps)[:: -1 if index % 2 else 1]:
+            if sum(seconds[name]) < budget:
+                setup(name)
+                seconds[name].append(measure(steps[name], device))
+    return seconds
+
+
+def measure(function: Callable[[], object], device: torch.device | str = "cpu") -> float:
+    """Seconds of one call, waiting for the device."""
+    synchronize(device)
+    start = time.perf_counter()
+    function()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def best_of(
+    function: Callable[[], object], device: torch.device | str = "cpu", *, seconds: float = 0.3
+) -> float:
+    """The median of as many calls as fit in `seconds`, after one to warm up; at least three."""
+    function()
+    times: list[float] = []
+    while len(times) < 3 or (sum(times) < seconds and len(times) < 200):
+        times.append(measure(function, device))
+    return median(times)
+
+
+def synchronize(device: torch.device | str) -> None:
+    if torch.device(device).type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def ratio(times: list[float], base: list[float]) -> float:
+    """The median over the rounds that both ran of one's time over the other's."""
+    return median(x / y for x, y in zip(times, base, strict=False))
+
+
+class PeakMemory:
+    """Bytes in use at most within a ``with`` block, beyond those in use before it.
+
+    On a GPU as PyTorch's allocator counts them; on Linux the process's resident memory. `bytes` is
+    None where neither can be known.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        self.device = torch.device(device)
+        self.bytes: int | None = None
+
+    def __enter__(self) -> PeakMemory:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._before = torch.cuda.memory_allocated(self.device)
+        elif _STATUS.exists():
+            ctypes.CDLL(None).malloc_trim(0)
+            try:
+                _CLEAR_REFS.write_text("5")  # the peak starts again from here
+                self._before = _resident("VmRSS")
+            except OSError:
+                self._before = None
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self.device.type == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated(self.device) - self._before
+        elif _STATUS.exists() and self._before is not None:
+            self.bytes = _resident("VmHWM") - self._before
+
+
+_STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def _resident(field: str) -> int:
+    lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
+    return int(lines[field].split()[0]) * 1024
+
+
+def matmul_rate(device: torch.device | str, dtype: torch.dtype, size: int | None = None) -> float:
+    """FLOP/s of a large square matrix product: the roof over everything that computes."""
+    size = size or (2048 if torch.device(device).type == "cpu" else 8192)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / best_of(lambda: a @ b, device)
+
+
+def copy_bandwidth(device: torch.device | str) -> float:
+    """Bytes per second, read and written, of a copy that no cache holds."""
+    source = torch.ones(1 << 27, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / best_of(lambda: target.copy_(source), device)

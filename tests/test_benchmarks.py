@@ -1,0 +1,168 @@
+"""The benchmarks' baselines compute the official loss, and their commands run in miniature."""
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks import baselines, train_step
+from benchmarks.baselines import Baseline, Sequences
+from llmjepa_kernels import Example, Segment, llm_jepa_example, pack
+from llmjepa_kernels.hf import patch_model, unpatch_model
+from llmjepa_kernels.objective import llm_jepa_loss
+from tests.helpers import random_examples
+
+PAD = 0
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    return LlamaForCausalLM(config)
+
+
+@pytest.fixture
+def gradients(model):
+    """Losses of a step, and the gradient of every parameter."""
+
+    def run(step):
+        model.zero_grad()
+        unpatch_model(model)
+        step.prepare(model)
+        losses = step.step(model, jepa_weight=0.7)
+        return losses, {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    baselines.register_document_attention()
+    yield run
+    unpatch_model(model)
+
+
+def every_baseline(sequences):
+    def three(part):
+        return baselines.three_rows(part, PAD, length=40)
+
+    def additive(part):
+        return baselines.additive_mask(part, PAD, length=40)
+
+    documents = [baselines.documents(sequences)]
+    return {
+        "official three rows": Baseline([three(sequences)]),
+        "official additive mask": Baseline([additive(sequences)]),
+        "official, accumulated": Baseline(baselines.in_micro_batches(three, sequences, 3)),
+        "dynamic padding": Baseline([baselines.three_rows(sequences, PAD)]),
+        "unpadded": Baseline(documents, baselines.DOCUMENTS),
+        "unpadded, supervised head": Baseline(documents, baselines.DOCUMENTS, True),
+        "unpadded, Transformers' packing": Baseline([without_bounds(documents[0])]),
+    }
+
+
+def without_bounds(batch):
+    inputs = {k: v for k, v in batch.inputs.items() if k != "document_bounds"}
+    return baselines.MicroBatch(inputs, batch.labels, batch.pairs)
+
+
+@pytest.mark.parametrize("views", ["shared", "official"])
+def test_baselines_equal_ours(model, gradients, views):
+    examples = random_examples(7, seed=3, views=views)
+    ours, expected = gradients(train_step.Packed(pack(examples)))
+    assert ours[1] > 0.05
+    for name, step in every_baseline([Sequences.of(x) for x in examples]).items():
+        losses, actual = gradients(step)
+        assert losses == pytest.approx(ours, rel=1e-5), name
+        for parameter, gradient in expected.items():
+            scale = gradient.abs().max()
+            error = (actual[parameter] - gradient).abs().max()
+            assert error <= 1e-5 * scale, (name, parameter)
+
+
+def test_official_loss_by_hand(model, gradients):
+    """Both official layouts give NTP + (1 − cos) as computed one sequence at a time."""
+    examples = random_examples(4, seed=5, views="official")
+    sequences = [Sequences.of(x) for x in examples]
+    unpatch_model(model)
+    model.set_attn_implementation("eager")
+    nll, distances = [], []
+    with torch.no_grad():
+        for s in sequences:
+            logits = model(torch.tensor([s.chat])).logits[0].log_softmax(-1)
+            nll += [-logits[i - 1, y] for i, y in enumerate(s.labels) if i and y != -100]
+            x, y = (model.model(torch.tensor([ids]))[0][0, -1] for ids in s.pairs[0])
+            distances.append(1 - torch.dot(x, y) / (x.norm() * y.norm()))
+    expected = (torch.stack(nll).mean().item(), torch.stack(distances).mean().item())
+    for name, step in every_baseline(sequences).items():
+        losses, _ = gradients(step)
+        assert losses == pytest.approx(expected, rel=1e-5), name
+
+
+def test_tokens_are_counted():
+    example = llm_jepa_example([5, 6, 7], [8, 9], [8, 9, 9], pred_ids=[3])
+    sequences = [Sequences.of(example)] * 2
+    assert sequences[0].chat == [5, 6, 7, 8, 9]
+    assert sequences[0].labels == [-100, -100, -100, 8, 9]
+    assert sequences[0].pairs == [([5, 6, 7, 3], [8, 9, 9])]
+    padded = Baseline([baselines.three_rows(sequences, PAD, length=16)])
+    assert (padded.tokens, padded.head_tokens) == (6 * 16, 6 * 16)
+    mask = Baseline([baselines.additive_mask(sequences, PAD, length=16)])
+    assert (mask.tokens, mask.num_labels, mask.num_pairs) == (4 * 16, 4, 2)
+    packed = Baseline([baselines.documents(sequences)], baselines.DOCUMENTS, True)
+    assert (packed.tokens, packed.head_tokens) == (2 * (5 + 4 + 3), 4)
+    alone = Baseline([baselines.documents(sequences, views=False)])
+    assert (alone.tokens, alone.num_pairs) == (10, 0)
+
+
+def test_bad_input():
+    branching = Example([Segment([1, 2]), Segment([3], 0, [3]), Segment([4], 0, [4])])
+    with pytest.raises(ValueError, match="two branches"):
+        Sequences.of(branching)
+    long = [Sequences.of(llm_jepa_example([5] * 9, [8], [8]))]
+    with pytest.raises(ValueError, match="10 tokens, more than length = 8"):
+        baselines.three_rows(long, PAD, length=8)
+
+
+def test_loss_dropout_keeps_the_chats():
+    examples = random_examples(8, seed=1)
+    kept = train_step.dropped(examples, 0.75)
+    assert [bool(x.pairs) for x in kept].count(True) == 2
+    chats = [(s.chat, s.labels) for s in map(Sequences.of, examples)]
+    assert [(s.chat, s.labels) for s in map(Sequences.of, kept)] == chats
+
+
+def test_a_wrong_loss_is_not_printed(model):
+    """The jepa term of other examples must not pass for these."""
+    patch_model(model)
+    examples = random_examples(4, seed=1)
+    ours = llm_jepa_loss(model, pack(examples))
+    comparison = object.__new__(train_step.Comparison)
+    comparison.model, comparison.device, comparison.pad, comparison.vocab = model, "cpu", PAD, 50
+    comparison._expected = {}
+    row = train_step.Row("row", lambda: None, examples)
+    right = (ours.ntp_loss.item(), ours.jepa_loss.item())
+    comparison._check(row, right)
+    for wrong in ((right[0] + 1e-3, right[1]), (right[0], right[1] * 1.001), (math.nan, right[1])):
+        with pytest.raises(ValueError, match="separate passes"):
+            comparison._check(row, wrong)
+
+
+def test_train_step_command(tmp_path, capsys):
+    path = tmp_path / "step.json"
+    arguments = ["--examples", "3", "--rounds", "1", "--loss-dropout", "0.67"]
+    arguments += ["--official-length", "96", "--plot"]
+    assert train_step.main([*arguments, "--output", str(path)]) == 0
+    report = json.loads(path.read_text())
+    rows = {row["name"]: row for row in report["tables"][0]["rows"]}
+    assert len(rows) == 13
+    assert len({round(row["ntp_loss"], 4) for row in rows.values()}) == 1
+    assert rows[train_step.OURS]["tokens"] < rows["three rows, unpadded"]["tokens"]
+    assert report["machine"]["versions"]["torch"] == torch.__version__
+    assert "ours shared + prefixes" in capsys.readouterr().out
+    assert path.with_suffix(".png").stat().st_size > 10_000
