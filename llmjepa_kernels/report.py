@@ -16,7 +16,7 @@ COLUMNS = (
     ("view_cosine", "cosine\nof views", ".3f"),
     ("tokens_per_example", "tokens /\nexample", ".1f"),
     ("seconds_per_example", "seconds /\nexample", ".4f"),
-    ("relative_cost", "cost", ".2f"),
+    ("relative_cost", "relative\ncost", ".2f"),
 )
 COLORS = ("#8c8c8c", "#c44e52", "#4c72b0", "#55a868")
 
@@ -65,13 +65,15 @@ def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 3)
+    cosines = [cosine for run in runs for cosine in run["cosines"]]
+    bins = [min(cosines) + (1 - min(cosines)) * i / 40 for i in range(41)] if cosines else []
     for run, color in zip(runs, COLORS, strict=False):
         for axis, key in zip(axes, ("ntp_loss", "jepa_loss"), strict=False):
             points = [(log["step"], log[key]) for log in run["history"] if key in log]
             if points:
                 axis.plot(*zip(*points, strict=True), color=color, label=run["name"])
         if run["cosines"]:
-            axes[2].hist(run["cosines"], bins=40, color=color, alpha=0.6, label=run["name"])
+            axes[2].hist(run["cosines"], bins=bins, color=color, alpha=0.6, label=run["name"])
     titles = ("Next-token loss", "JEPA loss", "cos(Enc(Text), Enc(Code)), held out")
     for axis, title in zip(axes, titles, strict=True):
         axis.set_title(title, fontsize=10, loc="left")

@@ -7,7 +7,7 @@ import importlib.util
 import sys
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -248,12 +248,14 @@ class Job:
 
     def run(self) -> None:
         """Trains, evaluates and saves each model, and reports on them together."""
+        from transformers.utils import logging
+
         from llmjepa_kernels.report import write_report
 
+        logging.disable_progress_bar()  # of reading and writing weights
         names = ["NTP only", "LLM-JEPA"] if self.args.compare else ["LLM-JEPA"]
         runs = []
         for name in names:
-            print(f"\n{name}", flush=True)
             runs.append(self._run(name, views=name == "LLM-JEPA"))
         if None not in runs:  # in the main process
             print("\n" + write_report(runs, self.args.output_dir))
@@ -287,6 +289,7 @@ class Job:
 
         args = self.args
         parser = HfArgumentParser(TrainingArguments, allow_abbrev=False)
+        parser.error = _refuse  # instead of the usage of all its options
         parser.set_defaults(**COMMON, **(FINE_TUNE if args.model else SCRATCH))
         parser.set_defaults(use_cpu=not (torch.cuda.is_available() or torch.xpu.is_available()))
         known = {action.dest for action in parser._actions}
@@ -346,17 +349,19 @@ class Job:
 
         _, tokenizer, pred_ids = self._built
         collator = LLMJEPACollator(tokenizer, layout=self.args.layout, pred_ids=pred_ids)
-        max_length = self.args.max_length
+        limit = self.args.max_length
         examples = []
         for index, sample in enumerate(samples):
             try:
                 example = collator.example(sample)
-                if sum(len(s.input_ids) for s in example.segments) > (max_length or sys.maxsize):
-                    pack([example], max_length, share_prefixes=self.args.share_prefixes)
+                if limit and sum(len(s.input_ids) for s in example.segments) > limit:
+                    row = pack([example], share_prefixes=self.args.share_prefixes)["input_ids"]
+                    if row.shape[1] > limit:
+                        raise ValueError(
+                            f"the example takes {row.shape[1]} tokens, more than --max-length {limit}"
+                        )
             except ValueError as error:
-                text = sample["messages"][-2]["content"]
-                where = f"{source or 'built-in data'}, sample {index + 1} ({text[:60]!r})"
-                raise ValueError(f"{where}: {error}") from error
+                raise ValueError(f"{_place(source, index)}: {error}") from error
             examples.append(example)
         return examples
 
@@ -376,6 +381,13 @@ class Job:
         args = self.args
         model, tokenizer, _ = self._built or self._build()
         self._built = None
+        parameters = sum(p.numel() for p in model.parameters()) / 1e6
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+        print(
+            f"\n{name}: {len(self.train_examples)} examples, {parameters:.1f} M parameters, "
+            f"{trained:.1f} M of them trained",
+            flush=True,
+        )
         collator = LLMJEPACollator(
             tokenizer,
             max_length=args.max_length,
@@ -468,6 +480,19 @@ class Job:
             max_new_tokens=longest + 1,
         )
         return sum(matches) / len(matches)
+
+
+def _place(source: str | None, index: int) -> str:
+    """Where a sample is from: the file and line, blank lines not being samples."""
+    if source is None:
+        return f"built-in sample {index}"
+    with open(source, "rb") as file:
+        lines = (number for number, line in enumerate(file, start=1) if line.strip())
+        return f"{source}:{next(islice(lines, index, None))}"
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ValueError(message)
 
 
 def _chunks(items: list, size: int) -> Iterator[list]:

@@ -145,16 +145,29 @@ def test_malformed_data_is_named_by_line(tmp_path, capsys, line, message):
     assert message in capsys.readouterr().err
 
 
+def test_overlong_example_is_named_by_line(tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    long, short = (json.dumps(row) for row in grammar.generate(2))
+    row = json.loads(long)
+    row["messages"][1]["content"] *= 9
+    data.write_text(f"{short}\n\n{short}\n{json.dumps(row)}\n")
+    assert run("--data", data, "--max-length", 150, "--output-dir", tmp_path) == 2
+    error = capsys.readouterr().err
+    assert "data.jsonl:4: the example takes " in error
+    assert "more than --max-length 150" in error
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--max-length", "20"], "built-in data, sample 1 ('lines"),
+        (["--max-length", "20"], "built-in sample 0: the example takes "),
         (["--max-length", "0"], "--max-length must be at least 1, got 0"),
         (["--num-pred-tokens", "-1"], "--num-pred-tokens must be 0 or more, got -1"),
         (["--data", "none.jsonl"], "no file 'none.jsonl'"),
         (["--model", "none.gguf"], "no file 'none.gguf'"),
         (["--loss-dropout", "2"], "--loss-dropout must be from 0 to 1, got 2.0"),
         (["--resume-from-checkpoint", "x"], "use --resume"),
+        (["--weight-decay", "much"], "--weight-decay: invalid float value: 'much'"),
         (["--weight-decoy", "1"], "unknown options --weight-decoy 1"),
     ],
 )
