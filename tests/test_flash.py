@@ -19,6 +19,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def covered(plan, tokens):
     """How many calls make query i attend to key j, (tokens, tokens)."""
+    for call, slot in zip(plan.levels, plan.slots, strict=True):
+        assert (call.rows.diff() > 0).all()
+        assert torch.equal(plan.levels[0].rows[slot], call.rows)
     count = torch.zeros(tokens, tokens, dtype=torch.long)
     for call in plan.calls:
         rows = torch.arange(tokens) if call.rows is None else call.rows
@@ -75,8 +78,6 @@ def test_every_visible_pair_is_in_one_call(case):
     plan = plan_calls(visible_until)
     assert torch.equal(covered(plan, visible_until.numel()), seen_by_all(visible_until))
     assert len(plan.levels) <= depth(visible_until)
-    for call, slot in zip(plan.levels, plan.slots, strict=True):
-        assert torch.equal(plan.levels[0].rows[slot], call.rows)
 
 
 @given(st.integers(1, 20).flatmap(lambda n: st.lists(st.integers(1, n), min_size=n, max_size=n)))
@@ -138,8 +139,9 @@ def test_padding_is_few_sequences():
     assert plan.causal.max_seqlen_q == 128
     assert torch.equal(covered(plan, 512), seen_by_all(padded))
 
-    few = torch.arange(1, MIN_SOLITARY, dtype=torch.int32)[None]
-    assert plan_calls(few).solitary is None
+    own = torch.arange(1, MIN_SOLITARY + 1, dtype=torch.int32)[None]
+    assert plan_calls(own).solitary is not None
+    assert plan_calls(own[:, :-1]).solitary is None
 
 
 @given(rows(), st.integers(1, 40))
@@ -170,6 +172,9 @@ def test_windows_that_can_and_cannot_be_followed():
     plan = plan_calls(visible_until, far, 7)
     assert plan.levels == ()
     assert torch.equal(covered(plan, 15), seen_by_all(visible_until, far, 7))
+    assert plan_calls(visible_until, far, 25).levels == ()
+    with pytest.raises(ValueError, match="window=26 cuts"):
+        plan_calls(visible_until, far, 26)
 
     with pytest.raises(ValueError, match="position_ids count up by one"):
         plan_calls(torch.full((1, 5), 5).int(), torch.tensor([[0, 2, 4, 6, 8]]), 3)
@@ -323,13 +328,15 @@ def test_layers_and_their_backward_share_one_plan(kernels, planned):
 def test_a_mask_or_positions_written_to_are_planned_again(kernels, planned):
     case = AttentionCase.random(seq=30, head_dim=8, window=100)
     case.run("flash")
-    case.position_ids += 7
+    case.position_ids = case.position_ids.clone()
     case.run("flash")
     assert len(planned) == 2
-    case.visible_until[:] = torch.arange(1, 31)
-    case.position_ids = case.position_ids.clone()
-    check_exact(case)
+    case.position_ids += 7
+    case.run("flash")
     assert len(planned) == 3
+    case.visible_until[:] = torch.arange(1, 31)
+    check_exact(case)
+    assert len(planned) == 4
     with torch.inference_mode():
         case.visible_until = case.visible_until.clone()
         for end in (30, 20):
