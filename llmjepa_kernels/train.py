@@ -355,10 +355,11 @@ class Job:
             try:
                 example = collator.example(sample)
                 if limit and sum(len(s.input_ids) for s in example.segments) > limit:
-                    row = pack([example], share_prefixes=self.args.share_prefixes)["input_ids"]
-                    if row.shape[1] > limit:
+                    row = pack([example], share_prefixes=self.args.share_prefixes)
+                    tokens = row["input_ids"].shape[1]
+                    if tokens > limit:
                         raise ValueError(
-                            f"the example takes {row.shape[1]} tokens, more than --max-length {limit}"
+                            f"it takes {tokens} tokens, more than --max-length {limit}"
                         )
             except ValueError as error:
                 raise ValueError(f"{_place(source, index)}: {error}") from error

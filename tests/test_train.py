@@ -149,18 +149,18 @@ def test_overlong_example_is_named_by_line(tmp_path, capsys):
     data = tmp_path / "data.jsonl"
     long, short = (json.dumps(row) for row in grammar.generate(2))
     row = json.loads(long)
-    row["messages"][1]["content"] *= 9
+    row["messages"][1]["content"] *= 40
     data.write_text(f"{short}\n\n{short}\n{json.dumps(row)}\n")
     assert run("--data", data, "--max-length", 150, "--output-dir", tmp_path) == 2
     error = capsys.readouterr().err
-    assert "data.jsonl:4: the example takes " in error
+    assert "data.jsonl:4: it takes " in error
     assert "more than --max-length 150" in error
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--max-length", "20"], "built-in sample 0: the example takes "),
+        (["--max-length", "20"], "built-in sample 0: it takes "),
         (["--max-length", "0"], "--max-length must be at least 1, got 0"),
         (["--num-pred-tokens", "-1"], "--num-pred-tokens must be 0 or more, got -1"),
         (["--data", "none.jsonl"], "no file 'none.jsonl'"),
