@@ -356,11 +356,9 @@ class Job:
                 example = collator.example(sample)
                 if limit and sum(len(s.input_ids) for s in example.segments) > limit:
                     row = pack([example], share_prefixes=self.args.share_prefixes)
-                    tokens = row["input_ids"].shape[1]
-                    if tokens > limit:
-                        raise ValueError(
-                            f"it takes {tokens} tokens, more than --max-length {limit}"
-                        )
+                    size = row["input_ids"].shape[1]
+                    if size > limit:
+                        raise ValueError(f"it takes {size} tokens, more than --max-length {limit}")
             except ValueError as error:
                 raise ValueError(f"{_place(source, index)}: {error}") from error
             examples.append(example)
