@@ -151,9 +151,8 @@ def _plan(visible_until: Tensor, position_ids: Tensor | None, window: int | None
             for (ref, version), x in zip(sources, inputs, strict=True)
         ):
             return plan
-    on_host = [x.cpu() for x in inputs]
-    plan = plan_calls(*on_host, **({} if window is None else {"window": window}))
-    plan = plan.to(visible_until.device)
+    on_host = (x.cpu() for x in inputs)
+    plan = plan_calls(*on_host, window=window).to(visible_until.device)
     if lasting:
         sources = [(TensorWeakRef(x), x._version) for x in inputs]
         _plans.setdefault(visible_until, {})[window] = (sources, plan)

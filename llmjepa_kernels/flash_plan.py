@@ -18,8 +18,9 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-# A row's padding is tokens that see only themselves. As a sequence each, they would cost more than
-# the row; this many in a succession become one sequence of a call with a window of one token.
+# A row's padding is tokens that see only themselves. Each would be a sequence, for which
+# flash-attn's backward sets 128 rows of workspace aside; this many in a succession are taken
+# together, in a call with a window of one token.
 MIN_SOLITARY = 8
 MAX_TILE = 128  # the most queries that a thread block of flash-attn takes
 
@@ -62,8 +63,8 @@ class FlashPlan:
 
     Attributes:
         causal: The runs, over all tokens.
-        solitary: Long successions of tokens that nothing but themselves in their run sees (the
-            padding); their queries have no keys in `causal`. None if there are none.
+        solitary: Long successions of runs of a single token (the padding), which have no keys
+            in `causal`. None if there are none.
         levels: Segments to their descendants beyond the run, outermost first. The `rows` of the
             first hold those of all others.
         slots: Per level, where its `rows` are in those of the first: (queries,) int64.
@@ -112,7 +113,7 @@ def plan_calls(
     until = (visible_until.long() + row[:, None]).flatten()
     token = torch.arange(batch * seq, device=device)
 
-    # In a forest, a token's subtree ends at e exactly if that of token e - 1 does.
+    # In a forest, the subtree of some token ends at e exactly if that of token e - 1 does.
     is_end = torch.zeros(batch * seq + 1, dtype=torch.bool, device=device)
     is_end[until] = True
     run_end = is_end.nonzero().flatten()
