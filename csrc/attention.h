@@ -210,16 +210,19 @@ bool pack_keys(const LkTensor& x, int64_t row, int64_t kv_head, const KeyChunk& 
   return is_finite<Compute<S>>(poison);
 }
 
-// The rows of one vector's queries, zeros where there is no query.
+// The rows of one vector's queries, times `factor`; zeros where there is no query.
 template <class S>
 void read_lanes(const LkTensor& x, int64_t row, int64_t head, int64_t query, int valid,
-                const TileShape<Compute<S>>& shape, Compute<S>* rows, Vec<Compute<S>>* poison) {
+                const TileShape<Compute<S>>& shape, Compute<S> factor, Compute<S>* rows,
+                Vec<Compute<S>>* poison) {
   using T = Compute<S>;
   const S* base = static_cast<const S*>(x.data) + row * x.batch_stride + head * x.head_stride;
   for (int i = 0; i < kLanes<T>; ++i) {
     T* out = rows + int64_t{i} * shape.stride;
     if (i < valid) {
       read_row(base + (query + i) * x.seq_stride, out, shape.dim, shape.padded, poison);
+      if (factor == T(1)) continue;
+      for (int d = 0; d < shape.padded; d += kLanes<T>) store(out + d, load(out + d) * factor);
     } else {
       for (int d = 0; d < shape.padded; d += kLanes<T>) store(out + d, Vec<T>{});
     }
@@ -252,20 +255,13 @@ void write_lanes(const LkTensor& x, int64_t row, int64_t head, int64_t query, in
   }
 }
 
-// How raw products q.k become base-2 exponents. A negative scale is moved into the queries, so
-// that the largest product is the largest score; with a soft cap the products are replaced by
-// capped scores first.
+// The soft cap: score = softcap * tanh(score / softcap). The softmax scale is in the queries.
 template <class T>
-struct ScoreScale {
-  T query_factor, exponent, cap_in, cap_out;
+struct SoftCap {
+  T inverse, cap;  // 0 without one
 
-  explicit ScoreScale(const LkAttention& a) {
-    const double size = a.scale < 0 ? -a.scale : a.scale;
-    query_factor = T((a.scale > 0) - (a.scale < 0));
-    cap_in = a.softcap > 0 ? T(size / a.softcap) : T(0);
-    cap_out = T(a.softcap);
-    exponent = a.softcap > 0 || size == 0 ? kLog2E<T> : T(size) * kLog2E<T>;
-  }
+  explicit SoftCap(const LkAttention& a)
+      : inverse(a.softcap > 0 ? T(1 / a.softcap) : T(0)), cap(T(a.softcap)) {}
 };
 
 // The rare tile in which an operand is infinite or NaN and must not reach lanes that the mask

@@ -19,7 +19,7 @@ struct BackwardWorkspace {
   uint16_t* tiles;                 // [key blocks]
   T *q_rows, *dout_rows;           // [lanes][stride]
   T *q, *dout, *dq;                // [panel][dim][lanes of the panel]
-  T *lse, *delta;                  // [lanes]; lse in base 2
+  T *lse, *delta;                  // [lanes]
   bool *q_finite, *dout_finite;    // [vectors]
   T* rows;                         // [W][stride]
   T *k, *v, *dk, *dv;              // [kChunk][stride]
@@ -58,7 +58,7 @@ struct RowSums {
 
 // Scores become P, and dP becomes dS without the softmax scale.
 template <class T, int V>
-void softmax_backward(const ScoreScale<T>& scale, const KeyMask<T>& mask, const KeyChunk& chunk,
+void softmax_backward(const SoftCap<T>& softcap, const KeyMask<T>& mask, const KeyChunk& chunk,
                       const PanelKeys& keys, const Int<T>* query, const Int<T>* position,
                       const T* lse, const T* delta, T* p, T* ds) {
   constexpr int W = kLanes<T>;
@@ -71,12 +71,12 @@ void softmax_backward(const ScoreScale<T>& scale, const KeyMask<T>& mask, const 
     LK_UNROLL for (int v = 0; v < V; ++v) {
       const int at = (n * V + v) * W;
       Vec<T> s = load(p + at), cap = splat(T(1));
-      if (scale.cap_in != 0) {
-        const Vec<T> t = tanh<T>(s * scale.cap_in);
-        s = t * scale.cap_out;
+      if (softcap.cap != 0) {
+        const Vec<T> t = tanh<T>(s * softcap.inverse);
+        s = t * softcap.cap;
         cap -= t * t;
       }
-      const Vec<T> weight = exp2<T>(s * scale.exponent - l[v]);
+      const Vec<T> weight = exp2<T>((s - l[v]) * kLog2E<T>);
       store(p + at, weight);
       store(ds + at, weight * (load(ds + at) - d[v]) * cap);
     }
@@ -97,7 +97,7 @@ void softmax_backward(const ScoreScale<T>& scale, const KeyMask<T>& mask, const 
 
 template <class S, int V>
 void backward_panel(const LkAttention& a, BackwardWorkspace<S>& w,
-                    const ScoreScale<Compute<S>>& scale, const KeyMask<Compute<S>>& mask,
+                    const SoftCap<Compute<S>>& softcap, const KeyMask<Compute<S>>& mask,
                     const Panel& panel, bool k_finite) {
   using T = Compute<S>;
   constexpr int W = kLanes<T>;
@@ -111,7 +111,7 @@ void backward_panel(const LkAttention& a, BackwardWorkspace<S>& w,
 
   dot_rows<T, V>(w.k, shape.stride, keys.index, keys.count, shape.dim, w.q + columns, w.p);
   dot_rows<T, V>(w.v, shape.stride, keys.index, keys.count, shape.dim, w.dout + columns, w.ds);
-  softmax_backward<T, V>(scale, mask, *w.chunk, keys, query, position, w.lse + lane, w.delta + lane,
+  softmax_backward<T, V>(softcap, mask, *w.chunk, keys, query, position, w.lse + lane, w.delta + lane,
                          w.p, w.ds);
 
   if (k_finite || !keys.masked) {
@@ -139,10 +139,10 @@ void backward_panel(const LkAttention& a, BackwardWorkspace<S>& w,
   add_rows(q_finite, w.ds, w.q_rows + rows, w.dk);
 }
 
-// Reads the queries of a block: rows for dK and dV, columns for the scores, and the statistics.
+// Reads the queries of a block: rows for dK and dV, columns for the scores, and statistics.
 template <class S>
 void read_queries(const LkAttention& a, int64_t row, const BlockLanes<Compute<S>>& lanes,
-                  const ScoreScale<Compute<S>>& scale, BackwardWorkspace<S>& w) {
+                  BackwardWorkspace<S>& w) {
   using T = Compute<S>;
   constexpr int W = kLanes<T>;
   const TileShape<T>& shape = w.shape;
@@ -155,9 +155,9 @@ void read_queries(const LkAttention& a, int64_t row, const BlockLanes<Compute<S>
       const int64_t at = int64_t{v} * W;
       T *q_rows = w.q_rows + at * shape.stride, *dout_rows = w.dout_rows + at * shape.stride;
       Vec<T> q_poison = {}, dout_poison = {}, out_poison = {};
-      read_lanes<S>(a.q, row, head, query, valid, shape, q_rows, &q_poison);
-      read_lanes<S>(a.dout, row, head, query, valid, shape, dout_rows, &dout_poison);
-      read_lanes<S>(a.out, row, head, query, valid, shape, w.rows, &out_poison);
+      read_lanes<S>(a.q, row, head, query, valid, shape, T(a.scale), q_rows, &q_poison);
+      read_lanes<S>(a.dout, row, head, query, valid, shape, T(1), dout_rows, &dout_poison);
+      read_lanes<S>(a.out, row, head, query, valid, shape, T(1), w.rows, &out_poison);
       w.q_finite[v] = is_finite<T>(q_poison);
       w.dout_finite[v] = is_finite<T>(dout_poison);
 
@@ -169,31 +169,27 @@ void read_queries(const LkAttention& a, int64_t row, const BlockLanes<Compute<S>
         }
         const T delta = sum_lanes<T>(dot);
         w.delta[at + i] = delta;
-        w.lse[at + i] = i < valid ? static_cast<const T*>(a.lse)[stat + i] * kLog2E<T> : T(0);
+        w.lse[at + i] = i < valid ? static_cast<const T*>(a.lse)[stat + i] : T(0);
         if (a.delta && i < valid) static_cast<T*>(a.delta)[stat + i] = delta;
       }
       rows_to_columns(shape, q_rows, w.q + columns + (v - first) * W, count * W);
       rows_to_columns(shape, dout_rows, w.dout + columns + (v - first) * W, count * W);
     }
-    for (int64_t i = 0; i < int64_t{count} * shape.padded; ++i) {
-      T* x = w.q + columns + i * W;
-      store(x, load(x) * scale.query_factor);
-      store(w.dq + columns + i * W, Vec<T>{});
-    }
+    std::memset(w.dq + columns, 0, int64_t{count} * W * shape.padded * sizeof(T));
   }
 }
 
-// sums[key of n] += factor * packed[n]
+// sums[key of n] += packed[n]
 template <class T>
-void scatter_keys(const KeyChunk& chunk, const TileShape<T>& shape, const T* packed, T factor,
+void scatter_keys(const KeyChunk& chunk, const TileShape<T>& shape, const T* packed,
                   const RowSums<T>& sums) {
   constexpr int W = kLanes<T>;
   for (int n = 0; n < chunk.count; ++n) {
     T* out = sums.base + chunk.key[n] * sums.stride;
     const T* in = packed + int64_t{n} * shape.stride;
     int d = 0;
-    for (; d + W <= shape.dim; d += W) store(out + d, load(out + d) + load(in + d) * factor);
-    for (; d < shape.dim; ++d) out[d] += in[d] * factor;
+    for (; d + W <= shape.dim; d += W) store(out + d, load(out + d) + load(in + d));
+    for (; d < shape.dim; ++d) out[d] += in[d];
   }
 }
 
@@ -203,11 +199,11 @@ void backward_range(const LkAttention& a, int64_t row, int64_t kv_head, const Bl
                     const RowSums<Compute<S>>& dv) {
   using T = Compute<S>;
   constexpr int W = kLanes<T>;
-  const ScoreScale<T> scale(a);
+  const SoftCap<T> softcap(a);
   const KeyMask<T> mask(a, row);
   const BlockLanes<T> lanes(range);
   w.lanes.fill(a, row, lanes);
-  read_queries<S>(a, row, lanes, scale, w);
+  read_queries<S>(a, row, lanes, w);
 
   const QueryRange queries(a, row, range.query_begin, range.query_end);
   TileCursor cursor(a, row, queries, w.tiles);
@@ -220,13 +216,13 @@ void backward_range(const LkAttention& a, int64_t row, int64_t kv_head, const Bl
     for (int first = 0; first < lanes.vectors; first += lanes.panel_vectors(first)) {
       const Panel panel = lanes.panel(a, row, first);
       switch (panel.vectors) {
-        case 1: backward_panel<S, 1>(a, w, scale, mask, panel, k_finite); break;
-        case 2: backward_panel<S, 2>(a, w, scale, mask, panel, k_finite); break;
-        default: backward_panel<S, kMaxVectors>(a, w, scale, mask, panel, k_finite); break;
+        case 1: backward_panel<S, 1>(a, w, softcap, mask, panel, k_finite); break;
+        case 2: backward_panel<S, 2>(a, w, softcap, mask, panel, k_finite); break;
+        default: backward_panel<S, kMaxVectors>(a, w, softcap, mask, panel, k_finite); break;
       }
     }
-    scatter_keys(*w.chunk, w.shape, w.dk, T(a.scale), dk);
-    scatter_keys(*w.chunk, w.shape, w.dv, T(1), dv);
+    scatter_keys(*w.chunk, w.shape, w.dk, dk);
+    scatter_keys(*w.chunk, w.shape, w.dv, dv);
   }
 
   for (int first = 0; first < lanes.vectors; first += lanes.panel_vectors(first)) {

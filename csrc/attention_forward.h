@@ -39,12 +39,12 @@ struct ForwardWorkspace {
 
 // Soft cap and mask, where a score needs either.
 template <class T, int V>
-void finish_scores(const ScoreScale<T>& scale, const KeyMask<T>& mask, const KeyChunk& chunk,
+void finish_scores(const SoftCap<T>& softcap, const KeyMask<T>& mask, const KeyChunk& chunk,
                    const PanelKeys& keys, const Int<T>* query, const Int<T>* position, T* scores) {
   constexpr int W = kLanes<T>;
-  if (scale.cap_in != 0) {
+  if (softcap.cap != 0) {
     for (int n = 0; n < keys.count * V; ++n) {
-      store(scores + n * W, tanh<T>(load(scores + n * W) * scale.cap_in) * scale.cap_out);
+      store(scores + n * W, tanh<T>(load(scores + n * W) * softcap.inverse) * softcap.cap);
     }
   }
   if (!keys.masked) return;
@@ -63,7 +63,7 @@ void finish_scores(const ScoreScale<T>& scale, const KeyMask<T>& mask, const Key
 // Turns scores into exp(score - max), updating the running maximum and sum of each lane; alpha
 // is what the sums so far must be multiplied by.
 template <class T, int V>
-void online_softmax_update(int count, T exponent, T* scores, T* max, T* sum, T* alpha) {
+void online_softmax_update(int count, T* scores, T* max, T* sum, T* alpha) {
   constexpr int W = kLanes<T>;
   // Summed per chunk: one long sum would lose a digit over a few thousand keys.
   Vec<T> m[V], l[V] = {}, base[V];
@@ -74,8 +74,8 @@ void online_softmax_update(int count, T exponent, T* scores, T* max, T* sum, T* 
   LK_UNROLL for (int v = 0; v < V; ++v) {
     const Vec<T> before = load(max + v * W);
     // A lane that has seen nothing yet keeps a maximum of -inf, which must not meet itself.
-    base[v] = m[v] == splat(-kInfinity<T>) ? Vec<T>{} : m[v] * exponent;
-    const Vec<T> a = before == splat(-kInfinity<T>) ? Vec<T>{} : exp2<T>(before * exponent - base[v]);
+    base[v] = m[v] == splat(-kInfinity<T>) ? Vec<T>{} : m[v];
+    const Vec<T> a = exp2<T>((before - base[v]) * kLog2E<T>);
     store(alpha + v * W, a);
     store(sum + v * W, load(sum + v * W) * a);
     store(max + v * W, m[v]);
@@ -83,7 +83,7 @@ void online_softmax_update(int count, T exponent, T* scores, T* max, T* sum, T* 
   for (int n = 0; n < count; ++n) {
     LK_UNROLL for (int v = 0; v < V; ++v) {
       T* x = scores + (n * V + v) * W;
-      const Vec<T> p = exp2<T>(load(x) * exponent - base[v]);
+      const Vec<T> p = exp2<T>((load(x) - base[v]) * kLog2E<T>);
       l[v] += p;
       store(x, p);
     }
@@ -92,7 +92,7 @@ void online_softmax_update(int count, T exponent, T* scores, T* max, T* sum, T* 
 }
 
 template <class S, int V>
-void forward_panel(const LkAttention& a, ForwardWorkspace<S>& w, const ScoreScale<Compute<S>>& scale,
+void forward_panel(const LkAttention& a, ForwardWorkspace<S>& w, const SoftCap<Compute<S>>& softcap,
                    const KeyMask<Compute<S>>& mask, const Panel& panel, bool v_finite) {
   using T = Compute<S>;
   constexpr int W = kLanes<T>;
@@ -104,9 +104,8 @@ void forward_panel(const LkAttention& a, ForwardWorkspace<S>& w, const ScoreScal
 
   dot_rows<T, V>(w.k, w.shape.stride, w.keys.index, w.keys.count, w.shape.dim,
                  w.q + int64_t{lane} * w.shape.padded, w.scores);
-  finish_scores<T, V>(scale, mask, *w.chunk, w.keys, query, position, w.scores);
-  online_softmax_update<T, V>(w.keys.count, scale.exponent, w.scores, w.max + lane, w.sum + lane,
-                              w.alpha);
+  finish_scores<T, V>(softcap, mask, *w.chunk, w.keys, query, position, w.scores);
+  online_softmax_update<T, V>(w.keys.count, w.scores, w.max + lane, w.sum + lane, w.alpha);
   if (v_finite || !w.keys.masked) {
     accumulate_columns<T, V>(w.v, w.shape.stride, w.keys.index, w.keys.count, w.shape.dim, w.scores,
                              w.alpha, out);
@@ -121,7 +120,7 @@ void forward_range(const LkAttention& a, int64_t row, int64_t kv_head, const Blo
                    ForwardWorkspace<S>& w) {
   using T = Compute<S>;
   constexpr int W = kLanes<T>;
-  const ScoreScale<T> scale(a);
+  const SoftCap<T> softcap(a);
   const KeyMask<T> mask(a, row);
   const BlockLanes<T> lanes(range);
   w.lanes.fill(a, row, lanes);
@@ -131,20 +130,15 @@ void forward_range(const LkAttention& a, int64_t row, int64_t kv_head, const Blo
     const int64_t offset = int64_t{first} * W * w.shape.padded;
     for (int v = first; v < first + count; ++v) {
       Vec<T> ignored = {};
-      read_lanes<S>(a.q, row, lanes.head(v), lanes.query(v), lanes.valid(v), w.shape, w.rows,
-                    &ignored);
+      read_lanes<S>(a.q, row, lanes.head(v), lanes.query(v), lanes.valid(v), w.shape, T(a.scale),
+                    w.rows, &ignored);
       rows_to_columns(w.shape, w.rows, w.q + offset + (v - first) * W, count * W);
       // A sink is one more score, whose value is zero.
-      const T sink = a.sinks ? static_cast<const T*>(a.sinks)[lanes.head(v)] / scale.exponent * kLog2E<T>
-                             : -kInfinity<T>;
+      const T sink = a.sinks ? static_cast<const T*>(a.sinks)[lanes.head(v)] : -kInfinity<T>;
       store(w.max + v * W, splat(sink));
       store(w.sum + v * W, splat(T(sink != -kInfinity<T>)));
     }
-    for (int64_t i = 0; i < int64_t{count} * w.shape.padded; ++i) {
-      T* x = w.q + offset + i * W;
-      store(x, load(x) * scale.query_factor);
-      store(w.out + offset + i * W, Vec<T>{});
-    }
+    std::memset(w.out + offset, 0, int64_t{count} * W * w.shape.padded * sizeof(T));
   }
 
   const QueryRange queries(a, row, range.query_begin, range.query_end);
@@ -155,9 +149,9 @@ void forward_range(const LkAttention& a, int64_t row, int64_t kv_head, const Blo
     for (int first = 0; first < lanes.vectors; first += lanes.panel_vectors(first)) {
       const Panel panel = lanes.panel(a, row, first);
       switch (panel.vectors) {
-        case 1: forward_panel<S, 1>(a, w, scale, mask, panel, v_finite); break;
-        case 2: forward_panel<S, 2>(a, w, scale, mask, panel, v_finite); break;
-        default: forward_panel<S, kMaxVectors>(a, w, scale, mask, panel, v_finite); break;
+        case 1: forward_panel<S, 1>(a, w, softcap, mask, panel, v_finite); break;
+        case 2: forward_panel<S, 2>(a, w, softcap, mask, panel, v_finite); break;
+        default: forward_panel<S, kMaxVectors>(a, w, softcap, mask, panel, v_finite); break;
       }
     }
   }
@@ -170,7 +164,7 @@ void forward_range(const LkAttention& a, int64_t row, int64_t kv_head, const Blo
       const auto empty = sum == Vec<T>{};  // every visible score was -inf
       const Vec<T> inverse = empty ? Vec<T>{} : T(1) / sum;
       // NaN must survive the bit arithmetic of log2.
-      Vec<T> value = (max * scale.exponent + log2<T>(sum)) * kLn2<T>;
+      Vec<T> value = max + log2<T>(sum) * kLn2<T>;
       value = empty ? splat(-kInfinity<T>) : (sum == sum ? value : sum);
       T buffer[W];
       store(buffer, value);

@@ -200,9 +200,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dout, _dlse):
-    if dout is None:
-        return (None,) * 12
     q, k, v, out, lse, position_ids, sinks, *mask = ctx.saved_tensors
+    if dout is None:
+        return None, None, None, [None] * len(mask), *[None] * 8
     block_size, mask_window, options, impl = ctx.arguments
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
     dq, dk, dv, dsinks = torch.ops.llmjepa_kernels.attention_backward(

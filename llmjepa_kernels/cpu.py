@@ -15,9 +15,10 @@ from torch import Tensor
 
 from llmjepa_kernels.block_mask import BlockMask
 
-LIBRARY = Path(__file__).with_name("_cpu.so")
-# Overrides the choice of instruction set, for tests and comparisons.
+# Another library, as built with sanitizers, and another instruction set than the best.
+LIBRARY_VARIABLE = "LLMJEPA_CPU_LIBRARY"
 ISA_VARIABLE = "LLMJEPA_CPU_ISA"
+LIBRARY = Path(os.environ.get(LIBRARY_VARIABLE) or Path(__file__).with_name("_cpu.so"))
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 METRICS = {"cosine": 0, "l2": 1, "mse": 2}
 MAX_HEAD_DIM = 256
