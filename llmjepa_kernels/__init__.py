@@ -1,4 +1,10 @@
-"""LLM-JEPA training in one forward pass of packed rows."""
+"""LLM-JEPA training in one forward pass of packed rows.
+
+The names in the order of the data: examples are packed into rows, attention and loss run on them,
+and Hugging Face models and the Trainer are patched to use both.
+"""
+
+import importlib
 
 from llmjepa_kernels.attention import view_attention
 from llmjepa_kernels.block_mask import BlockMask
@@ -7,13 +13,51 @@ from llmjepa_kernels.packing import Example, PackedBatch, Segment, llm_jepa_exam
 
 __version__ = "0.1.0"
 
+# These need transformers, so they are imported when they are asked for.
+_LAZY = {
+    "chat_example": "chat",
+    "patch_model": "hf",
+    "unpatch_model": "hf",
+    "LLMJEPAOutput": "objective",
+    "llm_jepa_loss": "objective",
+    "add_predictor_tokens": "predictor_tokens",
+    "LLMJEPACollator": "trainer",
+    "LLMJEPATrainer": "trainer",
+}
+
 __all__ = [
     "BlockMask",
     "Example",
+    "LLMJEPACollator",
+    "LLMJEPAOutput",
+    "LLMJEPATrainer",
     "PackedBatch",
     "Segment",
+    "add_predictor_tokens",
+    "chat_example",
     "last_token_loss",
     "llm_jepa_example",
+    "llm_jepa_loss",
     "pack",
+    "patch_model",
+    "unpatch_model",
     "view_attention",
 ]
+
+
+def __getattr__(name: str):
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        module = importlib.import_module(f"{__name__}.{_LAZY[name]}")
+    except ModuleNotFoundError as error:
+        if error.name == "transformers":
+            raise ImportError(
+                f"{name} needs the package transformers: pip install 'llmjepa_kernels[train]'"
+            ) from error
+        raise
+    return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

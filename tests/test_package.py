@@ -1,0 +1,72 @@
+"""What importing the package brings in, and what the README says about using it."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import llmjepa_kernels
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def run(code: str) -> None:
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_importing_the_package_needs_torch_only():
+    run(
+        "import sys, llmjepa_kernels\n"
+        "assert not {'transformers', 'triton', 'datasets', 'peft'} & set(sys.modules)"
+    )
+
+
+@pytest.mark.parametrize("name", llmjepa_kernels.__all__)
+def test_every_public_name_is_there_and_documented(name):
+    assert name in dir(llmjepa_kernels)
+    assert getattr(llmjepa_kernels, name).__doc__
+
+
+def test_unknown_names_are_unknown():
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        llmjepa_kernels.nonsense  # noqa: B018
+
+
+def test_a_missing_transformers_is_named():
+    run(
+        "import sys\n"
+        "sys.modules['transformers'] = None\n"
+        "import llmjepa_kernels\n"
+        "try:\n"
+        "    llmjepa_kernels.patch_model\n"
+        "except ImportError as error:\n"
+        "    assert 'llmjepa_kernels[train]' in str(error), error\n"
+        "else:\n"
+        "    raise AssertionError('no error')\n"
+    )
+
+
+def test_the_readme_example_trains(one_thread):
+    """The ten lines for an existing loop, run as they are printed."""
+    from llmjepa_kernels import data, grammar, models
+
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    chats = grammar.generate(16, seed=0)
+    tokenizer = data.train_tokenizer(chats, vocab_size=300)
+    torch.manual_seed(0)
+    model = models.small_llama(tokenizer, hidden_size=64, num_layers=1)
+    losses = []
+    names = {
+        "model": model,
+        "tokenizer": tokenizer,
+        "loader": [[chat["messages"] for chat in chats]] * 8,
+        "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-2),
+        "losses": losses,
+    }
+    exec(code.replace("out.loss.backward()", "out.loss.backward(); losses.append(out)"), names)
+    assert len(losses) == 8
+    assert losses[-1].ntp_loss < losses[0].ntp_loss
+    assert losses[-1].jepa_loss < losses[0].jepa_loss
