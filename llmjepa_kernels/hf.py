@@ -173,8 +173,8 @@ def _prepare(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | 
         raise ValueError(f"the schedule of visible_until is incomplete, it lacks {missing}")
     # Transformers hands a 4D mask to every layer untouched instead of building one. Nothing can
     # apply an empty mask unnoticed, should a layer not attend through view_attention.
-    unusable = visible_until.new_empty((len(visible_until), 1, 0, 0), dtype=torch.bool)
-    return args, {**kwargs, **schedule, "attention_mask": unusable}
+    empty = visible_until.new_empty((len(visible_until), 1, 0, 0), dtype=torch.bool)
+    return args, {**kwargs, **schedule, "attention_mask": empty}
 
 
 def _check_packed(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -202,7 +202,7 @@ def _check_packed(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Non
             f"position_ids must have the shape {shape} of the tokens, got "
             f"{tuple(position_ids.shape)}"
         )
-    if kwargs.get("attention_mask") is not None:
+    if not _is_empty(kwargs.get("attention_mask")):
         raise ValueError(
             "attention_mask must not be given with visible_until, which is the whole mask"
         )
@@ -211,6 +211,10 @@ def _check_packed(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Non
             "past_key_values must not be given with visible_until: a packed row cannot continue "
             "a KV cache"
         )
+
+
+def _is_empty(mask: Any) -> bool:
+    return mask is None or (isinstance(mask, Tensor) and mask.shape[1:] == (1, 0, 0))
 
 
 def _recognised(module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any] | None:
@@ -312,7 +316,7 @@ def _attention(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
 
     if visible_until is None:
-        if attention_mask is not None and attention_mask.shape[-1] == 0:
+        if attention_mask is not None and _is_empty(attention_mask):
             raise TypeError(
                 f"{type(module).__name__} is not given the keyword arguments of its model's "
                 "forward, so visible_until cannot reach it"

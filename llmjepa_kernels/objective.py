@@ -72,7 +72,7 @@ def llm_jepa_loss(
 
     Raises:
         ValueError: The batch lacks a key.
-        RuntimeError: The model is not patched, or its logits are not those asked for.
+        RuntimeError: The model is not patched, or does not return the logits or states asked for.
 
     Source: LLM-JEPA, arXiv:2509.14252.
     """
@@ -93,12 +93,15 @@ def llm_jepa_loss(
         output_hidden_states=-1,  # only the last one is kept
         use_cache=False,
     )
-    logits, hidden = outputs.logits, outputs.hidden_states[-1]
+    logits = outputs.logits
+    hidden = outputs.hidden_states[-1] if outputs.hidden_states else None
     if logits.shape[:-1] != targets.shape:
         raise RuntimeError(
             f"the model must return logits of shape {(*targets.shape, 'vocab')} for logits_to_keep "
             f"of shape {tuple(positions.shape)}, got {tuple(logits.shape)}"
         )
+    if hidden is None:
+        raise RuntimeError("the model must return hidden_states for output_hidden_states, got None")
 
     num_items = (targets != IGNORE).sum()
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -196,16 +196,18 @@ def test_pair_outside_the_row(model, batch):
         llm_jepa_loss(model, {**batch, "view_pairs": pairs})
 
 
-def test_logits_of_another_shape(batch):
-    """As some fused heads give when logits_to_keep has two dimensions."""
+@pytest.mark.parametrize(
+    ("ignored", "message"),
+    [
+        ("logits_to_keep", "must return logits of shape"),  # as some fused heads do in 2D
+        ("output_hidden_states", "must return hidden_states"),
+    ],
+)
+def test_models_that_do_not_return_what_is_asked_for(batch, ignored, message):
     model = patch_model(tiny_model("llama"))
     forward = model.forward
-
-    def all_logits(*args, logits_to_keep, **kwargs):
-        return forward(*args, **kwargs)
-
-    model.forward = all_logits
-    with pytest.raises(RuntimeError, match="must return logits of shape"):
+    model.forward = lambda **kwargs: forward(**{**kwargs, ignored: 0})
+    with pytest.raises(RuntimeError, match=message):
         llm_jepa_loss(model, batch)
 
 
