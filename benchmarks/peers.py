@@ -1,0 +1,204 @@
+"""Other ways to compute the same attention, for whoever can run them.
+
+Each peer takes a `Case`, does its one-time work (masks, indices), and returns a function of
+q, k and v. What cannot run here raises `UnavailableError` with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from benchmarks.workload import Case, runs
+from llmjepa_kernels import view_attention
+from llmjepa_kernels.reference import dense_attention, visible
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+MAX_DENSE_BYTES = 2**31
+
+
+class UnavailableError(Exception):
+    """Why a peer cannot run here."""
+
+
+def ours(case: Case) -> Attention:
+    mask = case.block_mask
+    return lambda q, k, v: view_attention(q, k, v, case.visible_until, block_mask=mask)
+
+
+def sdpa_dense_mask(case: Case) -> Attention:
+    seq = case.visible_until.shape[1]
+    if seq * seq * case.heads * 4 > MAX_DENSE_BYTES:
+        raise UnavailableError(f"scores of {seq} x {seq} for {case.heads} heads exceed 2 GiB")
+    seen = visible(case.visible_until)[:, None]
+    return lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+
+
+def sdpa_per_run(case: Case) -> Attention:
+    """A loop over runs; keys of earlier runs are gathered and get a mask."""
+    plan = runs(case.visible_until[0].cpu())
+    sizes = [end - start for start, end, _ in plan]
+    device = case.visible_until.device
+    gathered = [before.to(device) if len(before) else None for *_, before in plan]
+    masks = [
+        None
+        if before is None
+        else torch.ones(size, len(before) + size, dtype=torch.bool, device=device).tril(len(before))
+        for before, size in zip(gathered, sizes, strict=True)
+    ]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        outs = []
+        for q_run, k_run, v_run, before, mask in zip(
+            *(x.split(sizes, dim=2) for x in (q, k, v)), gathered, masks, strict=True
+        ):
+            if before is not None:
+                k_run = torch.cat([k.index_select(2, before), k_run], dim=2)
+                v_run = torch.cat([v.index_select(2, before), v_run], dim=2)
+            outs.append(
+                scaled_dot_product_attention(
+                    q_run, k_run, v_run, mask, is_causal=mask is None, enable_gqa=True
+                )
+            )
+        return torch.cat(outs, dim=2)
+
+    return attend
+
+
+def flex_attention(case: Case) -> Attention:
+    """FlexAttention compiled, with the same mask; torch has no backward of it on a CPU."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    mask = flex_block_mask(case.visible_until)
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=True)
+
+
+def flex_block_mask(visible_until: Tensor):
+    """torch's BlockMask of the same mask."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    batch, seq = visible_until.shape
+
+    def mask_mod(b, h, q, k):
+        return (k <= q) & (q < visible_until[b, k])
+
+    return create_block_mask(mask_mod, batch, None, seq, seq, device=visible_until.device)
+
+
+def torch_varlen(case: Case) -> Attention:
+    """Runs as documents, keys before them gathered: exact, and no mask anywhere."""
+    _needs_cuda(case, "varlen_attn")
+    from torch.nn.attention.varlen import varlen_attn
+
+    plan = _VarlenPlan.of(case)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = plan.inputs(q, k, v)
+        lengths = (plan.cu_q, plan.cu_k, plan.max_q, plan.max_k)
+        out = varlen_attn(q, k, v, *lengths, window_size=(-1, 0), enable_gqa=True)
+        return out[None].transpose(1, 2)
+
+    return attend
+
+
+def flash_attn_varlen(case: Case) -> Attention:
+    """The same with flash-attn's kernels."""
+    _needs_cuda(case, "flash-attn")
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError as error:
+        raise UnavailableError(f"flash-attn cannot be imported: {error}") from None
+    plan = _VarlenPlan.of(case)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = plan.inputs(q, k, v)
+        lengths = (plan.cu_q, plan.cu_k, plan.max_q, plan.max_k)
+        out = flash_attn_varlen_func(q, k, v, *lengths, causal=True)
+        return out[None].transpose(1, 2)
+
+    return attend
+
+
+PEERS: dict[str, Callable[[Case], Attention]] = {
+    "ours": ours,
+    "SDPA, dense mask": sdpa_dense_mask,
+    "SDPA, per run": sdpa_per_run,
+    "FlexAttention": flex_attention,
+    "torch varlen, gathered": torch_varlen,
+    "flash-attn varlen, gathered": flash_attn_varlen,
+}
+
+
+def verify(case: Case, attend: Attention, *, backward: bool) -> None:
+    """Raises AssertionError unless out and gradients of some queries are those of float64.
+
+    Plain PyTorch in the case's own dtype is the measure: four times its error, and four units of
+    the dtype's rounding, are allowed. A few queries of the row keep this affordable at any length.
+    """
+    seq = case.visible_until.shape[1]
+    queries = torch.linspace(0, seq - 1, min(seq, 24)).long().unique().to(case.device)
+    until, key = case.visible_until, torch.arange(seq, device=case.device)
+    seen = (key <= queries[:, None]) & (queries[:, None] < until[:, None, :])
+    weight = torch.randn(
+        1, case.heads, len(queries), case.head_dim, generator=torch.Generator().manual_seed(1)
+    ).to(case.device)
+
+    def dense(dtype: torch.dtype) -> list[Tensor]:
+        q, k, v = (x.detach().to(dtype).requires_grad_() for x in case.tensors)
+        scale = case.head_dim**-0.5
+        out, _ = dense_attention(q[:, :, queries], k, v, seen, softmax_scale=scale)
+        return _with_gradients(out, (q, k, v), weight if backward else None)
+
+    with torch.set_grad_enabled(backward):
+        out = attend(*case.tensors)[:, :, queries]
+        actual = _with_gradients(out, case.tensors, weight if backward else None)
+        results = zip(actual, dense(torch.float64), dense(case.dtype), strict=True)
+    for name, (value, expected, plain) in zip(("out", "dq", "dk", "dv"), results, strict=False):
+        error = (value.double() - expected).abs().max().item()
+        allowed = 4 * (plain.double() - expected).abs().max().item()
+        allowed += 4 * torch.finfo(case.dtype).eps * expected.abs().max().item()
+        assert error <= allowed, f"{name} is wrong: error {error:.2e}, allowed {allowed:.2e}"
+
+
+def _with_gradients(out: Tensor, inputs: tuple[Tensor, ...], weight: Tensor | None) -> list[Tensor]:
+    if weight is None:
+        return [out]
+    return [out, *torch.autograd.grad(out, inputs, weight.to(out.dtype))]
+
+
+def _needs_cuda(case: Case, name: str) -> None:
+    if not case.device.startswith("cuda"):
+        raise UnavailableError(f"{name} has CUDA kernels only, the tensors are on {case.device}")
+    if case.dtype not in (torch.float16, torch.bfloat16):
+        raise UnavailableError(f"{name} takes float16 and bfloat16 only, not {case.dtype}")
+
+
+@dataclass(frozen=True)
+class _VarlenPlan:
+    keys: Tensor  # which keys each run sees, one run after the other
+    cu_q: Tensor
+    cu_k: Tensor
+    max_q: int
+    max_k: int
+
+    @classmethod
+    def of(cls, case: Case) -> _VarlenPlan:
+        plan = runs(case.visible_until[0].cpu())
+        device = case.visible_until.device
+        keys = [torch.cat([before, torch.arange(start, end)]) for start, end, before in plan]
+        q_sizes = [end - start for start, end, _ in plan]
+        k_sizes = [len(k) for k in keys]
+        cu_q, cu_k = (
+            torch.tensor([0, *sizes]).cumsum(0).int().to(device) for sizes in (q_sizes, k_sizes)
+        )
+        return cls(torch.cat(keys).to(device), cu_q, cu_k, max(q_sizes), max(k_sizes))
+
+    def inputs(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(tokens, heads, head_dim) each."""
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+        return q, k.index_select(0, self.keys), v.index_select(0, self.keys)

@@ -1,0 +1,110 @@
+"""Rows to attend over: random examples of a mean segment length, or real ones."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from llmjepa_kernels import BlockMask, Example, PackedBatch, Segment, llm_jepa_example, pack
+
+
+def random_row(seq: int, mean_length: float, seed: int = 0) -> PackedBatch:
+    """One row of exactly `seq` tokens: LLM-JEPA examples of a text, its code, [PRED] and a view.
+
+    Texts and codes are exponentially distributed around `mean_length`, cut to at least one token.
+    """
+    rng = random.Random(seed)
+    examples, room = [], seq
+    while room:
+        text, code = (1 + int(rng.expovariate(1 / max(mean_length - 0.5, 0.5))) for _ in range(2))
+        size = text + 2 * code + 1
+        if size > room:
+            examples.append(Example([Segment([0] * room)]))
+            break
+        examples.append(llm_jepa_example([0] * text, [0] * code, [0] * code, pred_ids=[0]))
+        room -= size
+    return pack(examples, share_prefixes=False)
+
+
+def real_row(examples: Sequence[Example], count: int) -> PackedBatch:
+    """One row of the first `count` examples, with shared prefixes."""
+    if count > len(examples):
+        raise ValueError(f"expected at least {count} examples, got {len(examples)}")
+    return pack(examples[:count])
+
+
+def visible_pairs(visible_until: Tensor) -> int:
+    """How many (query, key) pairs a mask leaves, the measure of the work that is needed."""
+    index = torch.arange(visible_until.shape[1], device=visible_until.device)
+    return int((visible_until - index).sum())
+
+
+def attention_flops(pairs: int, heads: int, head_dim: int) -> tuple[int, int]:
+    """Forward and backward, counted over visible pairs: two products, and five."""
+    forward = 4 * pairs * heads * head_dim
+    return forward, forward * 5 // 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of attention over one row."""
+
+    name: str
+    seq: int
+    mean_length: float
+    heads: int = 9
+    kv_heads: int = 3
+    head_dim: int = 64
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    examples: int = 0  # real ones in the row, instead of random ones
+    row: PackedBatch | None = None
+
+    @cached_property
+    def visible_until(self) -> Tensor:
+        row = self.row or random_row(self.seq, self.mean_length)
+        return row["visible_until"].to(self.device)
+
+    @cached_property
+    def block_mask(self) -> BlockMask:
+        return BlockMask.from_visible_until(self.visible_until)
+
+    @cached_property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v, stored as (batch, seq, heads, head_dim), as in a model."""
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(heads: int) -> Tensor:
+            shape = (1, self.visible_until.shape[1], heads, self.head_dim)
+            x = torch.randn(shape, generator=generator).to(self.device, self.dtype)
+            return x.transpose(1, 2).requires_grad_()
+
+        return draw(self.heads), draw(self.kv_heads), draw(self.kv_heads)
+
+    @property
+    def flops(self) -> tuple[int, int]:
+        return attention_flops(visible_pairs(self.visible_until), self.heads, self.head_dim)
+
+
+def runs(visible_until: Tensor) -> list[tuple[int, int, Tensor]]:
+    """A row as (start, end, indices of the keys before it that it sees).
+
+    In a run every token sees the one before it, hence all before it in the run, and all tokens of
+    a run see the same keys before it: what variable-length attention calls a document.
+
+    Args:
+        visible_until: (seq,), on the CPU.
+    """
+    seq = len(visible_until)
+    index = torch.arange(1, seq)
+    starts = [0, *index[visible_until[:-1] <= index].tolist(), seq]
+    return [
+        (start, end, (visible_until[:start] > start).nonzero().flatten())
+        for start, end in pairwise(starts)
+    ]
