@@ -158,7 +158,7 @@ def _prepare(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | 
     if visible_until is not None:
         _check_packed(module, args, kwargs)
     else:
-        recognised = _recognised(module, kwargs)
+        recognised = _recognised(module, args, kwargs)
         if recognised is None:
             return None
         kwargs = {**kwargs, **recognised}
@@ -180,11 +180,9 @@ def _prepare(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | 
 def _check_packed(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     if getattr(module, "_is_replica", False):
         raise ValueError("DataParallel is not supported: use DistributedDataParallel, or one GPU")
-    tokens = kwargs.get("input_ids")
+    tokens = _tokens(args, kwargs)
     if tokens is None:
-        tokens = kwargs.get("inputs_embeds")
-    if tokens is None:
-        tokens = args[0]
+        return  # the model's own forward says what is missing
     visible_until, position_ids = kwargs["visible_until"], kwargs.get("position_ids")
     shape = tuple(tokens.shape[:2])
     if visible_until.dtype != torch.int32 or visible_until.shape != shape:
@@ -217,13 +215,18 @@ def _is_empty(mask: Any) -> bool:
     return mask is None or (isinstance(mask, Tensor) and mask.shape[1:] == (1, 0, 0))
 
 
-def _recognised(module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+def _tokens(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+    """Token ids or embeddings, whose first dimensions are (batch, seq)."""
+    candidates = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1])
+    return next((tokens for tokens in candidates if tokens is not None), None)
+
+
+def _recognised(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any] | None:
     """What takes the place of the dense mask among the arguments, if that can be replaced."""
     given = kwargs.get("attention_mask")
     per_layer_type = isinstance(given, dict) and given.keys() <= LAYER_TYPES
     mask = given.get("full_attention") if per_layer_type else given
-    tokens = kwargs.get("input_ids")
-    tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+    tokens = _tokens(args, kwargs)
     if (
         not isinstance(mask, Tensor)
         or tokens is None

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
 from llmjepa_kernels.block_mask import SCHEDULE_KEYS

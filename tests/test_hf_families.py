@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
+from torch.nn import functional as F
 
 from llmjepa_kernels import Example, Segment, pack
 from llmjepa_kernels.hf import patch_model
