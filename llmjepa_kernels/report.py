@@ -7,13 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from numpy import linspace
+
 # Key of a run's metrics, column of the table, format. Metrics that a run lacks show as a dash.
 COLUMNS = (
     ("loss", "loss", ".4f"),
     ("ntp_loss", "NTP loss", ".4f"),
     ("eval_ntp_loss", "held-out\nNTP loss", ".4f"),
     ("exact_match", "held-out\nexact match", ".1%"),
-    ("view_cosine", "cosine\nof views", ".3f"),
+    ("view_cosine", "cosine\nText, Code", ".3f"),
+    ("pair_cosine", "cosine\nPred, Code", ".3f"),
     ("tokens_per_example", "tokens /\nexample", ".1f"),
     ("seconds_per_example", "seconds /\nexample", ".4f"),
     ("relative_cost", "relative\ncost", ".2f"),
@@ -51,7 +54,7 @@ def format_table(runs: Sequence[dict[str, Any]]) -> str:
         metrics = run["metrics"]
         cells = [format(metrics[key], spec) if key in metrics else "-" for key, _, spec in COLUMNS]
         table.add_row(run["name"], *cells)
-    console = Console(width=120, color_system=None)
+    console = Console(width=140, color_system=None)
     with console.capture() as capture:
         console.print(table)
     return "\n".join(line.rstrip() for line in capture.get().splitlines() if line.strip()) + "\n"
@@ -66,7 +69,7 @@ def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 3)
     cosines = [cosine for run in runs for cosine in run["cosines"]]
-    bins = [min(cosines) + (1 - min(cosines)) * i / 40 for i in range(41)] if cosines else []
+    bins = linspace(min(cosines), max(cosines), 41) if cosines else []
     for run, color in zip(runs, COLORS, strict=False):
         for axis, key in zip(axes, ("ntp_loss", "jepa_loss"), strict=False):
             points = [(log["step"], log[key]) for log in run["history"] if key in log]
@@ -74,7 +77,7 @@ def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
                 axis.plot(*zip(*points, strict=True), color=color, label=run["name"])
         if run["cosines"]:
             axes[2].hist(run["cosines"], bins=bins, color=color, alpha=0.6, label=run["name"])
-    titles = ("Next-token loss", "JEPA loss", "cos(Enc(Text), Enc(Code)), held out")
+    titles = ("Next-token loss", "JEPA loss", "cos(Pred(Enc(Text)), Enc(Code)), held out")
     for axis, title in zip(axes, titles, strict=True):
         axis.set_title(title, fontsize=10, loc="left")
         axis.spines[["top", "right"]].set_visible(False)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from llmjepa_kernels.packing import Example
 
@@ -378,7 +378,7 @@ class Job:
         )
 
         args = self.args
-        model, tokenizer, _ = self._built or self._build()
+        model, tokenizer, pred_ids = self._built or self._build()
         self._built = None
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
@@ -428,10 +428,13 @@ class Job:
             **{key: held_out[key] for key in held_out if key.endswith("loss")},
         }
         model = trainer.accelerator.unwrap_model(trainer.model)
-        cosines = self._view_cosines(model, tokenizer) if self.eval_examples else []
+        cosines = []
         if self.eval_examples:
             metrics["exact_match"] = self._exact_match(model, tokenizer)
-            metrics["view_cosine"] = sum(cosines) / len(cosines)
+            cosines = self._view_cosines(model, tokenizer, pred_ids)
+            metrics["pair_cosine"] = sum(cosines) / len(cosines)
+            views = self._view_cosines(model, tokenizer)
+            metrics["view_cosine"] = sum(views) / len(views)
         return {
             "name": name,
             "metrics": metrics,
@@ -452,14 +455,14 @@ class Job:
             trainer.processing_class.save_pretrained(directory)
             trainer.model = merged
 
-    def _view_cosines(self, model, tokenizer) -> list[float]:
-        """cos(Enc(Text), Enc(Code)) of every held-out pair, without [PRED] in between."""
+    def _view_cosines(self, model, tokenizer, pred_ids: Sequence[int] = ()) -> list[float]:
+        """cos(Pred(Enc(Text)), Enc(Code)) of every held-out pair; without [PRED], of the views."""
         from torch.nn.functional import cosine_similarity
 
         from llmjepa_kernels.analysis import view_states
         from llmjepa_kernels.trainer import LLMJEPACollator
 
-        collator = LLMJEPACollator(tokenizer, layout=self.args.layout)
+        collator = LLMJEPACollator(tokenizer, layout=self.args.layout, pred_ids=pred_ids)
         batches = (collator(chunk) for chunk in _chunks(self.eval_samples, 64))
         return cosine_similarity(*view_states(model, batches)).tolist()
 

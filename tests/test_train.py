@@ -51,11 +51,14 @@ def test_default_run_reports_both_models(miniature):
         metrics = runs[name]["metrics"]
         assert losses(runs[name])[-1] == metrics["loss"] < losses(runs[name])[0]
         assert metrics["exact_match"] == 0.0  # after three updates
-        assert -1 <= metrics["view_cosine"] <= 1
-        assert len(runs[name]["cosines"]) == 6
+        cosines = runs[name]["cosines"]
+        assert len(cosines) == 6
+        assert metrics["pair_cosine"] == pytest.approx(sum(cosines) / 6) != metrics["view_cosine"]
         assert metrics["relative_cost"] == pytest.approx(cost or metrics["relative_cost"])
         assert metrics["seconds_per_example"] > 0
         assert f"{metrics['eval_ntp_loss']:.4f}" in table
+    evaluated = runs["LLM-JEPA"]["history"][-1]["eval_cosine"]
+    assert runs["LLM-JEPA"]["metrics"]["pair_cosine"] == pytest.approx(evaluated, abs=1e-5)
     # The same weights and the same first batch: only the objective and the packing differ.
     first = [run["history"][0]["ntp_loss"] for run in runs.values()]
     assert first[0] == pytest.approx(first[1], rel=1e-5)
@@ -215,4 +218,4 @@ def test_exact_match_compares_whole_answers(miniature):
 
 def test_table_shows_a_dash_for_what_was_not_measured():
     table = format_table([{"name": "LLM-JEPA", "metrics": {"loss": 1.5, "ntp_loss": 1.25}}])
-    assert table.splitlines()[-1].split()[1:] == ["1.5000", "1.2500", "-", "-", "-", "-", "-", "-"]
+    assert table.splitlines()[-1].split()[1:] == ["1.5000", "1.2500"] + ["-"] * 7
