@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 from transformers.utils import ModelOutput
 
 from llmjepa_kernels.block_mask import SCHEDULE_KEYS
@@ -105,7 +105,7 @@ def llm_jepa_loss(
 
     num_items = (targets != IGNORE).sum()
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    ntp_sum = F.cross_entropy(
+    ntp_sum = functional.cross_entropy(
         logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"
     )
     ntp_loss = _divide(ntp_sum, num_items_in_batch, num_items)
@@ -147,7 +147,7 @@ def supervised_positions(labels: Tensor) -> Tensor:
     most = max(int(count.max()), 1)
     # A stable sort brings the wanted positions to the front in order.
     order = wanted.int().argsort(dim=1, descending=True, stable=True)
-    order = F.pad(order, (0, most), value=-1)[:, :most]
+    order = functional.pad(order, (0, most), value=-1)[:, :most]
     slot = torch.arange(most, device=labels.device)
     return order.masked_fill(slot >= count[:, None], -1)
 

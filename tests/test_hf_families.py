@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.nn import functional as F
+from torch.nn import functional
 
 from llmjepa_kernels import Example, Segment, pack
 from llmjepa_kernels.hf import patch_model
@@ -18,13 +18,13 @@ LAYOUTS = [("shared", True), ("shared", False), ("official", True), ("official",
 @pytest.fixture
 def all_float64(monkeypatch):
     """Models take norms and softmax in float32 whatever their dtype; here they may not."""
-    softmax, to = F.softmax, torch.Tensor.to
+    softmax, to = functional.softmax, torch.Tensor.to
 
     def exact_to(x, *args, **kwargs):
         lower = x.dtype == torch.float64 and args and args[0] == torch.float32
         return x if lower else to(x, *args, **kwargs)
 
-    monkeypatch.setattr(F, "softmax", lambda x, dim=None, dtype=None: softmax(x, dim=dim))
+    monkeypatch.setattr(functional, "softmax", lambda x, dim=None, dtype=None: softmax(x, dim=dim))
     monkeypatch.setattr(torch.Tensor, "to", exact_to)
     monkeypatch.setattr(torch.Tensor, "float", lambda x: exact_to(x, torch.float32))
 
@@ -51,10 +51,10 @@ def separate_passes(model, examples):
             if segment.labels is not None:
                 labels[len(above) :] = segment.labels
             labels = torch.tensor(labels[1:], dtype=torch.int64)
-            ntp = ntp + F.cross_entropy(outputs.logits[0, :-1], labels, reduction="sum")
+            ntp = ntp + functional.cross_entropy(outputs.logits[0, :-1], labels, reduction="sum")
             num_items += int((labels != -100).sum())
         for predictor, target in example.pairs:
-            jepa = jepa + 1 - F.cosine_similarity(ends[predictor], ends[target], dim=0)
+            jepa = jepa + 1 - functional.cosine_similarity(ends[predictor], ends[target], dim=0)
             num_pairs += 1
     return states, ntp / num_items, jepa / num_pairs
 

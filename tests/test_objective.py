@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.nn import functional as F
+from torch.nn import functional
 
 from llmjepa_kernels import Example, PackedBatch, Segment, pack
 from llmjepa_kernels.hf import patch_model
@@ -220,4 +220,4 @@ def test_tied_weights_and_final_softcap():
     torch.testing.assert_close(output.ntp_loss, ntp_loss, rtol=1e-5, atol=0)
     uncapped = model.lm_head(hidden)[:, :-1].flatten(0, 1)
     labels = pack(examples)["labels"][:, 1:].flatten()
-    assert abs(F.cross_entropy(uncapped, labels) - output.ntp_loss) > 0.01
+    assert abs(functional.cross_entropy(uncapped, labels) - output.ntp_loss) > 0.01
