@@ -40,6 +40,7 @@ COMMON = {
     "lr_scheduler_type": "cosine",
     "logging_steps": 0.02,  # 50 points, however long the training
     "report_to": "none",
+    "logging_nan_inf_filter": False,  # which would log a mean in place of NaN
     "use_cache": True,  # of the saved checkpoint; training never uses it
 }
 SCRATCH = {
@@ -135,11 +136,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "sequences (default: %(default)s)",
     )
     objective.add_argument(
+        "--direction",
+        choices=("text_to_code", "code_to_text", "both"),
+        default="text_to_code",
+        help="which view predicts which (default: %(default)s)",
+    )
+    objective.add_argument(
         "--num-pred-tokens",
         type=int,
         metavar="K",
         default=1,
-        help="[PRED] tokens after the Text (default: %(default)s)",
+        help="[PRED] tokens of a predicting view (default: %(default)s)",
+    )
+    objective.add_argument(
+        "--pred-position",
+        choices=("append", "prepend"),
+        default="append",
+        help="[PRED] tokens behind the view, or in front of a copy (default: %(default)s)",
     )
     objective.add_argument(
         "--jepa-weight",
@@ -160,6 +173,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         default=0.07,
         help="of infonce (default: %(default)s)",
+    )
+    objective.add_argument(
+        "--detach-target",
+        action="store_true",
+        help="let no gradient flow into the predicted view",
     )
     objective.add_argument(
         "--loss-dropout",
@@ -345,10 +363,9 @@ class Job:
     def _examples(self, samples: list[dict[str, Any]], source: str | None) -> list[Example]:
         """Tokenized once, and checked before hours of training depend on it."""
         from llmjepa_kernels.packing import pack
-        from llmjepa_kernels.trainer import LLMJEPACollator
 
         _, tokenizer, pred_ids = self._built
-        collator = LLMJEPACollator(tokenizer, layout=self.args.layout, pred_ids=pred_ids)
+        collator = self._collator(tokenizer, pred_ids)
         limit = self.args.max_length
         examples = []
         for index, sample in enumerate(samples):
@@ -363,6 +380,20 @@ class Job:
                 raise ValueError(f"{_place(source, index)}: {error}") from error
             examples.append(example)
         return examples
+
+    def _collator(self, tokenizer, pred_ids: Sequence[int]):
+        """Makes examples, and rows of any length, of samples."""
+        from llmjepa_kernels.trainer import LLMJEPACollator
+
+        return LLMJEPACollator(
+            tokenizer,
+            layout=self.args.layout,
+            pred_ids=pred_ids,
+            chat_options={
+                "direction": self.args.direction,
+                "pred_position": self.args.pred_position,
+            },
+        )
 
     def _run(self, name: str, *, views: bool) -> dict[str, Any] | None:
         """Trains one model; what there is to report in the main process, None in others."""
@@ -404,6 +435,7 @@ class Job:
             jepa_weight=args.jepa_weight,
             metric=args.metric,
             temperature=args.temperature,
+            detach_target=args.detach_target,
         )
         if trainer.pop_callback(ProgressCallback):
             trainer.add_callback(ProgressBar)
@@ -456,13 +488,12 @@ class Job:
             trainer.model = merged
 
     def _view_cosines(self, model, tokenizer, pred_ids: Sequence[int] = ()) -> list[float]:
-        """cos(Pred(Enc(Text)), Enc(Code)) of every held-out pair; without [PRED], of the views."""
+        """The cosine of every held-out pair: without [PRED] that of the views themselves."""
         from torch.nn.functional import cosine_similarity
 
         from llmjepa_kernels.analysis import view_states
-        from llmjepa_kernels.trainer import LLMJEPACollator
 
-        collator = LLMJEPACollator(tokenizer, layout=self.args.layout, pred_ids=pred_ids)
+        collator = self._collator(tokenizer, pred_ids)
         batches = (collator(chunk) for chunk in _chunks(self.eval_samples, 64))
         return cosine_similarity(*view_states(model, batches)).tolist()
 

@@ -133,7 +133,8 @@ class LLMJEPATrainer(Trainer):
             yet is patched here. The collator defaults to ``LLMJEPACollator(processing_class)``.
         jepa_weight: λ.
         metric: "cosine", "l2", "mse" or "infonce", see `last_token_loss`.
-        temperature: Of "infonce".
+        temperature: Of "infonce", whose negatives are the other targets of the same batch.
+        detach_target: Let no gradient flow into the target views.
 
     Raises:
         ValueError: DataParallel, label smoothing, a loss function or metrics of logits are asked
@@ -152,6 +153,7 @@ class LLMJEPATrainer(Trainer):
         jepa_weight: float = 1.0,
         metric: str = "cosine",
         temperature: float = 0.07,
+        detach_target: bool = False,
         **more,
     ):
         if data_collator is None:
@@ -164,6 +166,7 @@ class LLMJEPATrainer(Trainer):
             "jepa_weight": jepa_weight,
             "metric": metric,
             "temperature": temperature,
+            "detach_target": detach_target,
         }
         self.add_callback(_SetEpoch())
         self.args.remove_unused_columns = False  # the collator takes the columns it knows

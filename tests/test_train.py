@@ -118,6 +118,7 @@ def test_lora_from_a_directory_on_jsonl(miniature, tmp_path):
     ]
     options += ["--metric", "infonce", "--jepa-weight", 0.5, "--num-pred-tokens", 2, "--bf16"]
     options += ["--weight-decay", 0.1, "--max-length", 400]
+    options += ["--direction", "both", "--pred-position", "prepend", "--detach-target"]
     assert run(*options, "--output-dir", tmp_path / "out") == 0
     assert list(report(tmp_path / "out")) == ["LLM-JEPA"]
 

@@ -305,7 +305,7 @@ def test_evaluation_is_a_mean_over_the_whole_set(tokenizer, tmp_path, metric):
     data = [collator.example(row) for row in ROWS[:7]]
     data[0] = without_views(data[0])
     args = arguments(tmp_path, per_device_eval_batch_size=7 if metric == "infonce" else 3)
-    options = {"metric": metric, "jepa_weight": 0.5}
+    options = {"metric": metric, "jepa_weight": 0.5, "detach_target": metric == "l2"}
     trainer = LLMJEPATrainer(model, args, collator, eval_dataset=data, **options)
     metrics = trainer.evaluate()
     batch = collator(data)
