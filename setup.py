@@ -5,6 +5,7 @@ them, and building it takes nothing but GCC or Clang. Where that fails the packa
 without it and uses its plain PyTorch reference on CPU tensors.
 """
 
+import os
 import platform
 import sys
 
@@ -13,6 +14,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+FLAGS += os.environ.get("LLMJEPA_CPU_FLAGS", "").split()  # for sanitizers
 
 # Instruction sets of each machine: namespace, bytes and number of vector registers, flags.
 # Which of them runs is decided when the library is loaded.

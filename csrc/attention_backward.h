@@ -21,7 +21,7 @@ struct BackwardWorkspace {
   T *q, *dout, *dq;                // [panel][dim][lanes of the panel]
   T *lse, *delta;                  // [lanes]
   bool *q_finite, *dout_finite;    // [vectors]
-  T* rows;                         // [W][stride]
+  T *rows, *out;                   // [W][stride] and [padded][W] of one vector
   T *k, *v, *dk, *dv;              // [kChunk][stride]
   T *p, *ds;                       // [kChunk][lanes of a panel]
 
@@ -40,6 +40,7 @@ struct BackwardWorkspace {
     q_finite = arena.take<bool>(shape.max_vectors);
     dout_finite = arena.take<bool>(shape.max_vectors);
     rows = arena.take<T>(int64_t{kLanes<T>} * shape.stride);
+    out = arena.take<T>(int64_t{kLanes<T>} * shape.padded);
     k = arena.take<T>(int64_t{kChunk} * shape.stride);
     v = arena.take<T>(int64_t{kChunk} * shape.stride);
     dk = arena.take<T>(int64_t{kChunk} * shape.stride);
@@ -161,19 +162,23 @@ void read_queries(const LkAttention& a, int64_t row, const BlockLanes<Compute<S>
       w.q_finite[v] = is_finite<T>(q_poison);
       w.dout_finite[v] = is_finite<T>(dout_poison);
 
-      const int64_t stat = (row * a.heads + head) * a.seq + query;
-      for (int i = 0; i < W; ++i) {
-        Vec<T> dot = {};
-        for (int d = 0; d < shape.padded; d += W) {
-          dot += load(w.rows + i * shape.stride + d) * load(dout_rows + i * shape.stride + d);
-        }
-        const T delta = sum_lanes<T>(dot);
-        w.delta[at + i] = delta;
-        w.lse[at + i] = i < valid ? static_cast<const T*>(a.lse)[stat + i] : T(0);
-        if (a.delta && i < valid) static_cast<T*>(a.delta)[stat + i] = delta;
-      }
       rows_to_columns(shape, q_rows, w.q + columns + (v - first) * W, count * W);
-      rows_to_columns(shape, dout_rows, w.dout + columns + (v - first) * W, count * W);
+      T* dout = w.dout + columns + (v - first) * W;
+      rows_to_columns(shape, dout_rows, dout, count * W);
+      rows_to_columns(shape, w.rows, w.out, W);
+      // delta = sum of dout * out, in the order in which dP sums dout * v: a query that sees a
+      // single key has out = v, and then a gradient of exactly zero.
+      Vec<T> delta = {};
+      for (int d = 0; d < shape.dim; ++d) {
+        delta += load(w.out + int64_t{d} * W) * load(dout + int64_t{d} * count * W);
+      }
+      store(w.delta + at, delta);
+      const int64_t stat = (row * a.heads + head) * a.seq + query;
+      std::memset(w.lse + at, 0, W * sizeof(T));
+      std::memcpy(w.lse + at, static_cast<const T*>(a.lse) + stat, valid * sizeof(T));
+      if (a.delta) {
+        std::memcpy(static_cast<T*>(a.delta) + stat, w.delta + at, valid * sizeof(T));
+      }
     }
     std::memset(w.dq + columns, 0, int64_t{count} * W * shape.padded * sizeof(T));
   }

@@ -17,16 +17,34 @@ struct PairRows {
   }
 };
 
-// Calls fn(d, x, y) for each vector of the two rows, the last one padded with zeros.
+// Calls fn(Constant<i>, d, x, y) for each vector of the two rows, the last one padded with zeros.
+// i counts up to kSums over and over, for sums that are independent and short.
+constexpr int kSums = 4;
+
 template <class S, class Fn>
 LK_INLINE void for_vectors(const PairRows<S>& rows, int64_t dim, Fn fn) {
   constexpr int W = kLanes<Compute<S>>;
   int64_t d = 0;
-  for (; d + W <= dim; d += W) fn(d, load_row(rows.x + d), load_row(rows.y + d));
+  const auto step = [&](auto i) LK_INLINE_LAMBDA {
+    const int64_t at = d + i.value * W;
+    fn(i, at, load_row(rows.x + at), load_row(rows.y + at));
+  };
+  for (; d + kSums * W <= dim; d += kSums * W) {
+    step(Constant<0>{});
+    step(Constant<1>{});
+    step(Constant<2>{});
+    step(Constant<3>{});
+  }
+  for (; d + W <= dim; d += W) step(Constant<0>{});
   if (d < dim) {
     const int rest = static_cast<int>(dim - d);
-    fn(d, load_tail(rows.x + d, rest), load_tail(rows.y + d, rest));
+    fn(Constant<0>{}, d, load_tail(rows.x + d, rest), load_tail(rows.y + d, rest));
   }
+}
+
+template <class T>
+LK_INLINE T sum_all(const Vec<T> (&x)[kSums]) {
+  return sum_lanes<T>((x[0] + x[1]) + (x[2] + x[3]));
 }
 
 template <class T>
@@ -43,23 +61,23 @@ void distance_forward(const LkDistance& a, int64_t pair) {
   if (a.pairs[2 * pair] < 0) return;  // padding
   const PairRows<S> rows(a, pair);
   if (a.metric == LK_COSINE) {
-    Vec<T> xy = {}, xx = {}, yy = {};
-    for_vectors(rows, a.dim, [&](int64_t, Vec<T> x, Vec<T> y) LK_INLINE_LAMBDA {
-      xy += x * y;
-      xx += x * x;
-      yy += y * y;
+    Vec<T> xy[kSums] = {}, xx[kSums] = {}, yy[kSums] = {};
+    for_vectors(rows, a.dim, [&](auto i, int64_t, Vec<T> x, Vec<T> y) LK_INLINE_LAMBDA {
+      xy[i.value] += x * y;
+      xx[i.value] += x * x;
+      yy[i.value] += y * y;
     });
-    stats[0] = sum_lanes<T>(xy);
-    stats[1] = sum_lanes<T>(xx);
-    stats[2] = sum_lanes<T>(yy);
+    stats[0] = sum_all<T>(xy);
+    stats[1] = sum_all<T>(xx);
+    stats[2] = sum_all<T>(yy);
     *distance = T(1) - stats[0] / (clamped_norm(stats[1]) * clamped_norm(stats[2]));
     return;
   }
-  Vec<T> squares = {};
-  for_vectors(rows, a.dim, [&](int64_t, Vec<T> x, Vec<T> y) LK_INLINE_LAMBDA {
-    squares += (x - y) * (x - y);
+  Vec<T> squares[kSums] = {};
+  for_vectors(rows, a.dim, [&](auto i, int64_t, Vec<T> x, Vec<T> y) LK_INLINE_LAMBDA {
+    squares[i.value] += (x - y) * (x - y);
   });
-  stats[0] = sum_lanes<T>(squares);
+  stats[0] = sum_all<T>(squares);
   *distance = a.metric == LK_L2 ? T(__builtin_sqrt(stats[0])) : stats[0] / T(a.dim);
 }
 
@@ -72,10 +90,9 @@ struct PairWeights {
     if (a.metric == LK_COSINE) {
       const T nx = clamped_norm(stats[1]), ny = clamped_norm(stats[2]);
       cross = -ddistance / (nx * ny);
-      // Below the clamp the norm is a constant.
-      const T similarity = -cross * stats[0];
-      own = nx > T(1e-8) || nx != nx ? similarity / (nx * nx) : T(0);
-      other = ny > T(1e-8) || ny != ny ? similarity / (ny * ny) : T(0);
+      // Below the clamp the norm is a constant. Equal rows cancel exactly.
+      own = nx > T(1e-8) || nx != nx ? -cross * (stats[0] / stats[1]) : T(0);
+      other = ny > T(1e-8) || ny != ny ? -cross * (stats[0] / stats[2]) : T(0);
       return;
     }
     if (a.metric == LK_L2) {
@@ -108,7 +125,7 @@ void distance_backward(const LkDistance& a, const int64_t* next, int64_t first_s
       PairRows<S> rows(a, pair);
       rows.x += begin;
       rows.y += begin;
-      for_vectors(rows, dim, [&](int64_t d, Vec<T> x, Vec<T> y) LK_INLINE_LAMBDA {
+      for_vectors(rows, dim, [&](auto, int64_t d, Vec<T> x, Vec<T> y) LK_INLINE_LAMBDA {
         sum[d / W] += x * on_x + y * on_y;
       });
     }

@@ -20,11 +20,6 @@ template <int V>
 constexpr int kRows = V == 2 ? 6 : 8;
 #endif
 
-template <int N>
-struct Constant {
-  static constexpr int value = N;
-};
-
 // Calls block(Constant<R>, first) over 0 .. count in blocks of R rows, then ever smaller ones.
 template <int R, class Block>
 LK_INLINE void for_row_blocks(int first, int count, Block block) {

@@ -37,6 +37,12 @@ struct SimdTraits<double> {
   typedef int64_t Int;
 };
 
+// A number as a type, to index registers with.
+template <int N>
+struct Constant {
+  static constexpr int value = N;
+};
+
 template <class T>
 using Vec = typename SimdTraits<T>::Vec;
 template <class T>
@@ -177,7 +183,7 @@ LK_INLINE Vec<T> tanh(Vec<T> x) {
   }
   const Vec<T> size = x < Vec<T>{} ? -x : x;
   const Vec<T> e = exp2<T>(size * (-2 * kLog2E<T>));
-  const Vec<T> large = (T(1) - e) / (T(1) + e);
+  const Vec<T> large = T(1) - 2 * e / (T(1) + e);
   return size < splat(T(0.625)) ? small : (x < Vec<T>{} ? -large : large);
 }
 

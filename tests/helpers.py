@@ -216,8 +216,8 @@ def _as_plain(
 ) -> dict[str, Tensor]:
     if dtype != torch.float64:
         return plain
-    # Once more by half, since what is expected errs as much: 2 · 1.5 = 2 + 1.
-    finer = 1.5 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    # Twice, since what is expected errs as much as what is compared with it.
+    finer = 2 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
     return {
         name: value + (plain[name].double() - value) * finer for name, value in expected.items()
     }

