@@ -137,8 +137,9 @@ PEERS: dict[str, Callable[[Case], Attention]] = {
 def verify(case: Case, attend: Attention, *, backward: bool) -> None:
     """Raises AssertionError unless out and gradients of some queries are those of float64.
 
-    Plain PyTorch in the case's own dtype is the measure: four times its error, and four units of
-    the dtype's rounding, are allowed. A few queries of the row keep this affordable at any length.
+    Plain PyTorch in the case's own dtype is the measure: eight times its error, and eight units
+    of the dtype's rounding, are allowed, since peers add up in other orders. A few queries of the
+    row keep this affordable at any length.
     """
     seq = case.visible_until.shape[1]
     queries = torch.linspace(0, seq - 1, min(seq, 24)).long().unique().to(case.device)
@@ -160,8 +161,8 @@ def verify(case: Case, attend: Attention, *, backward: bool) -> None:
         results = zip(actual, dense(torch.float64), dense(case.dtype), strict=True)
     for name, (value, expected, plain) in zip(("out", "dq", "dk", "dv"), results, strict=False):
         error = (value.double() - expected).abs().max().item()
-        allowed = 4 * (plain.double() - expected).abs().max().item()
-        allowed += 4 * torch.finfo(case.dtype).eps * expected.abs().max().item()
+        allowed = 8 * (plain.double() - expected).abs().max().item()
+        allowed += 8 * torch.finfo(case.dtype).eps * expected.abs().max().item()
         assert error <= allowed, f"{name} is wrong: error {error:.2e}, allowed {allowed:.2e}"
 
 

@@ -47,15 +47,17 @@ def measure(function: Callable[[], object], device: torch.device | str = "cpu") 
     return time.perf_counter() - start
 
 
-def best_of(
-    function: Callable[[], object], device: torch.device | str = "cpu", *, seconds: float = 0.3
-) -> float:
-    """The median of as many calls as fit in `seconds`, after one to warm up; at least three."""
+def median_of(function: Callable[[], object], device: torch.device | str = "cpu") -> float:
+    """The median of the calls that fit in a moment, after one to warm up."""
+    return median(_times(function, device))
+
+
+def _times(function: Callable[[], object], device: torch.device | str) -> list[float]:
     function()
     times: list[float] = []
-    while len(times) < 3 or (sum(times) < seconds and len(times) < 200):
+    while len(times) < 3 or (sum(times) < 0.5 and len(times) < 200):
         times.append(measure(function, device))
-    return median(times)
+    return times
 
 
 def synchronize(device: torch.device | str) -> None:
@@ -111,11 +113,11 @@ def matmul_rate(device: torch.device | str, dtype: torch.dtype, size: int | None
     """FLOP/s of a large square matrix product: the roof over everything that computes."""
     size = size or (2048 if torch.device(device).type == "cpu" else 8192)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2 * size**3 / best_of(lambda: a @ b, device)
+    return 2 * size**3 / min(_times(lambda: a @ b, device))
 
 
 def copy_bandwidth(device: torch.device | str) -> float:
     """Bytes per second, read and written, of a copy that no cache holds."""
     source = torch.ones(1 << 27, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * source.numel() / best_of(lambda: target.copy_(source), device)
+    return 2 * source.numel() / min(_times(lambda: target.copy_(source), device))

@@ -17,18 +17,19 @@ from llmjepa_kernels import BlockMask, Example, PackedBatch, Segment, llm_jepa_e
 def random_row(seq: int, mean_length: float, seed: int = 0) -> PackedBatch:
     """One row of exactly `seq` tokens: LLM-JEPA examples of a text, its code, [PRED] and a view.
 
-    Texts and codes are exponentially distributed around `mean_length`, cut to at least one token.
+    Texts and codes are exponentially distributed around `mean_length`, at least one token long,
+    and cut to what is left of the row.
     """
     rng = random.Random(seed)
     examples, room = [], seq
-    while room:
+    while room >= 4:
         text, code = (1 + int(rng.expovariate(1 / max(mean_length - 0.5, 0.5))) for _ in range(2))
-        size = text + 2 * code + 1
-        if size > room:
-            examples.append(Example([Segment([0] * room)]))
-            break
+        code = min(code, (room - 2) // 2)
+        text = min(text, room - 2 * code - 1)
         examples.append(llm_jepa_example([0] * text, [0] * code, [0] * code, pred_ids=[0]))
-        room -= size
+        room -= text + 2 * code + 1
+    if room:
+        examples.append(Example([Segment([0] * room)]))
     return pack(examples, share_prefixes=False)
 
 
@@ -37,18 +38,6 @@ def real_row(examples: Sequence[Example], count: int) -> PackedBatch:
     if count > len(examples):
         raise ValueError(f"expected at least {count} examples, got {len(examples)}")
     return pack(examples[:count])
-
-
-def visible_pairs(visible_until: Tensor) -> int:
-    """How many (query, key) pairs a mask leaves, the measure of the work that is needed."""
-    index = torch.arange(visible_until.shape[1], device=visible_until.device)
-    return int((visible_until - index).sum())
-
-
-def attention_flops(pairs: int, heads: int, head_dim: int) -> tuple[int, int]:
-    """Forward and backward, counted over visible pairs: two products, and five."""
-    forward = 4 * pairs * heads * head_dim
-    return forward, forward * 5 // 2
 
 
 @dataclass(frozen=True)
@@ -88,8 +77,16 @@ class Case:
         return draw(self.heads), draw(self.kv_heads), draw(self.kv_heads)
 
     @property
+    def pairs(self) -> int:
+        """Visible (query, key) pairs, the measure of the work that is needed."""
+        index = torch.arange(self.visible_until.shape[1], device=self.visible_until.device)
+        return int((self.visible_until - index).sum())
+
+    @property
     def flops(self) -> tuple[int, int]:
-        return attention_flops(visible_pairs(self.visible_until), self.heads, self.head_dim)
+        """Forward and backward over visible pairs: two matrix products, and five."""
+        forward = 4 * self.pairs * self.heads * self.head_dim
+        return forward, forward * 5 // 2
 
 
 def runs(visible_until: Tensor) -> list[tuple[int, int, Tensor]]:

@@ -7,12 +7,22 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import baselines, train_step
+from benchmarks import (
+    baselines,
+    bench_block_mask,
+    bench_packing,
+    peers,
+    scaling,
+    timing,
+    train_step,
+    workload,
+)
 from benchmarks.baselines import Baseline, Sequences
-from llmjepa_kernels import Example, Segment, llm_jepa_example, pack
+from llmjepa_kernels import BlockMask, Example, Segment, llm_jepa_example, pack
 from llmjepa_kernels.hf import patch_model, unpatch_model
 from llmjepa_kernels.objective import llm_jepa_loss
-from tests.helpers import random_examples
+from llmjepa_kernels.reference import visible
+from tests.helpers import random_examples, random_forest
 
 PAD = 0
 
@@ -166,3 +176,83 @@ def test_train_step_command(tmp_path, capsys):
     assert report["machine"]["versions"]["torch"] == torch.__version__
     assert "ours shared + prefixes" in capsys.readouterr().out
     assert path.with_suffix(".png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("mean_length", [1, 8, 500])
+def test_random_rows_have_the_length_asked_for(mean_length):
+    for seq in (1, 3, 4, 77, 300):
+        row = workload.random_row(seq, mean_length)
+        assert row["input_ids"].shape == (1, seq)
+    assert len(row["view_pairs"][0]) >= 300 / (8 * mean_length)
+
+
+def test_runs_are_the_mask():
+    visible_until, _ = random_forest(90, seed=4, mean_length=3)
+    seen = torch.zeros(90, 90, dtype=torch.bool)
+    for start, end, before in workload.runs(visible_until[0]):
+        seen[start:end, before] = True
+        seen[start:end, start:end] = torch.ones(end - start, end - start).tril().bool()
+    assert torch.equal(seen, visible(visible_until)[0])
+
+
+@pytest.mark.parametrize("peer", ["ours", "SDPA, dense mask", "SDPA, per run"])
+def test_peers_compute_the_same(peer):
+    case = workload.Case("", seq=70, mean_length=6, heads=4, kv_heads=2, head_dim=16)
+    attend = peers.PEERS[peer](case)
+    peers.verify(case, attend, backward=True)
+    with pytest.raises(AssertionError, match="out is wrong"):
+        peers.verify(case, lambda q, k, v: attend(q, k, v) + 1e-4, backward=False)
+    with pytest.raises(AssertionError, match="dk is wrong"):
+        peers.verify(
+            case, lambda q, k, v: attend(q, k.detach() * 0.99 + k * 0.01, v), backward=True
+        )
+
+
+@pytest.mark.parametrize("peer", ["torch varlen, gathered", "flash-attn varlen, gathered"])
+def test_peers_say_why_they_cannot_run(peer):
+    with pytest.raises(peers.UnavailableError, match="CUDA"):
+        peers.PEERS[peer](workload.Case("", seq=70, mean_length=6))
+
+
+def test_block_masks_are_verified():
+    row = workload.random_row(700, 16)["visible_until"]
+    for mask in (BlockMask.from_visible_until(row, (128, 128)), peers.flex_block_mask(row)):
+        bench_block_mask.verify(mask, row)
+        with pytest.raises(AssertionError):
+            bench_block_mask.verify(mask, workload.random_row(700, 200, seed=1)["visible_until"])
+
+
+def test_packing_is_verified():
+    examples = random_examples(6, seed=2)
+    bench_packing.verify(pack(examples, 64), examples)
+    with pytest.raises(AssertionError):
+        bench_packing.verify(pack(examples[:-1], 64), examples)
+
+
+def test_interleaved_rounds():
+    order = []
+    steps = {name: lambda name=name: order.append(name) for name in "abc"}
+    seconds = timing.interleaved(steps, rounds=2)
+    assert order == ["a", "b", "c", "c", "b", "a"]
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 2, "b": 2, "c": 2}
+    assert len(timing.interleaved(steps, rounds=3, budget=1e-12)["a"]) == 1
+    assert timing.ratio([2.0, 8.0, 3.0], [1.0, 2.0, 1.0]) == 3.0
+
+
+def test_peak_memory():
+    with timing.PeakMemory() as memory:
+        torch.zeros(25_000_000).sum()  # 100 MB, gone before the end
+    assert memory.bytes is None or 90e6 < memory.bytes < 200e6
+
+
+def test_scaling_command(tmp_path, capsys):
+    path = tmp_path / "scaling.json"
+    arguments = ["--segment", "8", "--tokens", "128", "--rows", "64", "128", "256", "--rounds", "2"]
+    arguments += ["--segments", "4", "8", "16", "--masks", "256", "1024", "--heads", "2", "1"]
+    assert scaling.main([*arguments, "--head-dim", "16", "--plot", "--output", str(path)]) == 0
+    by_row, by_segment, masks = json.loads(path.read_text())["tables"]
+    assert [row["seq"] for row in by_row["rows"]] == [64, 128, 256]
+    assert all(row["ours"] > 0 and row["predicted"] > 0 for row in by_segment["rows"])
+    assert masks["rows"][1]["times"] > 1
+    assert "µs per tile" in capsys.readouterr().out
+    assert path.with_suffix(".png").exists()
