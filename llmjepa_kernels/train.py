@@ -411,13 +411,6 @@ class Job:
         args = self.args
         model, tokenizer, pred_ids = self._built or self._build()
         self._built = None
-        parameters = sum(p.numel() for p in model.parameters()) / 1e6
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
-        print(
-            f"\n{name}: {len(self.train_examples)} examples, {parameters:.1f} M parameters, "
-            f"{trained:.1f} M of them trained",
-            flush=True,
-        )
         collator = LLMJEPACollator(
             tokenizer,
             max_length=args.max_length,
@@ -437,6 +430,13 @@ class Job:
             temperature=args.temperature,
             detach_target=args.detach_target,
         )
+        if trainer.is_world_process_zero():
+            parameters, trained = (n / 1e6 for n in _count_parameters(model))
+            print(
+                f"\n{name}: {len(self.train_examples)} examples, {parameters:.1f} M parameters, "
+                f"{trained:.1f} M of them trained",
+                flush=True,
+            )
         if trainer.pop_callback(ProgressCallback):
             trainer.add_callback(ProgressBar)
         directory = trainer.args.output_dir
@@ -513,6 +513,11 @@ class Job:
             max_new_tokens=longest + 1,
         )
         return sum(matches) / len(matches)
+
+
+def _count_parameters(model) -> tuple[int, int]:
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
 
 
 def _place(source: str | None, index: int) -> str:
