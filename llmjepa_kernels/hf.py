@@ -421,7 +421,7 @@ def _dense(
         if mask is not None and mask.is_floating_point() and mask.dtype != query.dtype:
             # Unlike eager attention, PyTorch wants the mask in the dtype of q. The lowest
             # value of one dtype may be an infinity in another.
-            mask = mask.clamp(min=torch.finfo(query.dtype).min).to(query.dtype)
+            mask = mask.to(query.dtype).clamp(min=torch.finfo(query.dtype).min)
         out, _ = sdpa_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
         )

@@ -199,18 +199,37 @@ def test_dropout_stays_with_a_dense_mask(counts):
     assert counts["sparse"] == 2
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_float32_mask_on_a_model_in_low_precision(dtype, counts):
-    """Transformers' sdpa refuses it; eager attention, as most such loops use, takes it."""
+@pytest.mark.parametrize(
+    ("dtype", "mask_dtype"),
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float16),
+        (torch.float32, torch.float64),
+    ],
+)
+def test_mask_in_another_dtype_than_the_model(dtype, mask_dtype, counts):
+    """PyTorch's attention refuses it; eager attention, as most such loops use, takes it."""
     seen = prefix_mask(16)[None]
     inputs = inputs_for(seen[:, 0], torch.arange(16)[None])
     model = patch_model(tiny_model("llama", dtype=dtype))
     logits = [
-        model(**inputs, attention_mask=as_form(seen, form)).logits for form in ("lowest", "bool")
+        model(**inputs, attention_mask=as_form(seen, form, mask_dtype)).logits
+        for form in ("lowest", "bool")
     ]
     assert torch.isfinite(logits[0]).all()
     torch.testing.assert_close(*logits, rtol=0.05, atol=0.05)
     assert counts["dense"] == 4
+
+
+def test_mask_that_learns(counts):
+    """It looks like a mask while its biases are still 0."""
+    index = torch.arange(10)
+    bias = as_form((index <= index[:, None])[None], "infinite").requires_grad_()
+    inputs = inputs_for(torch.zeros(1, 10), index[None])
+    run(patch_model(tiny_model("llama")), {**inputs, "attention_mask": bias})
+    assert bias.grad[0, 0].tril().any()
+    assert counts["sparse"] == 0
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3", "gpt_oss"])

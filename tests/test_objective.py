@@ -118,6 +118,17 @@ def test_no_supervised_tokens_or_no_pairs(model):
     assert not gradients(model, neither.loss).any()
 
 
+def test_ragged_rows_count_no_token_twice(model):
+    """The shorter row's padding of logits points at a supervised token."""
+    runs = ([5, 6], [7, 8, 9, 10])
+    batch = pack([Example([Segment(ids, labels=ids)]) for ids in runs], 4)
+    assert batch["labels"].shape == (2, 4)
+    output = llm_jepa_loss(model, batch)
+    assert output.num_items == 1 + 3
+    ntp_loss, _ = plain_terms(model, batch)
+    torch.testing.assert_close(output.ntp_loss, ntp_loss.double(), rtol=1e-6, atol=0)
+
+
 def test_errors_are_not_hidden(batch):
     """A model that overflows gives a loss that says so, even where no loss is asked for."""
     model = patch_model(tiny_model("llama"))
