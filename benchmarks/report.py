@@ -66,12 +66,14 @@ class Table:
         columns: (key, header, format) of each column; a row without the key shows a dash.
         rows: One mapping per line, with what the JSON should hold besides.
         notes: Lines below the table.
+        refused: What was not printed because its result is wrong.
     """
 
     title: str
     columns: Sequence[tuple[str, str, str]]
     rows: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
 
 
 def progress(line: str) -> None:
@@ -79,8 +81,10 @@ def progress(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def show(tables: Sequence[Table], path: Path | None, **about: Any) -> None:
-    """Prints the tables and writes them, with `about`, as JSON."""
+def show(
+    tables: Sequence[Table], path: Path | None, device: torch.device | str, command: dict[str, Any]
+) -> None:
+    """Prints the tables, and writes them as JSON with the machine and the command's options."""
     from rich import box
     from rich.console import Console
     from rich.table import Table as RichTable
@@ -96,14 +100,22 @@ def show(tables: Sequence[Table], path: Path | None, **about: Any) -> None:
             cells = (_cell(row.get(key), spec) for key, _, spec in table.columns)
             drawn.add_row(*cells)
         console.print(drawn)
-        for note in table.notes:
-            console.print(note, markup=False)
+        for line in (*table.notes, *(f"WRONG, refused: {name}" for name in table.refused)):
+            console.print(line, markup=False)
         console.print()
+    about = machine(device)
+    commit = (about["commit"] or "unknown")[:10] + " with changes" * about["uncommitted_changes"]
+    console.print(
+        f"{about['processor']}, {about['threads']} threads, device {about['device']}, "
+        f"torch {about['versions']['torch']}, commit {commit}",
+        markup=False,
+    )
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = {**about, "tables": [vars(table) for table in tables]}
+        tables_as_dicts = [vars(table) for table in tables]
+        content = {"machine": about, "command": command, "tables": tables_as_dicts}
         path.write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
-        console.print(f"[dim]{path}[/dim]")
+        console.print(str(path), markup=False)
 
 
 def _cell(value: Any, spec: str) -> str:

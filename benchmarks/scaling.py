@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from benchmarks.peers import PEERS, UnavailableError, flex_block_mask, verify
-from benchmarks.report import Table, machine, progress, show
+from benchmarks.report import Table, progress, show
 from benchmarks.timing import copy_bandwidth, interleaved, matmul_rate, median_of
 from benchmarks.workload import Case, random_row
 from llmjepa_kernels import BlockMask
@@ -231,8 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     fit_tiles(by_segment)
     by_segment.notes.append(str(roof))
     masks = mask_table(args.masks, args.segment, args.device)
-    tables = [by_row, by_segment, masks]
-    show(tables, args.output, command=vars(args), machine=machine(args.device))
+    show([by_row, by_segment, masks], args.output, args.device, vars(args))
     if args.plot:
         plot(by_segment, args.output.with_suffix(".png"))
     return 0

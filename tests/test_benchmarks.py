@@ -159,7 +159,7 @@ def test_a_wrong_loss_is_not_printed(model):
     right = (ours.ntp_loss.item(), ours.jepa_loss.item())
     comparison._check(row, right)
     for wrong in ((right[0] + 1e-3, right[1]), (right[0], right[1] * 1.001), (math.nan, right[1])):
-        with pytest.raises(ValueError, match="separate passes"):
+        with pytest.raises(train_step.WrongLossError, match="separate passes"):
             comparison._check(row, wrong)
 
 
