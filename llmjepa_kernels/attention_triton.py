@@ -6,12 +6,14 @@ import math
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llmjepa_kernels import attention_triton_kernels as kernels
+from llmjepa_kernels import triton_configs
 from llmjepa_kernels.block_mask import BlockMask
-from llmjepa_kernels.triton_configs import Config, choose, current_arch, head_dim_pieces
+from llmjepa_kernels.triton_configs import Config, head_dim_pieces
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -44,12 +46,9 @@ def attention_forward(
             _operand(v, config.block_n, config),
             _strided(out),
             lse,
-            mask.visible_until,
-            mask.kv_offsets,
-            mask.kv_full_start,
-            mask.kv_indices,
-            position_ids if window is not None else None,
-            sinks,
+            *_lists(mask, "kv"),
+            _positions(position_ids, window),
+            None if sinks is None else sinks.contiguous(),
             batch,
             num_heads,
             num_heads // k.shape[1],
@@ -61,7 +60,7 @@ def attention_forward(
             **_constants(config, head_dim, mask, window),
         )
 
-    launch(choose("forward", current_arch(), head_dim, q.dtype, mask.block_size, _aligned(q, k, v)))
+    triton_configs.launch("forward", launch, **_kind(q, mask, (q, k, v)))
     return out, lse
 
 
@@ -83,14 +82,15 @@ def attention_backward(
     _check(q)
     batch, num_heads, seq, head_dim = q.shape
     num_kv_heads = k.shape[1]
-    arch = current_arch()
-    aligned = _aligned(q, k, v, dout)
     dq, dk, dv = _empty_seq_major(q), _empty_seq_major(k), _empty_seq_major(v)
     lse2, delta, dsinks = _row_statistics(dout, out, lse, sinks)
     padded = lse2.shape[-1]
-    position_ids = position_ids if window is not None else None
 
     def launch_dkdv(config: Config) -> None:
+        for want in ("dk", "dv") if config.apart else ("dkdv",):
+            launch_key_side(config, want)
+
+    def launch_key_side(config: Config, want: str) -> None:
         grid = (triton.cdiv(seq, config.block_n) * batch * num_kv_heads,)
         kernels._attention_dkdv_kernel[grid](
             _operand(q, config.block_m, config),
@@ -101,11 +101,8 @@ def attention_backward(
             delta,
             _strided(dk),
             _strided(dv),
-            mask.visible_until,
-            mask.q_offsets,
-            mask.q_full_start,
-            mask.q_indices,
-            position_ids,
+            *_lists(mask, "q"),
+            _positions(position_ids, window),
             batch,
             num_kv_heads,
             num_heads // num_kv_heads,
@@ -115,8 +112,9 @@ def attention_backward(
             window or 0,
             softmax_scale,
             _scaling(softmax_scale, softcap),
-            WANT_DK=True,
-            WANT_DV=True,
+            WANT_DK="dk" in want,
+            WANT_DV="dv" in want,
+            EAGER_DP=config.eager_dp and "dk" in want,
             **_constants(config, head_dim, mask, window),
         )
 
@@ -130,11 +128,8 @@ def attention_backward(
             lse2,
             delta,
             _strided(dq),
-            mask.visible_until,
-            mask.kv_offsets,
-            mask.kv_full_start,
-            mask.kv_indices,
-            position_ids,
+            *_lists(mask, "kv"),
+            _positions(position_ids, window),
             batch,
             num_heads,
             num_heads // num_kv_heads,
@@ -144,11 +139,13 @@ def attention_backward(
             window or 0,
             softmax_scale,
             _scaling(softmax_scale, softcap),
+            EAGER_DP=config.eager_dp,
             **_constants(config, head_dim, mask, window),
         )
 
-    launch_dkdv(choose("dkdv", arch, head_dim, q.dtype, mask.block_size, aligned))
-    launch_dq(choose("dq", arch, head_dim, q.dtype, mask.block_size, aligned))
+    kind = _kind(q, mask, (q, k, v, dout))
+    triton_configs.launch("dkdv", launch_dkdv, **kind)
+    triton_configs.launch("dq", launch_dq, **kind)
     return dq, dk, dv, dsinks
 
 
@@ -165,10 +162,10 @@ def _row_statistics(
     kernels._attention_row_statistics_kernel[(tiles * batch * num_heads,)](
         _strided(out),
         _strided(dout),
-        lse,
+        lse.contiguous(),
         lse2,
         delta,
-        sinks,
+        None if sinks is None else sinks.contiguous(),
         partial,
         batch,
         num_heads,
@@ -178,6 +175,25 @@ def _row_statistics(
         BLOCK_M=DELTA_ROWS,
     )
     return lse2, delta, None if sinks is None else partial.sum(dim=(0, 2)).to(sinks.dtype)
+
+
+def _kind(q: Tensor, mask: BlockMask, operands: tuple[Tensor, ...]) -> dict:
+    """What the choice of a configuration depends on."""
+    return {
+        "head_dim": q.shape[3],
+        "dtype": q.dtype,
+        "block_size": tuple(mask.block_size),
+        "allow_tma": all(map(_aligned, operands)),
+    }
+
+
+def _lists(mask: BlockMask, side: str) -> list[Tensor]:
+    names = ("visible_until", f"{side}_offsets", f"{side}_full_start", f"{side}_indices")
+    return [getattr(mask, name).contiguous() for name in names]
+
+
+def _positions(position_ids: Tensor | None, window: int | None) -> Tensor | None:
+    return None if window is None else position_ids.contiguous()
 
 
 def _scaling(softmax_scale: float, softcap: float | None) -> tuple[float, float | None]:
@@ -217,21 +233,19 @@ def _operand(x: Tensor, rows: int, config: Config) -> tuple:
     return tuple(TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, d]) for d in sizes)
 
 
-def _strided(x: Tensor) -> tuple[Tensor, int, int, int]:
-    # A stride over a dimension of size 1 is arbitrary; zero keeps it from causing a compilation.
-    return x, *(s if n > 1 else 0 for n, s in zip(x.shape[:3], x.stride()[:3], strict=True))
+def _strided(x: Tensor) -> tuple:
+    # The stride between tokens is a constant of the model; known to the compiler, it turns most
+    # addresses into immediates. Over a dimension of size 1 a stride is arbitrary: zero keeps it
+    # from compiling anew.
+    batch, head, seq = (s if n > 1 else 0 for n, s in zip(x.shape[:3], x.stride()[:3], strict=True))
+    return x, batch, head, tl.constexpr(seq)
 
 
-def _aligned(*tensors: Tensor) -> bool:
-    """Whether the tensor memory accelerator can address all of them."""
-    return all(
-        x.data_ptr() % 16 == 0
-        and x.shape[3] * x.element_size() % 16 == 0
-        and all(
-            n == 1 or (s > 0 and s * x.element_size() % 16 == 0)
-            for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)
-        )
-        for x in tensors
+def _aligned(x: Tensor) -> bool:
+    """Whether a tensor descriptor can address x."""
+    return x.data_ptr() % 16 == 0 and all(
+        n == 1 or (stride > 0 and stride * x.element_size() % 16 == 0)
+        for n, stride in zip(x.shape[:3], x.stride()[:3], strict=True)
     )
 
 

@@ -46,7 +46,7 @@ def _load_piece(
             rows = tl.minimum(rows, seq_len - 1 - row0)
         offs_d = FIRST + tl.arange(0, SIZE)
         base = x[0] + b.to(tl.int64) * x[1] + h.to(tl.int64) * x[2] + row0.to(tl.int64) * x[3]
-        pointers = base + rows.to(tl.int64)[:, None] * x[3] + offs_d[None, :]
+        pointers = base + (rows[:, None] * x[3] + offs_d[None, :])
         if D[0] < FIRST + SIZE:
             tile = tl.load(pointers, mask=offs_d[None, :] < D[0], other=0.0)
         else:
@@ -272,10 +272,10 @@ def _online_softmax_tile(
     else:
         p = tl.exp2(scores - m_finite[:, None])
     alpha = tl.exp2(m_i - m_finite)
-    l_i = l_i * alpha + tl.sum(p, 1)
     acc = _rescale(acc, alpha[:, None], D)
     v_tile = _load_rows(v, b, kv_head, n0, row[3], BLOCK_N, D, MASKED, TMA)
-    return _accumulate(acc, p.to(v_tile[0].dtype), v_tile, D), m_new, l_i
+    acc = _accumulate(acc, p.to(v_tile[0].dtype), v_tile, D)
+    return acc, m_new, l_i * alpha + tl.sum(p, 1)
 
 
 @triton.jit(do_not_specialize=PER_PACKING)
@@ -363,20 +363,25 @@ def _attention_row_statistics_kernel(
 def _dkdv_tile(
     dk_acc, dv_acc, k_tile, v_tile, keys, q, dout, lse2, delta, b, head, m0, row, scaling,
     BLOCK_M: tl.constexpr, D: tl.constexpr, WANT_DK: tl.constexpr, WANT_DV: tl.constexpr,
-    MASKED: tl.constexpr, TMA: tl.constexpr,
+    MASKED: tl.constexpr, TMA: tl.constexpr, EAGER_DP: tl.constexpr,
 ):  # fmt: skip
     q_tile = _load_rows(q, b, head, m0, row[3], BLOCK_M, D, MASKED, TMA)
     dots = _dot_over_d(k_tile, q_tile, D)  # [BLOCK_N, BLOCK_M]
     queries = _queries(row, m0, BLOCK_M)
+    if EAGER_DP:
+        do_tile = _load_rows(dout, b, head, m0, row[3], BLOCK_M, D, MASKED, TMA)
+        dp = _dot_over_d(v_tile, do_tile, D)
     row_lse2 = tl.load(lse2 + queries[0])
     p, dcap = _probabilities(dots, row_lse2[None, :], scaling, k_tile[0].dtype == tl.float32)
     if MASKED:
         p = tl.where(_visible(queries, keys, row, True), p, 0.0)
-    do_tile = _load_rows(dout, b, head, m0, row[3], BLOCK_M, D, MASKED, TMA)
+    if not EAGER_DP:
+        do_tile = _load_rows(dout, b, head, m0, row[3], BLOCK_M, D, MASKED, TMA)
     if WANT_DV:
         dv_acc = _accumulate(dv_acc, p.to(do_tile[0].dtype), do_tile, D)
     if WANT_DK:
-        dp = _dot_over_d(v_tile, do_tile, D)
+        if not EAGER_DP:
+            dp = _dot_over_d(v_tile, do_tile, D)
         ds = p * (dp - tl.load(delta + queries[0])[None, :])
         if scaling[1] is not None:
             ds = ds * dcap
@@ -391,7 +396,7 @@ def _attention_dkdv_kernel(
     softmax_scale, scaling,
     D: tl.constexpr, MASK_M: tl.constexpr, MASK_N: tl.constexpr, ALL_MASKED: tl.constexpr,
     WANT_DK: tl.constexpr, WANT_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr, EAGER_DP: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(0) % num_kv_heads
     b = tl.program_id(0) // num_kv_heads % num_rows
@@ -413,21 +418,34 @@ def _attention_dkdv_kernel(
     first = 0
     if MASK_M > BLOCK_M:  # the diagonal's mask tile may begin with queries before the first key
         first = tl.maximum(n0 - _tile_start(tiles, 0, False, MASK_M, BLOCK_M), 0) // BLOCK_M
-    for member in tl.range(0, group_size):
-        head = kv_head * group_size + member
+    # One loop over the heads of the group and their tiles, so that loads are prefetched across
+    # heads: `t` is the tile of the head that comes next.
+    last = _num_masked(tiles, MASK_M, BLOCK_M)
+    head = kv_head * group_size
+    t = first
+    for _ in tl.range(0, group_size * (last - first)):
+        m0 = _tile_start(tiles, t, False, MASK_M, BLOCK_M)
         plane = (b * num_kv_heads * group_size + head).to(tl.int64) * padded_len
-        for t in tl.range(first, _num_masked(tiles, MASK_M, BLOCK_M)):
-            m0 = _tile_start(tiles, t, False, MASK_M, BLOCK_M)
-            dk_acc, dv_acc = _dkdv_tile(
-                dk_acc, dv_acc, k_tile, v_tile, keys, q, dout, lse2 + plane, delta + plane,
-                b, head, m0, row, scaling, BLOCK_M, D, WANT_DK, WANT_DV, True, TMA,
-            )  # fmt: skip
-        for t in tl.range(0, _num_full(tiles, MASK_M, BLOCK_M)):
-            m0 = _tile_start(tiles, t, True, MASK_M, BLOCK_M)
-            dk_acc, dv_acc = _dkdv_tile(
-                dk_acc, dv_acc, k_tile, v_tile, keys, q, dout, lse2 + plane, delta + plane,
-                b, head, m0, row, scaling, BLOCK_M, D, WANT_DK, WANT_DV, False, TMA,
-            )  # fmt: skip
+        dk_acc, dv_acc = _dkdv_tile(
+            dk_acc, dv_acc, k_tile, v_tile, keys, q, dout, lse2 + plane, delta + plane,
+            b, head, m0, row, scaling, BLOCK_M, D, WANT_DK, WANT_DV, True, TMA, EAGER_DP,
+        )  # fmt: skip
+        t += 1
+        head = tl.where(t == last, head + 1, head)
+        t = tl.where(t == last, first, t)
+    last = _num_full(tiles, MASK_M, BLOCK_M)
+    head = kv_head * group_size
+    t = 0
+    for _ in tl.range(0, group_size * last):
+        m0 = _tile_start(tiles, t, True, MASK_M, BLOCK_M)
+        plane = (b * num_kv_heads * group_size + head).to(tl.int64) * padded_len
+        dk_acc, dv_acc = _dkdv_tile(
+            dk_acc, dv_acc, k_tile, v_tile, keys, q, dout, lse2 + plane, delta + plane,
+            b, head, m0, row, scaling, BLOCK_M, D, WANT_DK, WANT_DV, False, TMA, EAGER_DP,
+        )  # fmt: skip
+        t += 1
+        head = tl.where(t == last, head + 1, head)
+        t = tl.where(t == last, 0, t)
 
     if WANT_DV:
         _store_rows(dv, dv_acc, b, kv_head, n0, seq_len, BLOCK_N, D)
@@ -439,14 +457,19 @@ def _attention_dkdv_kernel(
 def _dq_tile(
     dq_acc, q_tile, do_tile, row_lse2, row_delta, queries, k, v, b, kv_head, n0, row, scaling,
     BLOCK_N: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr,
+    EAGER_DP: tl.constexpr,
 ):  # fmt: skip
     k_tile = _load_rows(k, b, kv_head, n0, row[3], BLOCK_N, D, MASKED, TMA)
     dots = _dot_over_d(q_tile, k_tile, D)  # [BLOCK_M, BLOCK_N]
+    if EAGER_DP:
+        v_tile = _load_rows(v, b, kv_head, n0, row[3], BLOCK_N, D, MASKED, TMA)
+        dp = _dot_over_d(do_tile, v_tile, D)
     p, dcap = _probabilities(dots, row_lse2[:, None], scaling, q_tile[0].dtype == tl.float32)
     if MASKED:
         p = tl.where(_visible(queries, _keys(row, n0, BLOCK_N), row, False), p, 0.0)
-    v_tile = _load_rows(v, b, kv_head, n0, row[3], BLOCK_N, D, MASKED, TMA)
-    dp = _dot_over_d(do_tile, v_tile, D)
+    if not EAGER_DP:
+        v_tile = _load_rows(v, b, kv_head, n0, row[3], BLOCK_N, D, MASKED, TMA)
+        dp = _dot_over_d(do_tile, v_tile, D)
     ds = p * (dp - row_delta[:, None])
     if scaling[1] is not None:
         ds = ds * dcap
@@ -459,7 +482,7 @@ def _attention_dq_kernel(
     position_ids, num_rows, num_heads, group_size, seq_len, padded_len, max_tiles, window,
     softmax_scale, scaling,
     D: tl.constexpr, MASK_M: tl.constexpr, MASK_N: tl.constexpr, ALL_MASKED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr, EAGER_DP: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) % num_heads
     b = tl.program_id(0) // num_heads % num_rows
@@ -484,13 +507,13 @@ def _attention_dq_kernel(
         n0 = _tile_start(tiles, t, False, MASK_N, BLOCK_N)
         dq_acc = _dq_tile(
             dq_acc, q_tile, do_tile, row_lse2, row_delta, queries, k, v, b, kv_head, n0, row,
-            scaling, BLOCK_N, D, True, TMA,
+            scaling, BLOCK_N, D, True, TMA, EAGER_DP,
         )  # fmt: skip
     for t in tl.range(0, _num_full(tiles, MASK_N, BLOCK_N)):
         n0 = _tile_start(tiles, t, True, MASK_N, BLOCK_N)
         dq_acc = _dq_tile(
             dq_acc, q_tile, do_tile, row_lse2, row_delta, queries, k, v, b, kv_head, n0, row,
-            scaling, BLOCK_N, D, False, TMA,
+            scaling, BLOCK_N, D, False, TMA, EAGER_DP,
         )  # fmt: skip
 
     _store_rows(dq, _rescale(dq_acc, softmax_scale, D), b, head, m0, seq_len, BLOCK_M, D)

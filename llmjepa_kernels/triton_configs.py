@@ -1,20 +1,33 @@
-"""Tile configurations of the Triton kernels: a table, and a timer that chooses from it."""
+"""Tile configurations of the Triton attention kernels: a table, and a timer that picks from it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
 
+import torch
 import triton
+
+MIN_TILE = 16  # the smallest side of a matrix product
 
 
 @dataclass(frozen=True)
 class Config:
-    """One way to compile a kernel for a class of inputs.
+    """One way to compile a kernel.
 
     Attributes:
         block_m, block_n: Queries and keys of a compute tile; they divide the mask's block.
         tma: Read tiles through tensor descriptors instead of pointers.
-        halves: Hold the head dim as two halves, for shorter-lived registers.
+        halves: Hold the head dim as two halves, which shortens the life of registers.
+        eager_dp: In the backward, start dP before the softmax that it does not depend on:
+            asynchronous matrix units then overlap the two, for more live registers.
+        apart: Compute dV and dK in two kernels: more products, but half the accumulators.
         maxnreg: Upper bound on the registers of a thread.
     """
 
@@ -24,7 +37,203 @@ class Config:
     num_stages: int = 2
     tma: bool = False
     halves: bool = False
+    eager_dp: bool = False
+    apart: bool = False
     maxnreg: int | None = None
+
+
+# {(architecture, head dim): {direction: candidates}}, the best by the static model of
+# benchmarks/gpu_static.py first; the last of each direction reads through pointers and divides
+# 64 x 64 masks. A smaller head dim uses the entry of the next larger one.
+TABLE: dict[tuple[str, int], dict[str, list[Config]]] = {
+    ("sm_80", 64): {
+        "forward": [Config(128, 64, 4, 3), Config(64, 64, 4, 3)],
+        "dkdv": [Config(32, 128, 4, 3), Config(64, 64, 4, 2)],
+        "dq": [Config(128, 32, 4, 3), Config(64, 64, 4, 3)],
+    },
+    ("sm_80", 128): {
+        "forward": [Config(128, 32, 4, 3, halves=True), Config(64, 64, 4, 2, halves=True)],
+        "dkdv": [Config(64, 64, 4, 2)],
+        "dq": [Config(128, 32, 4, 2), Config(64, 64, 4, 2)],
+    },
+    ("sm_80", 256): {
+        "forward": [Config(128, 64, 8, 2, halves=True), Config(64, 32, 4, 2, halves=True)],
+        "dkdv": [Config(64, 64, 8, 2, halves=True)],
+        "dq": [Config(64, 64, 8, 2, halves=True)],
+    },
+    ("sm_86", 64): {
+        "forward": [Config(128, 64, 4, 3), Config(64, 64, 4, 3)],
+        "dkdv": [Config(32, 128, 4, 3), Config(64, 64, 4, 2)],
+        "dq": [Config(128, 32, 4, 3), Config(64, 64, 4, 3)],
+    },
+    ("sm_86", 128): {
+        "forward": [Config(128, 32, 4, 3, halves=True), Config(64, 64, 4, 2, halves=True)],
+        "dkdv": [Config(64, 64, 4, 2)],
+        "dq": [Config(128, 32, 4, 2), Config(64, 64, 4, 2)],
+    },
+    ("sm_86", 256): {
+        "forward": [Config(64, 32, 4, 2, halves=True)],
+        "dkdv": [Config(32, 32, 4, 2, halves=True)],
+        "dq": [Config(32, 32, 4, 2, halves=True)],
+    },
+    ("sm_90", 64): {
+        "forward": [
+            Config(64, 128, 4, 2, tma=True, maxnreg=168),
+            Config(64, 64, 4, 2, tma=True, maxnreg=96),
+            Config(64, 64, 4, 2),
+        ],
+        "dkdv": [Config(64, 64, 4, 2, tma=True, eager_dp=True), Config(64, 64, 4, 2)],
+        "dq": [Config(64, 64, 4, 2, tma=True, eager_dp=True), Config(64, 64, 4, 2)],
+    },
+    ("sm_90", 128): {
+        "forward": [
+            Config(128, 128, 8, 2, tma=True),
+            Config(64, 64, 4, 2, tma=True),
+            Config(64, 64, 4, 2),
+        ],
+        "dkdv": [Config(64, 64, 4, 2, tma=True, eager_dp=True), Config(32, 64, 4, 2)],
+        "dq": [Config(64, 64, 4, 2, tma=True, eager_dp=True), Config(64, 64, 4, 2)],
+    },
+    ("sm_90", 256): {
+        "forward": [
+            Config(128, 64, 8, 2, tma=True),
+            Config(64, 64, 4, 1, tma=True),
+            Config(64, 32, 4, 2),
+        ],
+        "dkdv": [Config(64, 64, 4, 2, tma=True, apart=True), Config(32, 64, 4, 1, apart=True)],
+        "dq": [Config(64, 64, 4, 2, tma=True, eager_dp=True), Config(64, 32, 4, 2)],
+    },
+    ("sm_100", 64): {
+        "forward": [
+            Config(128, 64, 4, 2, tma=True),
+            Config(64, 64, 4, 2, tma=True),
+            Config(64, 64, 4, 2),
+        ],
+        "dkdv": [
+            Config(128, 128, 8, 1, tma=True, eager_dp=True),
+            Config(64, 64, 4, 2, tma=True, eager_dp=True),
+            Config(64, 64, 4, 2),
+        ],
+        "dq": [
+            Config(128, 64, 4, 1, tma=True, eager_dp=True),
+            Config(64, 64, 4, 2, tma=True, eager_dp=True),
+            Config(64, 64, 4, 2),
+        ],
+    },
+    ("sm_100", 128): {
+        "forward": [
+            Config(128, 128, 8, 2, tma=True),
+            Config(64, 64, 4, 2, tma=True),
+            Config(64, 64, 4, 2),
+        ],
+        "dkdv": [
+            Config(128, 128, 8, 1, tma=True, eager_dp=True),
+            Config(64, 64, 4, 2, tma=True, eager_dp=True),
+            Config(64, 64, 4, 2),
+        ],
+        "dq": [
+            Config(128, 64, 4, 1, tma=True, eager_dp=True),
+            Config(64, 64, 4, 2, tma=True, eager_dp=True),
+            Config(64, 64, 4, 2),
+        ],
+    },
+    ("sm_100", 256): {
+        "forward": [
+            Config(128, 64, 8, 2, tma=True),
+            Config(64, 64, 4, 2, tma=True),
+            Config(64, 32, 4, 1),
+        ],
+        "dkdv": [Config(64, 64, 4, 1, tma=True, apart=True), Config(32, 64, 4, 1, apart=True)],
+        "dq": [Config(64, 64, 4, 2, tma=True, eager_dp=True), Config(64, 32, 4, 1)],
+    },
+    ("gfx942", 64): {
+        "forward": [Config(128, 64, 4, 1), Config(64, 64, 4, 1)],
+        "dkdv": [Config(64, 64, 4, 1)],
+        "dq": [Config(64, 64, 4, 1)],
+    },
+    ("gfx942", 128): {
+        "forward": [Config(128, 64, 4, 1), Config(64, 64, 4, 1)],
+        "dkdv": [Config(64, 64, 4, 1)],
+        "dq": [Config(64, 64, 4, 1)],
+    },
+    ("gfx942", 256): {
+        "forward": [Config(64, 64, 4, 1), Config(64, 32, 4, 1)],
+        "dkdv": [Config(32, 32, 4, 1)],
+        "dq": [Config(64, 32, 4, 1)],
+    },
+}
+
+
+def candidates(
+    direction: str,
+    *,
+    arch: str,
+    head_dim: int,
+    dtype: torch.dtype,
+    block_size: tuple[int, int],
+    allow_tma: bool = True,
+) -> list[Config]:
+    """The configurations worth trying, the one that the static model prefers first.
+
+    Args:
+        direction: "forward", "dkdv" or "dq".
+        block_size: Of the mask; a configuration's tile must divide it.
+        allow_tma: Whether the tensors are aligned as descriptors require.
+
+    Raises:
+        ValueError: `block_size` is no pair of powers of two of at least 16.
+    """
+    if any(size < MIN_TILE or size & (size - 1) for size in block_size):
+        raise ValueError(
+            "block_size of the block_mask must be powers of two of at least "
+            f"{MIN_TILE} for impl='triton', got {tuple(block_size)}"
+        )
+    fitting = []
+    if dtype != torch.float32:
+        fitting = [
+            config
+            for config in _table_entry(direction, arch, head_dim)
+            if block_size[0] % config.block_m == 0
+            and block_size[1] % config.block_n == 0
+            and (allow_tma or not config.tma)
+        ]
+    # float32 runs outside the matrix units, and small masks in small tiles: no tuning, no risk.
+    side = 64 if dtype != torch.float32 and head_dim <= 128 else 32
+    safe = Config(min(block_size[0], side), min(block_size[1], side), num_stages=1)
+    return fitting or [safe]
+
+
+def launch(
+    direction: str,
+    run: Callable[[Config], None],
+    *,
+    head_dim: int,
+    dtype: torch.dtype,
+    block_size: tuple[int, int],
+    allow_tma: bool,
+) -> None:
+    """Runs a kernel in its best configuration.
+
+    That is the first candidate or, with ``LLMJEPA_AUTOTUNE=1``, the one that was fastest on this
+    device when first met; the choice is kept in ``$XDG_CACHE_HOME/llmjepa_kernels``.
+    """
+    arch = current_arch()
+    kind = {"head_dim": head_dim, "dtype": dtype, "block_size": block_size, "allow_tma": allow_tma}
+    options = candidates(direction, arch=arch, **kind)
+    best = options[0]
+    if len(options) > 1 and os.environ.get("LLMJEPA_AUTOTUNE") == "1":
+        names = (direction, *map(str, kind.values()), triton.__version__)
+        best = _fastest(f"{_device_name()} {' '.join(names)}", options, run)
+    run(best)
+
+
+def head_dim_pieces(head_dim: int, halves: bool = False) -> tuple[int, int]:
+    """Powers of two that cover the head dim with the least padding: 80 = 64 + 16, 64 = 64 + 0."""
+    whole = max(MIN_TILE, triton.next_power_of_2(head_dim))
+    first = whole // 2
+    rest = max(MIN_TILE, triton.next_power_of_2(max(head_dim - first, 1)))
+    splits = first >= MIN_TILE and (first + rest < whole or halves)
+    return (first, rest) if splits else (whole, 0)
 
 
 def current_arch() -> str:
@@ -35,16 +244,59 @@ def current_arch() -> str:
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
 
 
-def head_dim_pieces(head_dim: int, halves: bool = False) -> tuple[int, int]:
-    """Powers of two that cover the head dim with the least padding: 80 = 64 + 16."""
-    whole = max(16, triton.next_power_of_2(head_dim))
-    first = whole // 2
-    if halves and whole == head_dim and first >= 16:
-        return first, first
-    rest = max(16, triton.next_power_of_2(head_dim - first))
-    return (first, rest) if first >= 16 and first + rest < whole else (whole, 0)
+def _table_entry(direction: str, arch: str, head_dim: int) -> list[Config]:
+    family = _family(arch)
+    width = next(d for d in (64, 128, 256) if head_dim <= d)
+    entry = TABLE.get((family, width), {}).get(direction, [])
+    if head_dim == width:
+        return entry
+    # In pieces of unequal size, or overhanging the head dim: read through pointers.
+    return [replace(config, halves=False) for config in entry if not config.tma]
 
 
-def choose(direction, arch, head_dim, dtype, mask_block, allow_tma):
-    m, n = mask_block
-    return Config(min(m, 64), min(n, 64), tma=False)
+def _family(arch: str) -> str | None:
+    """The architecture whose entries serve `arch`: same instructions, no less shared memory."""
+    if match := re.fullmatch(r"sm_(\d+)", arch):
+        version = int(match[1])
+        if version in (80, 87):
+            return "sm_80"
+        if version in (86, 89) or version >= 120:
+            return "sm_86"
+        if version == 90:
+            return "sm_90"
+        if 100 <= version < 110:
+            return "sm_100"
+    return "gfx942" if arch in ("gfx942", "gfx950") else None
+
+
+_chosen: dict[str, Config] = {}
+
+
+def _fastest(key: str, options: list[Config], run: Callable[[Config], None]) -> Config:
+    if key not in _chosen:
+        path = _cache_path()
+        stored = json.loads(path.read_text()) if path.exists() else {}
+        known = [config for config in options if asdict(config) == stored.get(key)]
+        if not known:
+            known = [min(options, key=lambda config: _time(lambda: run(config)))]
+            stored[key] = asdict(known[0])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+                json.dump(stored, file, indent=1)
+            os.replace(file.name, path)  # other processes may be reading
+        _chosen[key] = known[0]
+    return _chosen[key]
+
+
+def _time(run: Callable[[], None]) -> float:
+    return triton.testing.do_bench(run, return_mode="median")
+
+
+def _cache_path() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "llmjepa_kernels" / "autotune.json"
+
+
+@cache
+def _device_name() -> str:
+    return getattr(torch, torch.accelerator.current_accelerator().type).get_device_name()
