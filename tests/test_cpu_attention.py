@@ -76,9 +76,7 @@ def test_head_groups(isa, heads):
 
 @pytest.mark.parametrize("seq", [1, 2, 15, 17, 47, 49, 64, 65, 191, 193])
 def test_ragged_ends(isa, seq):
-    case = AttentionCase.random(
-        batch=3, heads=4, kv_heads=4, seq=seq, head_dim=24, mean_length=seq
-    )
+    case = AttentionCase.random(batch=3, heads=4, kv_heads=4, seq=seq, head_dim=24, mean_length=seq)
     check_attention(case, "cpu", torch.float32)
 
 
@@ -145,9 +143,7 @@ def forests(draw):
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(forests(), st.sampled_from([(1, 1), (3, 1), (4, 2)]), st.sampled_from([16, 40, 64]))
 def test_random_forests(visible_until, heads, head_dim):
-    check_forest(
-        visible_until, torch.float32, heads=heads[0], kv_heads=heads[1], head_dim=head_dim
-    )
+    check_forest(visible_until, torch.float32, heads=heads[0], kv_heads=heads[1], head_dim=head_dim)
 
 
 def test_strides(isa):
