@@ -26,8 +26,15 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as build:
         flags = f"{SANITIZE} -O1 -g -fno-omit-frame-pointer"
         subprocess.run(
-            [sys.executable, "setup.py", "-q", "build_ext", "--force"]
-            + [f"--build-lib={build}", f"--build-temp={build}/temp"],
+            [
+                sys.executable,
+                "setup.py",
+                "-q",
+                "build_ext",
+                "--force",
+                f"--build-lib={build}",
+                f"--build-temp={build}/temp",
+            ],
             cwd=ROOT,
             env={**os.environ, "LLMJEPA_CPU_FLAGS": flags, "LDFLAGS": SANITIZE},
             check=True,

@@ -186,9 +186,16 @@ def test_gradcheck(isa):
 
 LONG = {
     # Cut into slices whose dk and dv are summed afterwards.
-    "one segment": dict(seq=1700, heads=2, kv_heads=1, mean_length=1e9),
-    "a forest": dict(batch=3, seq=900, heads=6, kv_heads=2, mean_length=60.0),
-    "options": dict(seq=800, heads=4, mean_length=40.0, sinks=True, window=31, softcap=5.0),
+    "one segment": {"seq": 1700, "heads": 2, "kv_heads": 1, "mean_length": 1e9},
+    "a forest": {"batch": 3, "seq": 900, "heads": 6, "kv_heads": 2, "mean_length": 60.0},
+    "options": {
+        "seq": 800,
+        "heads": 4,
+        "mean_length": 40.0,
+        "sinks": True,
+        "window": 31,
+        "softcap": 5.0,
+    },
 }
 
 
@@ -302,7 +309,7 @@ def test_scale_of_zero_is_a_mean(isa):
 def test_lse(isa):
     case = AttentionCase.random(heads=2, seq=300, head_dim=32, mean_length=500, sinks=True)
     mask = BlockMask.from_visible_until(case.visible_until)
-    options = dict(position_ids=None, window=None, softcap=None, softmax_scale=0.2)
+    options = {"position_ids": None, "window": None, "softcap": None, "softmax_scale": 0.2}
     expected = reference.attention_forward(
         case.q, case.k, case.v, mask, sinks=case.sinks, **options
     )[1]
