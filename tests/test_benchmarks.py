@@ -27,6 +27,15 @@ from tests.helpers import random_examples, random_forest
 PAD = 0
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tiny operations only wait for each other on several."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
