@@ -55,6 +55,8 @@ class PackedBatch(dict):
         view_pairs: (batch, num_pairs, 2) int64; row-local indices of the (predictor, target)
             last tokens, padded with −1.
         kv_offsets, …, q_indices: The tiles that attention visits, see `BlockMask.schedule`.
+        attention_mask: (batch, 1, 0, 0) bool, empty: a model that is not patched, and would let
+            views see each other, fails on its shape; a patched one needs none.
     """
 
     @property
@@ -160,6 +162,7 @@ def pack(
     ).view(len(rows), num_pairs, 2)
     mask = BlockMask.from_visible_until(batch["visible_until"], (size, size))
     batch.update(mask.schedule())
+    batch["attention_mask"] = torch.empty(len(rows), 1, 0, 0, dtype=torch.bool)
     return batch
 
 

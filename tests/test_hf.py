@@ -368,6 +368,18 @@ def test_layers_of_an_unpatched_model_that_shares_the_config(batch):
         second(**bare)
 
 
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_packed_batch_never_runs_under_another_attention(family, implementation, batch):
+    """Its empty mask does not fit: without it the views would see each other unnoticed."""
+    model = tiny_model(family)
+    if implementation == "sdpa" and not model._supports_sdpa:
+        pytest.skip("has no SDPA path")
+    model.set_attn_implementation(implementation)
+    with pytest.raises(RuntimeError, match="size"):
+        model(**batch)
+
+
 def test_config_is_untouched_by_a_failed_patch():
     config = LlamaConfig(
         vocab_size=16,
