@@ -173,6 +173,7 @@ def _row_statistics(
         padded,
         D=(head_dim, *head_dim_pieces(head_dim)),
         BLOCK_M=DELTA_ROWS,
+        enable_fp_fusion=True,
     )
     return lse2, delta, None if sinks is None else partial.sum(dim=(0, 2)).to(sinks.dtype)
 
@@ -234,11 +235,11 @@ def _operand(x: Tensor, rows: int, config: Config) -> tuple:
 
 
 def _strided(x: Tensor) -> tuple:
-    # The stride between tokens is a constant of the model; known to the compiler, it turns most
-    # addresses into immediates. Over a dimension of size 1 a stride is arbitrary: zero keeps it
-    # from compiling anew.
-    batch, head, seq = (s if n > 1 else 0 for n, s in zip(x.shape[:3], x.stride()[:3], strict=True))
-    return x, batch, head, tl.constexpr(seq)
+    # Over a dimension of size 1 a stride is arbitrary: zero keeps it from compiling anew. The
+    # stride between tokens is a constant of the model; known to the compiler, it turns most
+    # addresses into immediates.
+    batch, head = (x.stride(dim) if x.shape[dim] > 1 else 0 for dim in (0, 1))
+    return x, batch, head, tl.constexpr(x.stride(2))
 
 
 def _aligned(x: Tensor) -> bool:

@@ -32,6 +32,7 @@ def distance_forward(hidden: Tensor, pairs: Tensor, *, metric: str) -> tuple[Ten
             hidden.shape[2],
             METRIC=metric,
             BLOCK_D=BLOCK_D,
+            enable_fp_fusion=True,
         )
     return distance, stats
 
@@ -59,6 +60,7 @@ def distance_backward(
             METRIC=metric,
             BLOCK_D=BLOCK_D,
             BLOCK_SLOTS=BLOCK_SLOTS,
+            enable_fp_fusion=True,
         )
     return dhidden
 
