@@ -45,7 +45,7 @@ COMMON = {
 }
 SCRATCH = {
     "learning_rate": 2e-3,
-    "num_train_epochs": 6.0,
+    "num_train_epochs": 5.0,
     "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 64,
     "warmup_steps": 0.05,
