@@ -1,10 +1,11 @@
 """Options of `pytest benchmarks --benchmark-only`, and the list of what cannot run here."""
 
-from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
+
+from benchmarks.workload import load_examples
 
 
 def pytest_addoption(parser):
@@ -30,30 +31,6 @@ def device(request):
 def examples(request):
     """A thousand examples in the shared layout: those of --data, or of the built-in grammar."""
     return load_examples(request.config.option.data, request.config.option.tokenizer, 1000)
-
-
-def load_examples(data, tokenizer_name, count):
-    from llmjepa_kernels.chat import chat_example
-    from llmjepa_kernels.data import read_chats, train_tokenizer
-    from llmjepa_kernels.grammar import generate
-
-    chats = list(islice(read_chats(data), count)) if data else generate(count)
-    if tokenizer_name:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
-    else:
-        tokenizer = train_tokenizer(chats)
-    return [
-        chat_example(
-            chat["messages"],
-            tokenizer,
-            pred_ids=[0],
-            text=chat.get("text"),
-            code=chat.get("code"),
-        )
-        for chat in chats
-    ]
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -63,7 +63,7 @@ class Table:
     """The answer to one question.
 
     Attributes:
-        columns: (key, header, format) of each column; a row without the key shows a dash.
+        columns: (key, header, format string) of each column; a row without the key shows a dash.
         rows: One mapping per line, with what the JSON should hold besides.
         notes: Lines below the table.
         refused: What was not printed because its result is wrong.
@@ -97,7 +97,7 @@ def show(
         for index, (_, header, _) in enumerate(table.columns):
             drawn.add_column(header, justify="right" if index else "left", no_wrap=True)
         for row in table.rows:
-            cells = (_cell(row.get(key), spec) for key, _, spec in table.columns)
+            cells = (_cell(row.get(key), template) for key, _, template in table.columns)
             drawn.add_row(*cells)
         console.print(drawn)
         for line in (*table.notes, *(f"WRONG, refused: {name}" for name in table.refused)):
@@ -118,5 +118,5 @@ def show(
         console.print(str(path), markup=False)
 
 
-def _cell(value: Any, spec: str) -> str:
-    return "-" if value is None else format(value, spec)
+def _cell(value: Any, template: str) -> str:
+    return "-" if value is None else template.format(value)

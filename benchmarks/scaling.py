@@ -25,25 +25,25 @@ RUN, DENSE = "SDPA, per run", "SDPA, dense mask"
 MAX_FLEX_PAIRS = 2**30
 
 COLUMNS = (
-    ("seq", "tokens", "d"),
-    ("mean_length", "segment", "d"),
-    ("tiles", "tiles", "d"),
-    ("pairs", "visible\npairs", ".3g"),
-    ("ours", "ours\nms", ".2f"),
-    ("predicted", "fit\nms", ".2f"),
-    ("gflops", "ours\nGFLOP/s", ".0f"),
-    ("roof_share", "of\nroof", ".0%"),
-    (RUN, "SDPA per\nrun ms", ".2f"),
-    (DENSE, "SDPA\ndense ms", ".2f"),
+    ("seq", "tokens", "{:d}"),
+    ("mean_length", "segment", "{:d}"),
+    ("tiles", "tiles", "{:d}"),
+    ("pairs", "visible\npairs", "{:.3g}"),
+    ("ours", "ours\nms", "{:.2f}"),
+    ("predicted", "fit\nms", "{:.2f}"),
+    ("gflops", "ours\nGFLOP/s", "{:.0f}"),
+    ("roof_share", "of\nroof", "{:.0%}"),
+    (RUN, "SDPA per\nrun ms", "{:.2f}"),
+    (DENSE, "SDPA\ndense ms", "{:.2f}"),
 )
 MASK_COLUMNS = (
-    ("seq", "tokens", "d"),
-    ("tiles", "tiles", "d"),
-    ("milliseconds", "BlockMask\nms", ".3f"),
-    ("mib", "MiB", ".3f"),
-    ("bytes_per_token", "bytes /\ntoken", ".1f"),
-    ("flex_milliseconds", "create_block_mask\nms", ".1f"),
-    ("times", "times as\nfast", ",.0f"),
+    ("seq", "tokens", "{:d}"),
+    ("tiles", "tiles", "{:d}"),
+    ("milliseconds", "BlockMask\nms", "{:.3f}"),
+    ("mib", "MiB", "{:.3f}"),
+    ("bytes_per_token", "bytes /\ntoken", "{:.1f}"),
+    ("flex_milliseconds", "create_block_mask\nms", "{:.1f}"),
+    ("times", "times as\nfast", "{:,.0f}"),
 )
 
 

@@ -11,7 +11,6 @@ import argparse
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,10 +21,10 @@ from benchmarks import baselines
 from benchmarks.baselines import Baseline, Sequences
 from benchmarks.report import Table, progress, show
 from benchmarks.timing import PeakMemory, interleaved, matmul_rate, measure, median_of, ratio
+from benchmarks.workload import chat_examples, load_chats
 from llmjepa_kernels import BlockMask, Example, PackedBatch, pack
-from llmjepa_kernels.chat import chat_example, without_views
-from llmjepa_kernels.data import read_chats, train_tokenizer
-from llmjepa_kernels.grammar import generate
+from llmjepa_kernels.chat import without_views
+from llmjepa_kernels.data import train_tokenizer
 from llmjepa_kernels.hf import patch_model, unpatch_model
 from llmjepa_kernels.models import load_pretrained, small_llama
 from llmjepa_kernels.objective import llm_jepa_loss
@@ -37,19 +36,22 @@ SFT_SUPERVISED = "SFT packed, head on supervised"
 OURS = "ours shared + prefixes"
 
 COLUMNS = (
-    ("name", "", ""),
-    ("milliseconds", "ms", ".0f"),
-    ("examples_per_second", "exam-\nples/s", ".2f"),
-    ("to_sft", "time /\nSFT", ".3f"),
-    ("tokens", "tokens", "d"),
-    ("head_tokens", "head\ntokens", "d"),
-    ("cost_per_token", "cost /\ntokens", ".3f"),
-    ("matmul_share", "of matmul\nrate", ".0%"),
-    ("peak_mib", "peak\nMiB", ".0f"),
-    ("ntp_loss", "NTP loss", ".5f"),
-    ("jepa_loss", "JEPA loss", ".5f"),
+    ("name", "", "{}"),
+    ("milliseconds", "ms", "{:.0f}"),
+    ("examples_per_second", "exam-\nples/s", "{:.2f}"),
+    ("to_sft", "time /\nSFT", "{:.3f}"),
+    ("tokens", "tokens", "{:d}"),
+    ("head_tokens", "head\ntokens", "{:d}"),
+    ("cost_per_token", "cost /\ntokens", "{:.3f}"),
+    ("matmul_share", "of matmul\nrate", "{:.0%}"),
+    ("peak_mib", "peak\nMiB", "{:.0f}"),
+    ("ntp_loss", "NTP loss", "{:.5f}"),
+    ("jepa_loss", "JEPA loss", "{:.5f}"),
 )
-SPEEDUP_COLUMNS = (("name", f"{OURS} against", ""), ("speedup", "times as fast", ".2f"))
+SPEEDUP_COLUMNS = (
+    ("name", f"{OURS} against", "{}"),
+    ("speedup", "times as fast", "{:.2f}"),
+)
 
 
 @dataclass
@@ -130,17 +132,7 @@ class Comparison:
         self.official_length = official_length
         self.vocab = model.config.get_text_config().vocab_size
         self.layouts = {
-            layout: [
-                chat_example(
-                    chat["messages"],
-                    tokenizer,
-                    layout=layout,
-                    pred_ids=pred_ids,
-                    text=chat.get("text"),
-                    code=chat.get("code"),
-                )
-                for chat in chats
-            ]
+            layout: chat_examples(chats, tokenizer, layout, pred_ids)
             for layout in ("shared", "official")
         }
         self.chats = [without_views(example) for example in self.layouts["official"]]
@@ -350,9 +342,7 @@ def plot(table: Table, path: Path) -> None:
 
 def load(model: str | None, data: Path | None, examples: int):
     """Model, tokenizer and chats; the built-in ones where none are given."""
-    chats = list(islice(read_chats(data), examples)) if data else generate(examples)
-    if len(chats) < examples:
-        raise ValueError(f"--examples is {examples}, but {data} has {len(chats)} only")
+    chats = load_chats(data, examples)
     if model:
         return *load_pretrained(model), chats
     torch.manual_seed(0)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import islice, pairwise
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from llmjepa_kernels import BlockMask, Example, PackedBatch, Segment, llm_jepa_example, pack
+from llmjepa_kernels.chat import chat_example
+from llmjepa_kernels.data import read_chats, train_tokenizer
+from llmjepa_kernels.grammar import generate
 
 
 def random_row(seq: int, mean_length: float, seed: int = 0) -> PackedBatch:
@@ -31,6 +35,47 @@ def random_row(seq: int, mean_length: float, seed: int = 0) -> PackedBatch:
     if room:
         examples.append(Example([Segment([0] * room)]))
     return pack(examples, share_prefixes=False)
+
+
+def load_examples(data: Path | None, tokenizer: str | None, count: int) -> list[Example]:
+    """Chats of a JSONL file, or of the built-in grammar, in the shared layout.
+
+    Args:
+        tokenizer: Name or directory. Default: one trained on the chats.
+    """
+    chats = load_chats(data, count)
+    if tokenizer:
+        from transformers import AutoTokenizer
+
+        loaded = AutoTokenizer.from_pretrained(tokenizer)
+    else:
+        loaded = train_tokenizer(chats)
+    return chat_examples(chats, loaded, "shared", pred_ids=[0])
+
+
+def load_chats(data: Path | None, count: int) -> list[dict]:
+    """The first `count` chats of a JSONL file, or of the built-in grammar."""
+    chats = list(islice(read_chats(data), count)) if data else generate(count)
+    if len(chats) < count:
+        raise ValueError(f"expected at least {count} chats, {data} has {len(chats)}")
+    return chats
+
+
+def chat_examples(
+    chats: Sequence[Mapping], tokenizer, layout: str, pred_ids: Sequence[int]
+) -> list[Example]:
+    """The chats' examples in one layout, with views of their own where they bring them."""
+    return [
+        chat_example(
+            chat["messages"],
+            tokenizer,
+            layout=layout,
+            pred_ids=pred_ids,
+            text=chat.get("text"),
+            code=chat.get("code"),
+        )
+        for chat in chats
+    ]
 
 
 def real_row(examples: Sequence[Example], count: int) -> PackedBatch:
