@@ -86,9 +86,9 @@ def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
             axis.legend(frameon=False, fontsize=8)
         else:
             axis.text(0.5, 0.5, "none", ha="center", transform=axis.transAxes, color="0.6")
-    for axis in axes[:2]:
+    for axis, key in zip(axes, ("ntp_loss", "jepa_loss"), strict=False):
         axis.set_xlabel("update", fontsize=8)
-    if any(log.get("jepa_loss", 0) > 0 for run in runs for log in run["history"]):
-        axes[1].set_yscale("log")
+        if any(log.get(key, 0) > 0 for run in runs for log in run["history"]):
+            axis.set_yscale("log")
     axes[2].set_xlabel("cosine similarity", fontsize=8)
     figure.savefig(path, dpi=150)

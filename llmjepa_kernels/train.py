@@ -7,6 +7,7 @@ import importlib.util
 import sys
 from itertools import islice
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
@@ -401,12 +402,7 @@ class Job:
         from transformers.trainer_utils import get_last_checkpoint
 
         from llmjepa_kernels.loss_dropout import LossDropout
-        from llmjepa_kernels.trainer import (
-            LLMJEPACollator,
-            LLMJEPATrainer,
-            ProgressBar,
-            chat_tokens,
-        )
+        from llmjepa_kernels.trainer import LLMJEPACollator, LLMJEPATrainer, ProgressBar
 
         args = self.args
         model, tokenizer, pred_ids = self._built or self._build()
@@ -441,37 +437,35 @@ class Job:
             trainer.add_callback(ProgressBar)
         directory = trainer.args.output_dir
         resumed = self.args.resume and Path(directory).is_dir() and get_last_checkpoint(directory)
-        speed = trainer.train(resume_from_checkpoint=resumed or None).metrics
-        held_out = trainer.evaluate() if self.eval_examples else {}
+        metrics = trainer.train(resume_from_checkpoint=resumed or None).metrics
+        if self.eval_examples:
+            metrics |= trainer.evaluate()
         self._save(trainer)
         if not trainer.is_world_process_zero():
             return None
-
-        logs = [log for log in trainer.state.log_history if "tokens_per_step" in log]
-        tokens = sum(log["tokens_per_step"] for log in logs)
-        cost = tokens / sum(log["tokens_per_step"] / log["relative_cost"] for log in logs)
-        chats = [chat_tokens(example) for example in self.train_examples]
-        metrics = {
-            "loss": logs[-1]["loss"],
-            "ntp_loss": logs[-1]["ntp_loss"],
-            "tokens_per_example": cost * sum(chats) / len(chats),
-            "seconds_per_example": 1 / speed["train_samples_per_second"],
-            "relative_cost": cost,
-            **{key: held_out[key] for key in held_out if key.endswith("loss")},
-        }
-        model = trainer.accelerator.unwrap_model(trainer.model)
+        history = trainer.state.log_history
+        metrics |= self._summary([log for log in history if "tokens_per_step" in log])
+        metrics["seconds_per_example"] = 1 / metrics["train_samples_per_second"]
         cosines = []
         if self.eval_examples:
-            metrics["exact_match"] = self._exact_match(model, tokenizer)
+            model = trainer.accelerator.unwrap_model(trainer.model)
             cosines = self._view_cosines(model, tokenizer, pred_ids)
-            metrics["pair_cosine"] = sum(cosines) / len(cosines)
-            views = self._view_cosines(model, tokenizer)
-            metrics["view_cosine"] = sum(views) / len(views)
+            metrics["pair_cosine"] = mean(cosines)
+            metrics["view_cosine"] = mean(self._view_cosines(model, tokenizer))
+            metrics["exact_match"] = self._exact_match(model, tokenizer)
+        return {"name": name, "metrics": metrics, "history": history, "cosines": cosines}
+
+    def _summary(self, logs: list[dict[str, float]]) -> dict[str, float]:
+        """The last losses, and what an example costs."""
+        from llmjepa_kernels.trainer import chat_tokens
+
+        tokens = sum(log["tokens_per_step"] for log in logs)
+        cost = tokens / sum(log["tokens_per_step"] / log["relative_cost"] for log in logs)
         return {
-            "name": name,
-            "metrics": metrics,
-            "history": trainer.state.log_history,
-            "cosines": cosines,
+            "loss": logs[-1]["loss"],
+            "ntp_loss": logs[-1]["ntp_loss"],
+            "relative_cost": cost,
+            "tokens_per_example": cost * mean(map(chat_tokens, self.train_examples)),
         }
 
     def _save(self, trainer) -> None:
@@ -512,7 +506,7 @@ class Job:
             stop_ids=stop_ids(tokenizer, self.train_examples[:100]),
             max_new_tokens=longest + 1,
         )
-        return sum(matches) / len(matches)
+        return mean(matches)
 
 
 def _count_parameters(model) -> tuple[int, int]:
