@@ -168,6 +168,8 @@ class LLMJEPATrainer(Trainer):
             "temperature": temperature,
             "detach_target": detach_target,
         }
+        # A stream is read by every process; a batch packed by the first could not be cut apart.
+        self.accelerator.dataloader_config.dispatch_batches = False
         self.add_callback(_SetEpoch())
         self.args.remove_unused_columns = False  # the collator takes the columns it knows
         self.model_accepts_loss_kwargs = True  # makes Trainer count the supervised tokens
@@ -181,6 +183,7 @@ class LLMJEPATrainer(Trainer):
             "label_smoothing_factor": self.args.label_smoothing_factor,
             "compute_loss_func": self.compute_loss_func,
             "compute_metrics": self.compute_metrics,
+            "dispatch_batches": self.accelerator.dispatch_batches,
         }
         for name, given in unsupported.items():
             if given:

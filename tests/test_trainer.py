@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from llmjepa_kernels.chat import without_views
@@ -406,6 +406,10 @@ def test_trainer_patches_once_and_packs_by_default(tokenizer, tmp_path):
         ("label_smoothing_factor", lambda args: setattr(args, "label_smoothing_factor", 0.1)),
         ("compute_loss_func", lambda args: {"compute_loss_func": lambda *a, **k: None}),
         ("compute_metrics", lambda args: {"compute_metrics": lambda p: {}}),
+        (
+            "dispatch_batches",
+            lambda args: setattr(args.accelerator_config, "dispatch_batches", True),
+        ),
     ],
 )
 def test_trainer_refuses_what_it_would_ignore(tokenizer, tmp_path, name, make):
@@ -428,7 +432,8 @@ def train_and_evaluate(directory, processes: int):
         train_sampling_strategy="sequential",
         per_device_eval_batch_size=2,
     )
-    trainer = LLMJEPATrainer(model, args, collator, train_dataset=data, eval_dataset=data)
+    stream = IterableDataset.from_generator(lambda: iter(ROWS[:8]))
+    trainer = LLMJEPATrainer(model, args, collator, train_dataset=data, eval_dataset=stream)
     trainer.train()
     metrics = trainer.evaluate()
     if trainer.is_world_process_zero():
