@@ -17,6 +17,9 @@ from tests.helpers import AttentionCase, check_attention, random_rows
 
 pytest.importorskip("triton")
 
+# Rows past the end of the sequence hold no number; they are never stored.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF_AND_SINGLE = [torch.float16, torch.float32]
 
@@ -47,7 +50,7 @@ def use_tile(monkeypatch, **tile):
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "+".join(map(str, o)) or "plain")
 def test_options(options, dtype):
-    case = AttentionCase.random(seq=77, head_dim=32, seed=1, **options)
+    case = AttentionCase.random(seq=50, head_dim=32, seed=1, **options)
     check(case, dtype, block_size=(32, 32))
 
 
@@ -57,25 +60,26 @@ def test_head_dims(head_dim):
     check(case, block_size=(16, 16))
 
 
-@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize("seq", [1, 2, 15, 16, 17, 63, 64, 65, 127, 129, 193])
-def test_lengths_around_the_tile(seq, dtype):
-    check(AttentionCase.random(seq=seq, head_dim=16, mean_length=20, seed=seq), dtype)
+def test_lengths_around_the_tile(seq):
+    check(AttentionCase.random(seq=seq, head_dim=16, mean_length=20, seed=seq))
 
 
-@pytest.mark.parametrize("block_size", [(16, 16), (16, 64), (64, 16), (128, 64), (128, 128)])
+@pytest.mark.parametrize("block_size", [(16, 64), (64, 16), (128, 64), (128, 128)])
 @pytest.mark.parametrize("mean_length", [3, 40])
 def test_mask_blocks(block_size, mean_length):
-    case = AttentionCase.random(batch=2, seq=150, head_dim=16, mean_length=mean_length, seed=3)
+    case = AttentionCase.random(heads=1, seq=150, head_dim=16, mean_length=mean_length, seed=3)
     check(case, block_size=block_size)
 
 
-@pytest.mark.parametrize("tile", [(16, 64), (64, 16), (16, 16), (32, 64)])
+@pytest.mark.parametrize("tile", [(16, 64), (64, 16), (32, 32)])
 @pytest.mark.parametrize("window", [None, 20])
-@pytest.mark.parametrize("seq", [65, 177])
+@pytest.mark.parametrize("seq", [65, 130])
 def test_tiles_that_subdivide_the_mask_block(tile, window, seq, monkeypatch):
     use_tile(monkeypatch, block_m=tile[0], block_n=tile[1])
-    case = AttentionCase.random(seq=seq, head_dim=16, mean_length=30, window=window, seed=4)
+    case = AttentionCase.random(
+        heads=1, seq=seq, head_dim=16, mean_length=30, window=window, seed=4
+    )
     check(case, block_size=(64, 64))
 
 
@@ -86,16 +90,16 @@ def test_tensor_descriptors_and_halves(head_dim, monkeypatch):
     check(case, block_size=(32, 32))
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(6))
 def test_random_forests(seed):
     case = AttentionCase.random(
-        batch=2, seq=90 + 13 * seed, head_dim=16, mean_length=2.0**seed, seed=seed
+        batch=2, heads=1, seq=50 + 13 * seed, head_dim=16, mean_length=2.0**seed, seed=seed
     )
     check(case, torch.float32, block_size=(32, 32))
 
 
 def test_a_window_unknown_to_the_mask_is_applied_to_full_tiles():
-    case = AttentionCase.random(seq=150, head_dim=16, mean_length=60, window=11, seed=6)
+    case = AttentionCase.random(seq=110, head_dim=16, mean_length=60, window=11, seed=6)
     check(case, torch.float32, block_size=(32, 32), mask_window=False)
 
 
@@ -111,7 +115,9 @@ def test_strides(layout):
         q, k, v = fused.split(2, dim=1)
     elif layout == "offset":  # rows that no vector load, and no descriptor, may assume aligned
         buffers = [torch.zeros(2, 40, 2, 19, device=DEVICE) for _ in range(3)]
-        q, k, v = (b[..., 1:17].transpose(1, 2).copy_(x) for b, x in zip(buffers, (q, k, v)))
+        q, k, v = (
+            b[..., 1:17].transpose(1, 2).copy_(x) for b, x in zip(buffers, (q, k, v), strict=True)
+        )
     else:
         k, v = k[:, :1].expand_as(k), v[:, :1].expand_as(v)
     visible_until = case.visible_until[:1].expand(2, -1).to(DEVICE)
