@@ -216,6 +216,7 @@ def documents(sequences: Sequence[Sequences], *, views: bool = True) -> MicroBat
         "input_ids": torch.tensor([[token for row in rows for token in row]]),
         "position_ids": torch.tensor([[p for row in rows for p in range(len(row))]]),
         "document_bounds": bounds.tolist(),
+        "document_offsets": bounds.int(),
     }
     # A document's first label has nothing before it that could predict it.
     labels = torch.tensor([[y for row in labels for y in [IGNORE, *row[1:]]]])
@@ -230,26 +231,36 @@ def in_micro_batches(
 
 
 def document_attention(
-    module, q, k, v, attention_mask, *, document_bounds, scaling=None, dropout=0.0, **kwargs
+    module,
+    q,
+    k,
+    v,
+    attention_mask,
+    *,
+    document_bounds,
+    document_offsets,
+    scaling=None,
+    dropout=0.0,
+    **kwargs,
 ):
     """Causal attention within each document: variable-length kernel on CUDA, a loop elsewhere.
 
     On a CPU the loop is the fastest that PyTorch has: Transformers' own detection of packed
     documents builds a dense mask there, whose cost grows with the square of the row.
     """
-    if kwargs.get("sliding_window") or kwargs.get("softcap") or kwargs.get("s_aux") is not None:
-        raise ValueError("the baselines' document attention has no window, soft cap or sinks")
+    options = ("sliding_window", "softcap", "s_aux")
+    if dropout or any(kwargs.get(option) is not None for option in options):
+        raise ValueError(f"document attention has no dropout and none of {options}")
     groups = q.shape[1] // k.shape[1]
     if q.is_cuda and q.dtype != torch.float32:
         from torch.nn.attention.varlen import varlen_attn
 
-        bounds = torch.tensor(document_bounds, dtype=torch.int32, device=q.device)
         longest = max(end - start for start, end in pairwise(document_bounds))
         flat = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
         out = varlen_attn(
             *flat,
-            bounds,
-            bounds,
+            document_offsets,
+            document_offsets,
             longest,
             longest,
             scale=scaling,

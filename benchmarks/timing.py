@@ -111,7 +111,7 @@ def _resident(field: str) -> int:
 
 def matmul_rate(device: torch.device | str, dtype: torch.dtype, size: int | None = None) -> float:
     """FLOP/s of a large square matrix product: the roof over everything that computes."""
-    size = size or (2048 if torch.device(device).type == "cpu" else 8192)
+    size = size or (1024 if torch.device(device).type == "cpu" else 8192)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / min(_times(lambda: a @ b, device))
 

@@ -86,7 +86,7 @@ def every_baseline(sequences):
 
 
 def without_bounds(batch):
-    inputs = {k: v for k, v in batch.inputs.items() if k != "document_bounds"}
+    inputs = {k: v for k, v in batch.inputs.items() if not k.startswith("document_")}
     return baselines.MicroBatch(inputs, batch.labels, batch.pairs)
 
 
