@@ -68,32 +68,29 @@ int32_t guarded(Body body) {
 bool backward(const LkAttention& a) {
   const AttentionKernels& kernels = isas()[a.isa].table->attention[a.dtype];
   const BackwardPlan plan = plan_backward(a, kernels.sum_size, kernels.in_place);
-  size_t scratch = kernels.backward_scratch(a);
-  if (!kernels.in_place) {
-    int64_t keys = 0;
-    for (const BackwardTask& task : plan.tasks) {
-      if (!task.accumulators) keys = std::max(keys, task.query_end - task.key_begin);
-    }
-    scratch += 2 * keys * a.dim * kernels.sum_size + 128;
+  int64_t queries = 0;
+  for (const BackwardTask& task : plan.tasks) {
+    queries = std::max(queries, task.query_end - task.query_begin);
   }
   const auto num_tasks = static_cast<int64_t>(plan.tasks.size());
-  if (!parallel_for(num_tasks, a.num_threads, scratch, [&](int64_t i, void* memory) {
-        kernels.backward(a, plan.tasks[plan.order[i]], memory);
-      })) {
+  if (!parallel_for(num_tasks, a.num_threads, kernels.backward_scratch(a, queries),
+                    [&](int64_t i, void* scratch) {
+                      kernels.backward(a, plan.tasks[plan.order[i]], scratch);
+                    })) {
     return false;
   }
 
-  for (const SharedKeys& shared : plan.shared) {
-    constexpr int64_t kKeys = 256;
-    const int64_t keys = shared.key_end - shared.key_begin;
-    if (!parallel_for(ceil_div(keys, kKeys), a.num_threads, 0, [&](int64_t i, void*) {
-          const int64_t begin = shared.key_begin + i * kKeys;
-          kernels.reduce(a, &plan.tasks[shared.begin],
-                         static_cast<int64_t>(shared.end - shared.begin), begin,
-                         std::min(begin + kKeys, shared.key_end));
-        })) {
-      return false;
-    }
+  const int64_t num_groups = a.batch * a.kv_heads, chunks = ceil_div(a.seq, kReduceKeys);
+  if (plan.accumulators &&
+      !parallel_for(num_groups * chunks, a.num_threads, kernels.reduce_scratch(a),
+                    [&](int64_t i, void* scratch) {
+                      const size_t first = plan.groups[i / chunks];
+                      const size_t last = plan.groups[i / chunks + 1];
+                      const int64_t begin = i % chunks * kReduceKeys;
+                      kernels.reduce(a, &plan.tasks[first], static_cast<int64_t>(last - first),
+                                     begin, std::min(begin + kReduceKeys, a.seq), scratch);
+                    })) {
+    return false;
   }
   if (!a.sinks) return true;
   return parallel_for(a.heads, a.num_threads, 0,

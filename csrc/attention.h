@@ -189,25 +189,35 @@ struct PanelKeys {
   }
 };
 
+// Rows lie too far apart for the hardware to foresee.
+template <class S>
+LK_INLINE void prefetch_row(const S* row, int dim) {
+  for (int d = 0; d < dim; d += 64 / static_cast<int>(sizeof(S))) __builtin_prefetch(row + d);
+}
+
 // Rows of K or V that belong to a chunk, packed in the compute type.
 template <class S>
 bool pack_keys(const LkTensor& x, int64_t row, int64_t kv_head, const KeyChunk& chunk,
                const TileShape<Compute<S>>& shape, Compute<S>* packed) {
   Vec<Compute<S>> poison = {};
   const S* base = static_cast<const S*>(x.data) + row * x.batch_stride + kv_head * x.head_stride;
-  // Rows lie too far apart for the hardware to foresee.
   constexpr int kAhead = 12;
   for (int n = 0; n < chunk.count; ++n) {
     if (n + kAhead < chunk.count) {
-      const S* ahead = base + chunk.key[n + kAhead] * x.seq_stride;
-      for (int d = 0; d < shape.dim; d += 64 / static_cast<int>(sizeof(S))) {
-        __builtin_prefetch(ahead + d);
-      }
+      prefetch_row(base + chunk.key[n + kAhead] * x.seq_stride, shape.dim);
     }
     read_row(base + chunk.key[n] * x.seq_stride, packed + int64_t{n} * shape.stride, shape.dim,
              shape.padded, &poison);
   }
   return is_finite<Compute<S>>(poison);
+}
+
+// Asks for the rows that read_lanes will read.
+template <class S>
+void prefetch_lanes(const LkTensor& x, int64_t row, int64_t head, int64_t query, int valid,
+                    int dim) {
+  const S* base = static_cast<const S*>(x.data) + row * x.batch_stride + head * x.head_stride;
+  for (int i = 0; i < valid; ++i) prefetch_row(base + (query + i) * x.seq_stride, dim);
 }
 
 // The rows of one vector's queries, times `factor`; zeros where there is no query.

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "attention.h"
+#include "kernels.h"
 
 namespace LK_ISA {
 
@@ -50,11 +51,82 @@ struct BackwardWorkspace {
   }
 };
 
-// Where dK or dV of a (row, kv head) is summed: key j at base + j * stride.
-template <class T>
-struct RowSums {
-  T* base;
-  int64_t stride;
+// Whether dk and dv hold the numbers they are summed in.
+template <class S>
+constexpr bool kInPlace = sizeof(S) == sizeof(Compute<S>);
+
+template <class S>
+S* key_row(const LkTensor& x, const BackwardTask& task, int64_t key) {
+  return static_cast<S*>(x.data) + task.row * x.batch_stride + task.kv_head * x.head_stride +
+         key * x.seq_stride;
+}
+
+// Where a task sums dK and dV: accumulators for keys that it shares; for its own, the tensors
+// themselves or a copy of them in the compute type.
+template <class S>
+class KeySums {
+ public:
+  using T = Compute<S>;
+
+  // `own` has room for two rows per query, unless keys are summed in place.
+  KeySums(const LkAttention& a, const BackwardTask& task, T* own)
+      : a_(a),
+        task_(task),
+        until_(a.visible_until + task.row * a.seq),
+        shared_(static_cast<T*>(task.accumulators)),
+        own_(own) {
+    const int64_t num_own = task.query_end - task.query_begin;
+    if (task.num_shared) std::memset(shared_, 0, 2 * task.num_shared * a.dim * sizeof(T));
+    if constexpr (kInPlace<S>) {
+      for (int64_t j = task.query_begin; j < task.query_end; ++j) {
+        std::memset(key_row<S>(a.dk, task, j), 0, a.dim * sizeof(T));
+        std::memset(key_row<S>(a.dv, task, j), 0, a.dim * sizeof(T));
+      }
+    } else {
+      std::memset(own_, 0, 2 * num_own * a.dim * sizeof(T));
+    }
+  }
+
+  // The row of dK (part 0) or dV (part 1) of key j.
+  T* row(int part, int64_t j) const {
+    if (is_shared(j)) return shared_ + (part * task_.num_shared + shared_index(j)) * a_.dim;
+    if constexpr (kInPlace<S>) return key_row<S>(part ? a_.dv : a_.dk, task_, j);
+    const int64_t num_own = task_.query_end - task_.query_begin;
+    return own_ + (part * num_own + j - task_.query_begin) * a_.dim;
+  }
+
+  // Rounds own keys that are not shared to the type of dk and dv.
+  void finish() const {
+    if constexpr (!kInPlace<S>) {
+      for (int64_t j = task_.query_begin; j < task_.query_end; ++j) {
+        if (is_shared(j)) continue;
+        write_row(row(0, j), key_row<S>(a_.dk, task_, j), static_cast<int>(a_.dim));
+        write_row(row(1, j), key_row<S>(a_.dv, task_, j), static_cast<int>(a_.dim));
+      }
+    }
+  }
+
+ private:
+  bool is_shared(int64_t j) const {
+    return j < task_.query_begin || (!kInPlace<S> && until_[j] > task_.query_end);
+  }
+  int64_t shared_index(int64_t j) const {
+    int64_t low = 0, high = task_.num_shared - 1;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (task_.shared[middle] < j) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
+  }
+
+  const LkAttention& a_;
+  const BackwardTask& task_;
+  const int32_t* until_;
+  T *shared_, *own_;
 };
 
 // Scores become P, and dP becomes dS without the softmax scale.
@@ -154,6 +226,12 @@ void read_queries(const LkAttention& a, int64_t row, const BlockLanes<Compute<S>
       const int64_t head = lanes.head(v), query = lanes.query(v);
       const int valid = lanes.valid(v);
       const int64_t at = int64_t{v} * W;
+      const LkTensor* const tensors[] = {&a.q, &a.dout, &a.out};
+      for (const LkTensor* x : tensors) {
+        if (v + 1 == lanes.vectors) break;
+        prefetch_lanes<S>(*x, row, lanes.head(v + 1), lanes.query(v + 1), lanes.valid(v + 1),
+                          shape.dim);
+      }
       T *q_rows = w.q_rows + at * shape.stride, *dout_rows = w.dout_rows + at * shape.stride;
       Vec<T> q_poison = {}, dout_poison = {}, out_poison = {};
       read_lanes<S>(a.q, row, head, query, valid, shape, T(a.scale), q_rows, &q_poison);
@@ -184,13 +262,13 @@ void read_queries(const LkAttention& a, int64_t row, const BlockLanes<Compute<S>
   }
 }
 
-// sums[key of n] += packed[n]
-template <class T>
-void scatter_keys(const KeyChunk& chunk, const TileShape<T>& shape, const T* packed,
-                  const RowSums<T>& sums) {
+template <class S>
+void add_keys(const KeyChunk& chunk, const TileShape<Compute<S>>& shape, int part,
+              const Compute<S>* packed, const KeySums<S>& sums) {
+  using T = Compute<S>;
   constexpr int W = kLanes<T>;
   for (int n = 0; n < chunk.count; ++n) {
-    T* out = sums.base + chunk.key[n] * sums.stride;
+    T* out = sums.row(part, chunk.key[n]);
     const T* in = packed + int64_t{n} * shape.stride;
     int d = 0;
     for (; d + W <= shape.dim; d += W) store(out + d, load(out + d) + load(in + d));
@@ -200,8 +278,7 @@ void scatter_keys(const KeyChunk& chunk, const TileShape<T>& shape, const T* pac
 
 template <class S>
 void backward_range(const LkAttention& a, int64_t row, int64_t kv_head, const BlockRange& range,
-                    BackwardWorkspace<S>& w, const RowSums<Compute<S>>& dk,
-                    const RowSums<Compute<S>>& dv) {
+                    BackwardWorkspace<S>& w, const KeySums<S>& sums) {
   using T = Compute<S>;
   constexpr int W = kLanes<T>;
   const SoftCap<T> softcap(a);
@@ -226,8 +303,8 @@ void backward_range(const LkAttention& a, int64_t row, int64_t kv_head, const Bl
         default: backward_panel<S, kMaxVectors>(a, w, softcap, mask, panel, k_finite); break;
       }
     }
-    scatter_keys(*w.chunk, w.shape, w.dk, dk);
-    scatter_keys(*w.chunk, w.shape, w.dv, dv);
+    add_keys<S>(*w.chunk, w.shape, 0, w.dk, sums);
+    add_keys<S>(*w.chunk, w.shape, 1, w.dv, sums);
   }
 
   for (int first = 0; first < lanes.vectors; first += lanes.panel_vectors(first)) {
@@ -241,70 +318,65 @@ void backward_range(const LkAttention& a, int64_t row, int64_t kv_head, const Bl
 }
 
 template <class S>
-S* key_row(const LkTensor& x, const BackwardTask& task, int64_t key) {
-  return static_cast<S*>(x.data) + task.row * x.batch_stride + task.kv_head * x.head_stride +
-         key * x.seq_stride;
-}
-
-template <class S>
-void attention_reduce(const LkAttention& a, const BackwardTask* tasks, int64_t num_tasks,
-                      int64_t begin, int64_t end) {
-  using T = Compute<S>;
-  constexpr int W = kLanes<T>;
-  for (int64_t j = begin; j < end; ++j) {
-    for (int part = 0; part < 2; ++part) {
-      S* out = key_row<S>(part ? a.dv : a.dk, tasks[0], j);
-      for (int64_t d = 0; d < a.dim; d += W) {
-        const int width = static_cast<int>(a.dim - d < W ? a.dim - d : W);
-        Vec<T> sum = {};
-        for (const BackwardTask* task = tasks; task < tasks + num_tasks; ++task) {
-          if (j < task->key_begin || j >= task->query_end) continue;
-          const int64_t row = part * (task->query_end - task->key_begin) + j - task->key_begin;
-          sum += task->accumulators
-                     ? load_tail(static_cast<const T*>(task->accumulators) + row * a.dim + d, width)
-                     : load_tail(out + d, width);
-        }
-        store_tail(out + d, sum, width);
-      }
-    }
-  }
-}
-
-template <class S>
 void attention_backward(const LkAttention& a, const BackwardTask& task, void* scratch) {
   using T = Compute<S>;
-  constexpr bool kInPlace = sizeof(S) == sizeof(T);
   BackwardWorkspace<S> workspace(a, scratch);
-  const int64_t keys = task.query_end - task.key_begin;
-  RowSums<T> dk{}, dv{};
-  // A task that shares its keys with nobody may still need a wider type than dk and dv have.
-  T* sums = static_cast<T*>(task.accumulators);
-  if (!sums && !kInPlace) sums = workspace.arena.template take<T>(2 * keys * a.dim);
-  if (sums) {
-    std::memset(sums, 0, 2 * keys * a.dim * sizeof(T));
-    dk = {sums - task.key_begin * a.dim, a.dim};
-    dv = {dk.base + keys * a.dim, a.dim};
-  } else if constexpr (kInPlace) {
-    for (int64_t j = task.key_begin; j < task.query_end; ++j) {
-      std::memset(key_row<S>(a.dk, task, j), 0, a.dim * sizeof(S));
-      std::memset(key_row<S>(a.dv, task, j), 0, a.dim * sizeof(S));
-    }
-    dk = {key_row<S>(a.dk, task, 0), a.dk.seq_stride};
-    dv = {key_row<S>(a.dv, task, 0), a.dv.seq_stride};
+  T* own = nullptr;
+  if (!kInPlace<S>) {
+    own = workspace.arena.template take<T>(2 * (task.query_end - task.query_begin) * a.dim);
   }
-
+  const KeySums<S> sums(a, task, own);
   const int64_t queries = workspace.shape.queries(a);
   for (int64_t q = task.query_begin; q < task.query_end; q += queries) {
     const int64_t end = q + queries < task.query_end ? q + queries : task.query_end;
     for_head_groups(a, task.kv_head, q, end, workspace.shape, [&](const BlockRange& range) {
-      backward_range<S>(a, task.row, task.kv_head, range, workspace, dk, dv);
+      backward_range<S>(a, task.row, task.kv_head, range, workspace, sums);
     });
   }
-  if (!task.accumulators && !kInPlace) {
-    BackwardTask done = task;
-    done.accumulators = sums;
-    attention_reduce<S>(a, &done, 1, task.key_begin, task.query_end);
+  sums.finish();
+}
+
+template <class S>
+void attention_reduce(const LkAttention& a, const BackwardTask* tasks, int64_t num_tasks,
+                      int64_t begin, int64_t end, void* scratch) {
+  using T = Compute<S>;
+  T* sums = static_cast<T*>(scratch);
+  bool touched[kReduceKeys] = {};
+  for (const BackwardTask* task = tasks; task < tasks + num_tasks; ++task) {
+    int64_t i = 0;
+    while (i < task->num_shared && task->shared[i] < begin) ++i;
+    for (; i < task->num_shared && task->shared[i] < end; ++i) {
+      const int64_t key = task->shared[i];
+      for (int part = 0; part < 2; ++part) {
+        T* sum = sums + (part * kReduceKeys + key - begin) * a.dim;
+        const T* in =
+            static_cast<const T*>(task->accumulators) + (part * task->num_shared + i) * a.dim;
+        if (!touched[key - begin]) {
+          const void* own = kInPlace<S> ? key_row<S>(part ? a.dv : a.dk, tasks[0], key) : nullptr;
+          if (own) {
+            std::memcpy(sum, own, a.dim * sizeof(T));
+          } else {
+            std::memset(sum, 0, a.dim * sizeof(T));
+          }
+        }
+        for (int64_t d = 0; d < a.dim; ++d) sum[d] += in[d];
+      }
+      touched[key - begin] = true;
+    }
   }
+  for (int64_t key = begin; key < end; ++key) {
+    if (!touched[key - begin]) continue;
+    for (int part = 0; part < 2; ++part) {
+      write_row(sums + (part * kReduceKeys + key - begin) * a.dim,
+                key_row<S>(part ? a.dv : a.dk, tasks[0], key), static_cast<int>(a.dim));
+    }
+  }
+}
+
+template <class S>
+size_t reduce_scratch(const LkAttention& a) {
+  // write_row reads whole vectors.
+  return (2 * kReduceKeys * a.dim + kLanes<Compute<S>>) * sizeof(Compute<S>);
 }
 
 // dsinks[h] = -sum over rows and queries of exp(sinks[h] - lse) * delta
@@ -325,8 +397,12 @@ void attention_sinks(const LkAttention& a, int64_t head) {
 }
 
 template <class S>
-size_t backward_scratch(const LkAttention& a) {
-  return BackwardWorkspace<S>(a, nullptr).arena.size();
+size_t backward_scratch(const LkAttention& a, int64_t queries) {
+  using T = Compute<S>;
+  Arena arena = BackwardWorkspace<S>(a, nullptr).arena;
+  // write_row reads whole vectors.
+  if (!kInPlace<S>) arena.take<T>(2 * queries * a.dim + kLanes<T>);
+  return arena.size();
 }
 
 }  // namespace LK_ISA

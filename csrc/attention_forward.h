@@ -129,6 +129,10 @@ void forward_range(const LkAttention& a, int64_t row, int64_t kv_head, const Blo
     const int count = lanes.panel_vectors(first);
     const int64_t offset = int64_t{first} * W * w.shape.padded;
     for (int v = first; v < first + count; ++v) {
+      if (v + 1 < lanes.vectors) {
+        prefetch_lanes<S>(a.q, row, lanes.head(v + 1), lanes.query(v + 1), lanes.valid(v + 1),
+                          w.shape.dim);
+      }
       Vec<T> ignored = {};
       read_lanes<S>(a.q, row, lanes.head(v), lanes.query(v), lanes.valid(v), w.shape, T(a.scale),
                     w.rows, &ignored);

@@ -9,9 +9,10 @@ namespace LK_ISA {
 
 template <class S>
 constexpr AttentionKernels kAttention = {
-    sizeof(Compute<S>),   sizeof(S) == sizeof(Compute<S>), forward_scratch<S>,
-    backward_scratch<S>,  forward_queries<S>,              attention_forward<S>,
-    attention_backward<S>, attention_reduce<S>,            attention_sinks<S>};
+    sizeof(Compute<S>),    kInPlace<S>,         forward_scratch<S>,
+    backward_scratch<S>,   forward_queries<S>,  attention_forward<S>,
+    attention_backward<S>, attention_reduce<S>, reduce_scratch<S>,
+    attention_sinks<S>};
 template <class S>
 constexpr DistanceKernels kDistance = {distance_forward<S>, distance_backward<S>};
 

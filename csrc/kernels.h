@@ -7,29 +7,36 @@
 
 // A range of queries of one (row, kv head) whose backward pass runs in one thread.
 //
-// dK and dV of keys key_begin .. query_end - 1 are summed in `accumulators` (dK, then dV; a row of
-// `dim` numbers of the compute type per key), or in place if that is null.
+// dK and dV of the `shared` keys (ascending) are summed in `accumulators`: a row of `dim` numbers
+// of the compute type for dK of each, then for dV. These are all keys before query_begin that the
+// range sees and, unless the kernels sum in place, those of its own that later queries see. Of its
+// other own keys nobody else has a share.
 struct BackwardTask {
-  int64_t row, kv_head, query_begin, query_end, key_begin;
+  int64_t row, kv_head, query_begin, query_end;
+  const int32_t* shared;
+  int64_t num_shared;
   void* accumulators;
 };
+
+constexpr int64_t kReduceKeys = 64;
 
 struct AttentionKernels {
   size_t sum_size;  // of a number that dK and dV are summed in
   bool in_place;    // whether dk and dv hold such numbers
-  // Bytes of scratch a thread needs.
+  // Bytes of scratch a thread needs; for tasks of at most `queries`.
   size_t (*forward_scratch)(const LkAttention&);
-  size_t (*backward_scratch)(const LkAttention&);
+  size_t (*backward_scratch)(const LkAttention&, int64_t queries);
   // How many queries forward() takes best at once.
   int64_t (*forward_queries)(const LkAttention&);
   // Some queries, all heads that share a kv head.
   void (*forward)(const LkAttention&, int64_t row, int64_t kv_head, int64_t query_begin,
                   int64_t query_end, void* scratch);
   void (*backward)(const LkAttention&, const BackwardTask&, void* scratch);
-  // Sums the accumulators of the tasks into dk and dv of keys begin .. end - 1, in their order; on
-  // top of what the one task without accumulators, if any, has summed there in place.
+  // Sums the accumulators of the tasks of a (row, kv head) into dk and dv of its keys begin ..
+  // end - 1, at most kReduceKeys, in the order of the tasks.
   void (*reduce)(const LkAttention&, const BackwardTask* tasks, int64_t num_tasks, int64_t begin,
-                 int64_t end);
+                 int64_t end, void* scratch);
+  size_t (*reduce_scratch)(const LkAttention&);
   void (*sinks)(const LkAttention&, int64_t head);
 };
 
