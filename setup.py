@@ -13,7 +13,8 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden"]
+FLAGS += ["-Wall", "-Wextra", "-Wno-psabi"]
 FLAGS += os.environ.get("LLMJEPA_CPU_FLAGS", "").split()  # for sanitizers
 
 # Instruction sets of each machine: namespace, bytes and number of vector registers, flags.

@@ -15,7 +15,11 @@
 
 #define LK_INLINE inline __attribute__((always_inline))
 #define LK_INLINE_LAMBDA __attribute__((always_inline))
+#ifdef __clang__
+#define LK_UNROLL _Pragma("unroll")
+#else
 #define LK_UNROLL _Pragma("GCC unroll 32")
+#endif
 
 namespace LK_ISA {
 
