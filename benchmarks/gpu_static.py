@@ -38,14 +38,6 @@ HEAD_DIMS = (64, 80, 96, 128, 256)
 MASK_BLOCKS = ((64, 64), (128, 64), (128, 128))
 # Multiply-accumulates per visible score and head-dim column
 PRODUCTS = {"forward": 2, "dkdv": 4, "dk": 3, "dv": 2, "dq": 3}
-SHARED_LIMIT = {
-    "sm_80": 163 << 10,
-    "sm_86": 99 << 10,
-    "sm_89": 99 << 10,
-    "sm_90": 227 << 10,
-    "sm_100": 227 << 10,
-    "gfx942": 64 << 10,
-}
 # Of FlexAttention's defaults, by the same model: (instructions per score, sim) of the forward on
 # full tiles, sim on masked tiles, combined sim of the backward. sm_100: bound instead of sim.
 FLEX_ATTENTION = {
@@ -60,6 +52,7 @@ FLEX_ATTENTION = {
     ("sm_100", 256): (None, 0.33, None, None),
 }
 LEGEND = """\
+forward, masked, backward: sim (sm_100: bound) on full tiles, on masked ones, of both gradients
 n      thread instructions per score, forward and each backward kernel
 bound  fraction of the dense bf16 peak that no schedule of this loop can exceed
 sim    the same from an in-order replay of the resident warps (sm_80, sm_90)
@@ -154,41 +147,37 @@ def run_loss(hidden_size: int, dtype: torch.dtype, metric: str, num_pairs: int =
 def shipped(arch: str, head_dim: int) -> list[tuple[str, Config, tuple[int, int]]]:
     """(direction, configuration, smallest usual mask block that it divides), each once."""
     found = {}
-    for direction, block_size in itertools.product(("forward", "dkdv", "dq"), MASK_BLOCKS):
+    directions = triton_configs.directions(arch, head_dim, torch.bfloat16)
+    for direction, block_size in itertools.product(directions, MASK_BLOCKS):
         kind = {"arch": arch, "head_dim": head_dim, "dtype": torch.bfloat16}
         for config in triton_configs.candidates(direction, block_size=block_size, **kind):
             found.setdefault((direction, config), block_size)
     return [(direction, config, block_size) for (direction, config), block_size in found.items()]
 
 
-def examine(job: tuple[str, int, str, Config, tuple[int, int], bool]) -> list[dict]:
-    """Compiles one configuration -> a record for each kernel of it."""
+def examine(job: tuple[str, int, str, Config, tuple[int, int], bool]) -> dict:
+    """Compiles one configuration and reads its machine code."""
     arch, head_dim, direction, config, block_size, sim = job
-    chosen = triton_configs.launch
+    launch = triton_configs.launch
     with compiling_for(arch) as launched:
         # Only this direction, in this configuration
         triton_configs.launch = lambda name, run, **_: run(config) if name == direction else None
         try:
             run_attention(head_dim, torch.bfloat16, meta_mask(2, 1024, block_size))
         finally:
-            triton_configs.launch = chosen
-    kernels = [kernel for name, kernel in launched if "row_statistics" not in name]
-    names = ["dk", "dv"] if config.apart and direction == "dkdv" else [direction]
-    return [
-        {
-            "arch": arch,
-            "head_dim": head_dim,
-            "direction": direction,
-            "kernel": name,
-            "config": asdict(config),
-            "block_size": block_size,
-            **_figures(kernel, arch, head_dim, name, config, sim),
-        }
-        for name, kernel in zip(names, kernels, strict=True)
-    ]
+            triton_configs.launch = launch
+    (kernel,) = (kernel for name, kernel in launched if "row_statistics" not in name)
+    return {
+        "arch": arch,
+        "head_dim": head_dim,
+        "direction": direction,
+        "config": asdict(config),
+        "block_size": block_size,
+        **_figures(kernel, arch, head_dim, direction, config, sim),
+    }
 
 
-def _figures(kernel, arch: str, head_dim: int, name: str, config: Config, sim: bool) -> dict:
+def _figures(kernel, arch: str, head_dim: int, direction: str, config: Config, sim: bool) -> dict:
     if arch.startswith("gfx"):
         text = kernel.asm["amdgcn"]
 
@@ -206,7 +195,7 @@ def _figures(kernel, arch: str, head_dim: int, name: str, config: Config, sim: b
     scores = config.block_m * config.block_n
     loops = []
     for loop in analysis.loops:
-        useful = scores * PRODUCTS[name] * head_dim
+        useful = scores * PRODUCTS[direction] * head_dim
         loops.append(
             {
                 "n": loop.instructions * analysis.warps * 32 / scores,
@@ -238,30 +227,30 @@ def examine_all(
         for entry in shipped(arch, head_dim)
     ]
     with concurrent.futures.ProcessPoolExecutor(processes) as pool:
-        return list(itertools.chain.from_iterable(pool.map(examine, jobs)))
+        return list(pool.map(examine, jobs))
 
 
 def combined_backward(records: list[dict]) -> float:
     """The five necessary products over the time of all kernels, each at its own speed."""
     speed = "sim" if records[0]["loops"][-1]["sim"] is not None else "bound"
-    return 5 / sum(PRODUCTS[r["kernel"]] / r["loops"][-1][speed] for r in records)
+    return 5 / sum(PRODUCTS[r["direction"]] / r["loops"][-1][speed] for r in records)
 
 
 def _describe(config: dict) -> str:
     words = [f"{config['block_m']}x{config['block_n']} w{config['num_warps']}"]
     words.append(f"s{config['num_stages']}")
-    words += [name for name in ("tma", "halves", "eager_dp", "apart") if config[name]]
+    words += [name for name in ("tma", "halves", "eager_dp") if config[name]]
     words += [f"r{config['maxnreg']}"] if config["maxnreg"] else []
     return " ".join(words)
 
 
 def _table(records: list[dict]) -> Iterator[str]:
-    head = ["arch", "D", "kernel", "configuration", "regs", "smem", "CTAs"]
+    head = ["arch", "D", "direction", "configuration", "regs", "smem", "CTAs"]
     head += ["n", "bound", "sim", "masked n", "masked", "limiter"]
     yield "| " + " | ".join(head) + " |"
     yield "|" + "---|" * len(head)
     for r in records:
-        cells = [r["arch"], r["head_dim"], r["kernel"], _describe(r["config"])]
+        cells = [r["arch"], r["head_dim"], r["direction"], _describe(r["config"])]
         cells += [r["registers"], r["shared"], r.get("ctas", "")]
         if r["loops"]:
             masked, full = r["loops"][0], r["loops"][-1]
@@ -275,29 +264,36 @@ def _table(records: list[dict]) -> Iterator[str]:
 
 
 def _against_flex_attention(records: list[dict]) -> Iterator[str]:
-    """Our first configurations for 128 x 128 masks beside FlexAttention's figures."""
-    yield "| arch | D | forward n | forward | masked | backward | " + (
-        "FlexAttention n | forward | masked | backward |"
-    )
-    yield "|" + "---|" * 10
-    for (arch, head_dim), flex in FLEX_ATTENTION.items():
-        first = {}
-        for r in records:
-            if (r["arch"], r["head_dim"]) == (arch, head_dim):
-                config = first.setdefault(r["direction"], r["config"])
-                if config == r["config"]:
-                    first.setdefault("records", []).append(r)
-        if "records" not in first:
+    """What runs under masks of large and of small blocks, beside FlexAttention's default."""
+    head = ["arch", "D", "mask block", "forward n", "forward", "masked", "backward"]
+    yield "| " + " | ".join(head + [f"Flex: {x}" for x in head[3:]]) + " |"
+    yield "|" + "---|" * 11
+    by_config = {}
+    for r in records:
+        key = (r["arch"], r["head_dim"], r["direction"], Config(**r["config"]))
+        by_config[key] = r
+    for ((arch, head_dim), flex), block_size in itertools.product(
+        FLEX_ATTENTION.items(), (MASK_BLOCKS[-1], MASK_BLOCKS[0])
+    ):
+        kind = {"arch": arch, "head_dim": head_dim, "dtype": torch.bfloat16}
+        chosen = [
+            (direction, triton_configs.candidates(direction, block_size=block_size, **kind)[0])
+            for direction in triton_configs.directions(**kind)
+        ]
+        keys = [(arch, head_dim, *choice) for choice in chosen]
+        if keys[0] not in by_config:  # left out on the command line
             continue
-        forward, *backward = first["records"]
+        forward, *backward = (by_config[key] for key in keys)
         masked, full = forward["loops"][0], forward["loops"][-1]
         speed = "bound" if full["sim"] is None else "sim"
-        ours = [full["n"], full[speed], masked[speed], combined_backward(backward)]
-        cells = [f"{ours[0]:.1f}", *(f"{x:.2f}" for x in ours[1:])]
-        cells += [
-            "" if x is None else f"{x:.1f}" if i == 0 else f"{x:.2f}" for i, x in enumerate(flex)
+        ours = (full["n"], full[speed], masked[speed], combined_backward(backward))
+        figures = [
+            "" if x is None else f"{x:.{1 if i == 0 else 2}f}"
+            for numbers in (ours, flex)
+            for i, x in enumerate(numbers)
         ]
-        yield "| " + " | ".join([arch, str(head_dim), *cells]) + " |"
+        block = "x".join(map(str, block_size))
+        yield "| " + " | ".join([arch, str(head_dim), block, *figures]) + " |"
 
 
 def main(argv: list[str] | None = None) -> None:

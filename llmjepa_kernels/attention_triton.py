@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 import triton
@@ -86,11 +87,7 @@ def attention_backward(
     lse2, delta, dsinks = _row_statistics(dout, out, lse, sinks)
     padded = lse2.shape[-1]
 
-    def launch_dkdv(config: Config) -> None:
-        for want in ("dk", "dv") if config.apart else ("dkdv",):
-            launch_key_side(config, want)
-
-    def launch_key_side(config: Config, want: str) -> None:
+    def launch_dkdv(config: Config, want: str) -> None:
         grid = (triton.cdiv(seq, config.block_n) * batch * num_kv_heads,)
         kernels._attention_dkdv_kernel[grid](
             _operand(q, config.block_m, config),
@@ -144,8 +141,10 @@ def attention_backward(
         )
 
     kind = _kind(q, mask, (q, k, v, dout))
-    triton_configs.launch("dkdv", launch_dkdv, **kind)
-    triton_configs.launch("dq", launch_dq, **kind)
+    _, *directions = triton_configs.directions(triton_configs.current_arch(), head_dim, q.dtype)
+    for direction in directions:
+        run = launch_dq if direction == "dq" else partial(launch_dkdv, want=direction)
+        triton_configs.launch(direction, run, **kind)
     return dq, dk, dv, dsinks
 
 

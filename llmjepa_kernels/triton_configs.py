@@ -27,7 +27,6 @@ class Config:
         halves: Hold the head dim as two halves, which shortens the life of registers.
         eager_dp: In the backward, start dP before the softmax that it does not depend on:
             asynchronous matrix units then overlap the two, for more live registers.
-        apart: Compute dV and dK in two kernels: more products, but half the accumulators.
         maxnreg: Upper bound on the registers of a thread.
     """
 
@@ -38,13 +37,13 @@ class Config:
     tma: bool = False
     halves: bool = False
     eager_dp: bool = False
-    apart: bool = False
     maxnreg: int | None = None
 
 
 # {(architecture, head dim): {direction: candidates}}, the best by the static model of
 # benchmarks/gpu_static.py first; the last of each direction reads through pointers and divides
-# 64 x 64 masks. A smaller head dim uses the entry of the next larger one.
+# 64 x 64 masks. A smaller head dim uses the entry of the next larger one. Where registers cannot
+# hold both of dK and dV, they are computed apart, at the price of one more product.
 TABLE: dict[tuple[str, int], dict[str, list[Config]]] = {
     ("sm_80", 64): {
         "forward": [Config(128, 64, 4, 3), Config(64, 64, 4, 3)],
@@ -67,7 +66,7 @@ TABLE: dict[tuple[str, int], dict[str, list[Config]]] = {
         "dq": [Config(128, 32, 4, 3), Config(64, 64, 4, 3)],
     },
     ("sm_86", 128): {
-        "forward": [Config(128, 32, 4, 3, halves=True), Config(64, 64, 4, 2, halves=True)],
+        "forward": [Config(128, 64, 8, 2, halves=True), Config(64, 64, 4, 2, halves=True)],
         "dkdv": [Config(64, 64, 4, 2)],
         "dq": [Config(128, 32, 4, 2), Config(64, 64, 4, 2)],
     },
@@ -100,7 +99,8 @@ TABLE: dict[tuple[str, int], dict[str, list[Config]]] = {
             Config(64, 64, 4, 1, tma=True),
             Config(64, 32, 4, 2),
         ],
-        "dkdv": [Config(64, 64, 4, 2, tma=True, apart=True), Config(32, 64, 4, 1, apart=True)],
+        "dk": [Config(64, 64, 4, 2, tma=True, eager_dp=True), Config(32, 32, 4, 1)],
+        "dv": [Config(64, 64, 4, 1, tma=True), Config(32, 64, 4, 1)],
         "dq": [Config(64, 64, 4, 2, tma=True, eager_dp=True), Config(64, 32, 4, 2)],
     },
     ("sm_100", 64): {
@@ -143,7 +143,8 @@ TABLE: dict[tuple[str, int], dict[str, list[Config]]] = {
             Config(64, 64, 4, 2, tma=True),
             Config(64, 32, 4, 1),
         ],
-        "dkdv": [Config(64, 64, 4, 1, tma=True, apart=True), Config(32, 64, 4, 1, apart=True)],
+        "dk": [Config(64, 64, 4, 1, tma=True), Config(32, 64, 4, 1)],
+        "dv": [Config(64, 64, 4, 1, tma=True), Config(32, 64, 4, 1)],
         "dq": [Config(64, 64, 4, 2, tma=True, eager_dp=True), Config(64, 32, 4, 1)],
     },
     ("gfx942", 64): {
@@ -153,7 +154,7 @@ TABLE: dict[tuple[str, int], dict[str, list[Config]]] = {
     },
     ("gfx942", 128): {
         "forward": [Config(128, 64, 4, 1), Config(64, 64, 4, 1)],
-        "dkdv": [Config(64, 64, 4, 1)],
+        "dkdv": [Config(32, 64, 4, 1)],
         "dq": [Config(64, 64, 4, 1)],
     },
     ("gfx942", 256): {
@@ -176,7 +177,7 @@ def candidates(
     """The configurations worth trying, the one that the static model prefers first.
 
     Args:
-        direction: "forward", "dkdv" or "dq".
+        direction: "forward", "dq", and "dkdv" or "dk" and "dv".
         block_size: Of the mask; a configuration's tile must divide it.
         allow_tma: Whether the tensors are aligned as descriptors require.
 
@@ -201,6 +202,12 @@ def candidates(
     side = 64 if dtype != torch.float32 and head_dim <= 128 else 32
     safe = Config(min(block_size[0], side), min(block_size[1], side), num_stages=1)
     return fitting or [safe]
+
+
+def directions(arch: str, head_dim: int, dtype: torch.dtype) -> tuple[str, ...]:
+    """The kernels of one forward and backward."""
+    tuned = {} if dtype == torch.float32 else TABLE.get(_table_key(arch, head_dim), {})
+    return tuple(tuned) or ("forward", "dkdv", "dq")
 
 
 def launch(
@@ -245,13 +252,16 @@ def current_arch() -> str:
 
 
 def _table_entry(direction: str, arch: str, head_dim: int) -> list[Config]:
-    family = _family(arch)
-    width = next(d for d in (64, 128, 256) if head_dim <= d)
-    entry = TABLE.get((family, width), {}).get(direction, [])
-    if head_dim == width:
+    key = _table_key(arch, head_dim)
+    entry = TABLE.get(key, {}).get(direction, [])
+    if head_dim == key[1]:
         return entry
     # In pieces of unequal size, or overhanging the head dim: read through pointers.
     return [replace(config, halves=False) for config in entry if not config.tma]
+
+
+def _table_key(arch: str, head_dim: int) -> tuple[str | None, int]:
+    return _family(arch), next(width for width in (64, 128, 256) if head_dim <= width)
 
 
 def _family(arch: str) -> str | None:
