@@ -247,8 +247,13 @@ void read_queries(const LkAttention& a, int64_t row, const BlockLanes<Compute<S>
       // delta = sum of dout * out, in the order in which dP sums dout * v: a query that sees a
       // single key has out = v, and then a gradient of exactly zero.
       Vec<T> delta = {};
-      for (int d = 0; d < shape.dim; ++d) {
-        delta += load(w.out + int64_t{d} * W) * load(dout + int64_t{d} * count * W);
+      for (int begin = 0; begin < shape.dim; begin += kDepth) {
+        const int end = begin + kDepth < shape.dim ? begin + kDepth : shape.dim;
+        Vec<T> sum = {};
+        for (int d = begin; d < end; ++d) {
+          sum += load(w.out + int64_t{d} * W) * load(dout + int64_t{d} * count * W);
+        }
+        delta += sum;
       }
       store(w.delta + at, delta);
       const int64_t stat = (row * a.heads + head) * a.seq + query;

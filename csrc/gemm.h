@@ -61,6 +61,9 @@ struct ColumnGather {
   LK_INLINE T operator()(int r, int k) const { return base[index[k] * stride + r]; }
 };
 
+// Products this long are summed apart, so that rounding does not grow with the head dim.
+constexpr int kDepth = 128;
+
 // c[n][lane] = sum over d of a[index[n]][d] * b[d][lane]: scores, and the gradient of P.
 template <class T, int V>
 __attribute__((noinline)) void dot_rows(const T* a, int64_t stride, const int32_t* index, int count,
@@ -69,11 +72,16 @@ __attribute__((noinline)) void dot_rows(const T* a, int64_t stride, const int32_
   for_row_blocks<kRows<V>>(0, count, [&](auto rows, int n) LK_INLINE_LAMBDA {
     constexpr int R = decltype(rows)::value;
     RowPointers<T, R> pointers;
-    LK_UNROLL for (int r = 0; r < R; ++r) pointers.row[r] = a + index[n + r] * stride;
-    Vec<T> acc[R][V];
-    multiply<T, R, V>(dim, pointers, b, V * W, acc);
-    LK_UNROLL for (int r = 0; r < R; ++r) {
-      LK_UNROLL for (int v = 0; v < V; ++v) store(c + ((n + r) * V + v) * W, acc[r][v]);
+    for (int d = 0; d < dim; d += kDepth) {
+      LK_UNROLL for (int r = 0; r < R; ++r) pointers.row[r] = a + index[n + r] * stride + d;
+      Vec<T> acc[R][V];
+      multiply<T, R, V>(dim - d < kDepth ? dim - d : kDepth, pointers, b + d * V * W, V * W, acc);
+      LK_UNROLL for (int r = 0; r < R; ++r) {
+        LK_UNROLL for (int v = 0; v < V; ++v) {
+          T* out = c + ((n + r) * V + v) * W;
+          store(out, d == 0 ? acc[r][v] : load(out) + acc[r][v]);
+        }
+      }
     }
   });
 }
