@@ -87,21 +87,32 @@ class KeySums {
     }
   }
 
-  // The row of dK (part 0) or dV (part 1) of key j.
-  T* row(int part, int64_t j) const {
-    if (is_shared(j)) return shared_ + (part * task_.num_shared + shared_index(j)) * a_.dim;
-    if constexpr (kInPlace<S>) return key_row<S>(part ? a_.dv : a_.dk, task_, j);
-    const int64_t num_own = task_.query_end - task_.query_begin;
-    return own_ + (part * num_own + j - task_.query_begin) * a_.dim;
+  // The rows of dK and dV of key j. Keys come in runs: `hint` remembers where the last one was.
+  struct Rows {
+    T *dk, *dv;
+  };
+  LK_INLINE Rows rows(int64_t j, int64_t* hint) const {
+    if (is_shared(j)) {
+      int64_t at = *hint + 1;
+      if (at >= task_.num_shared || task_.shared[at] != j) at = shared_index(j);
+      *hint = at;
+      T* dk = shared_ + at * a_.dim;
+      return {dk, dk + task_.num_shared * a_.dim};
+    }
+    if constexpr (kInPlace<S>) return {key_row<S>(a_.dk, task_, j), key_row<S>(a_.dv, task_, j)};
+    T* dk = own_ + (j - task_.query_begin) * a_.dim;
+    return {dk, dk + (task_.query_end - task_.query_begin) * a_.dim};
   }
 
   // Rounds own keys that are not shared to the type of dk and dv.
   void finish() const {
     if constexpr (!kInPlace<S>) {
+      int64_t hint = -1;
       for (int64_t j = task_.query_begin; j < task_.query_end; ++j) {
         if (is_shared(j)) continue;
-        write_row(row(0, j), key_row<S>(a_.dk, task_, j), static_cast<int>(a_.dim));
-        write_row(row(1, j), key_row<S>(a_.dv, task_, j), static_cast<int>(a_.dim));
+        const Rows sums = rows(j, &hint);
+        write_row(sums.dk, key_row<S>(a_.dk, task_, j), static_cast<int>(a_.dim));
+        write_row(sums.dv, key_row<S>(a_.dv, task_, j), static_cast<int>(a_.dim));
       }
     }
   }
@@ -267,18 +278,12 @@ void read_queries(const LkAttention& a, int64_t row, const BlockLanes<Compute<S>
   }
 }
 
-template <class S>
-void add_keys(const KeyChunk& chunk, const TileShape<Compute<S>>& shape, int part,
-              const Compute<S>* packed, const KeySums<S>& sums) {
-  using T = Compute<S>;
+template <class T>
+LK_INLINE void add_row(const T* in, T* out, int dim) {
   constexpr int W = kLanes<T>;
-  for (int n = 0; n < chunk.count; ++n) {
-    T* out = sums.row(part, chunk.key[n]);
-    const T* in = packed + int64_t{n} * shape.stride;
-    int d = 0;
-    for (; d + W <= shape.dim; d += W) store(out + d, load(out + d) + load(in + d));
-    for (; d < shape.dim; ++d) out[d] += in[d];
-  }
+  int d = 0;
+  for (; d + W <= dim; d += W) store(out + d, load(out + d) + load(in + d));
+  for (; d < dim; ++d) out[d] += in[d];
 }
 
 template <class S>
@@ -308,8 +313,12 @@ void backward_range(const LkAttention& a, int64_t row, int64_t kv_head, const Bl
         default: backward_panel<S, kMaxVectors>(a, w, softcap, mask, panel, k_finite); break;
       }
     }
-    add_keys<S>(*w.chunk, w.shape, 0, w.dk, sums);
-    add_keys<S>(*w.chunk, w.shape, 1, w.dv, sums);
+    int64_t hint = -1;
+    for (int n = 0; n < w.chunk->count; ++n) {
+      const auto rows = sums.rows(w.chunk->key[n], &hint);
+      add_row(w.dk + int64_t{n} * w.shape.stride, rows.dk, w.shape.dim);
+      add_row(w.dv + int64_t{n} * w.shape.stride, rows.dv, w.shape.dim);
+    }
   }
 
   for (int first = 0; first < lanes.vectors; first += lanes.panel_vectors(first)) {
