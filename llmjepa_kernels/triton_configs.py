@@ -99,7 +99,7 @@ TABLE: dict[tuple[str, int], dict[str, list[Config]]] = {
             Config(64, 64, 4, 1, tma=True),
             Config(64, 32, 4, 2),
         ],
-        "dk": [Config(64, 64, 4, 2, tma=True, eager_dp=True), Config(32, 32, 4, 1)],
+        "dk": [Config(64, 64, 4, 2, tma=True, eager_dp=True), Config(16, 64, 4, 1)],
         "dv": [Config(64, 64, 4, 1, tma=True), Config(32, 64, 4, 1)],
         "dq": [Config(64, 64, 4, 2, tma=True, eager_dp=True), Config(64, 32, 4, 2)],
     },
@@ -198,8 +198,11 @@ def candidates(
             and block_size[1] % config.block_n == 0
             and (allow_tma or not config.tma)
         ]
-    # float32 runs outside the matrix units, and small masks in small tiles: no tuning, no risk.
-    side = 64 if dtype != torch.float32 and head_dim <= 128 else 32
+    # float32 and unknown architectures may run outside the matrix units, where a large tile is a
+    # long program; small masks want small tiles anyway.
+    side = 64 if head_dim <= 64 else 32
+    if dtype == torch.float32 or not (_family(arch) or arch == "interpreter"):
+        side //= 2
     safe = Config(min(block_size[0], side), min(block_size[1], side), num_stages=1)
     return fitting or [safe]
 
