@@ -79,7 +79,7 @@ def attention_table(title: str, cases: Sequence[Case], rounds: int, roof: Roof) 
                 continue
             steps[index, peer] = _forward_and_backward(case, attend)
         progress(f"{case.seq} tokens, segments of {case.mean_length}: verified")
-    seconds = interleaved(steps, rounds=rounds, budget=20, device=cases[0].device)
+    seconds = interleaved(steps, rounds=rounds, budget=5, device=cases[0].device)
 
     table = Table(title, COLUMNS)
     for index, case in enumerate(cases):
