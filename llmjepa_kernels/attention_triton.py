@@ -34,6 +34,7 @@ def attention_forward(
     softmax_scale: float,
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    """out (batch, num_heads, seq, head_dim) and the natural-log lse (batch, num_heads, seq)."""
     _check(q)
     batch, num_heads, seq, head_dim = q.shape
     out = _empty_seq_major(q)
@@ -80,6 +81,7 @@ def attention_backward(
     softmax_scale: float,
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """dq, dk, dv and dsinks (None without sinks). Source: arXiv:2307.08691, Algorithm 2."""
     _check(q)
     batch, num_heads, seq, head_dim = q.shape
     num_kv_heads = k.shape[1]
