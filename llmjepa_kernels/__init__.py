@@ -13,7 +13,7 @@ from llmjepa_kernels.packing import Example, PackedBatch, Segment, llm_jepa_exam
 
 __version__ = "0.1.0"
 
-# These need transformers, so they are imported when they are asked for.
+# Most of these need transformers, so they are imported when they are asked for.
 _LAZY = {
     "chat_example": "chat",
     "patch_model": "hf",

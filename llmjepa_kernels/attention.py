@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 
 import torch
@@ -96,16 +98,36 @@ def default_impl(device: torch.device) -> str:
     """The back end for tensors on `device`."""
     if device.type in ("cuda", "xpu"):
         return "triton"
-    if device.type == "cpu" and importlib.import_module(BACKENDS["cpu"]).is_available():
-        return "cpu"
+    if device.type == "cpu":
+        if importlib.import_module(BACKENDS["cpu"]).is_available():
+            return "cpu"
+        _warn_of_reference()
     return "reference"
 
 
-def _backend(impl: str | None, device: torch.device) -> ModuleType:
+@functools.cache
+def _warn_of_reference() -> None:
+    warnings.warn(
+        "the compiled CPU kernels are missing, so attention builds the whole (seq, seq) matrix: "
+        "install a C++ compiler and reinstall llmjepa_kernels",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+def load_backend(backends: Mapping[str, str], impl: str | None, device: torch.device) -> ModuleType:
+    """The module of a back end by its name, or by the device where none is given.
+
+    Raises:
+        ValueError: There is no such back end.
+        RuntimeError: It does not run on `device`.
+    """
     impl = default_impl(device) if impl is None else impl
-    if impl not in BACKENDS:
-        raise ValueError(f"impl must be one of {sorted(BACKENDS)}, got {impl!r}")
-    return importlib.import_module(BACKENDS[impl])
+    if impl not in backends:
+        raise ValueError(f"impl must be one of {sorted(backends)}, got {impl!r}")
+    if impl == "cpu" and device.type != "cpu":
+        raise RuntimeError(f"impl='cpu' runs on CPU tensors, got tensors on {device}")
+    return importlib.import_module(backends[impl])
 
 
 # The operation as torch sees it. A BlockMask travels as its tensors and two plain values.
@@ -130,7 +152,7 @@ def _attention_forward(
     sinks: Tensor | None,
     impl: str | None,
 ) -> tuple[Tensor, Tensor]:
-    return _backend(impl, q.device).attention_forward(
+    return load_backend(BACKENDS, impl, q.device).attention_forward(
         q,
         k,
         v,
@@ -167,7 +189,7 @@ def _attention_backward(
     sinks: Tensor | None,
     impl: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv, dsinks = _backend(impl, q.device).attention_backward(
+    dq, dk, dv, dsinks = load_backend(BACKENDS, impl, q.device).attention_backward(
         dout,
         q,
         k,
@@ -195,6 +217,7 @@ def _(dout, q, k, v, out, lse, mask, block_size, mask_window, *options):
 def _setup_context(ctx, inputs, output):
     q, k, v, mask, block_size, mask_window, position_ids, *options, sinks, impl = inputs
     ctx.save_for_backward(q, k, v, *output, position_ids, sinks, *mask)
+    ctx.mark_non_differentiable(output[1])
     ctx.arguments = (tuple(block_size), mask_window, options, impl)
     ctx.set_materialize_grads(False)
 
@@ -241,6 +264,8 @@ def _check_tensors(
                 "call .contiguous()"
             )
     batch, num_heads, seq, head_dim = q.shape
+    if q.numel() == 0:
+        raise ValueError(f"q must not be empty, got shape {tuple(q.shape)}")
     kv_shape = (batch, k.shape[1], seq, head_dim)
     if k.shape != kv_shape or v.shape != kv_shape:
         raise ValueError(
@@ -275,6 +300,12 @@ def _check_block_mask(mask: BlockMask, visible_until: Tensor, window: int | None
             f"{tuple(visible_until.shape)} on {visible_until.device}, got "
             f"{tuple(mask.visible_until.shape)} on {mask.visible_until.device}"
         )
+    if (
+        mask.visible_until is not visible_until
+        and visible_until.device.type == "cpu"
+        and not torch.equal(mask.visible_until, visible_until)
+    ):
+        raise ValueError("block_mask was built from another visible_until than was given")
     if mask.window is not None and mask.window != window:
         raise ValueError(
             f"block_mask was built for window={mask.window}, but window={window} was given"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -124,19 +125,64 @@ class BlockMask:
         return cls(visible_until, (block_m, block_n), *kv_lists, *q_lists, window)
 
     @classmethod
-    def from_schedule(
-        cls, visible_until: Tensor, schedule: dict[str, Tensor], window: int | None = None
-    ) -> BlockMask:
+    def from_schedule(cls, visible_until: Tensor, schedule: Mapping[str, Tensor]) -> BlockMask:
         """Puts a mask together again from `schedule()`, whose block sizes are powers of two.
 
         The tensors alone tell the block size: it is the power of two that cuts the row into as
         many blocks as there are lists. (Where several do, the row is a single block.)
+
+        Raises:
+            ValueError: A tensor does not fit `visible_until`; says which.
         """
-        seq = visible_until.shape[1]
-        block_size = tuple(
-            _infer_block(seq, schedule[key].shape[1]) for key in ("kv_full_start", "q_full_start")
-        )
-        return cls(visible_until, block_size, *(schedule[key] for key in SCHEDULE_KEYS), window)
+        batch, seq = visible_until.shape
+        lists = [schedule[key] for key in SCHEDULE_KEYS]
+        for key, x in zip(SCHEDULE_KEYS, lists, strict=True):
+            if x.dtype != torch.int32 or x.dim() != 2 or x.device != visible_until.device:
+                raise ValueError(
+                    f"{key} must be an int32 tensor of shape (batch, …) on "
+                    f"{visible_until.device}, got {x.dtype} of shape {tuple(x.shape)} on {x.device}"
+                )
+        block_size = tuple(_infer_block(seq, lists[i].shape[1]) for i in (1, 4))
+        for i in (0, 3):
+            expected = (batch, lists[i + 1].shape[1] + 1)
+            if (
+                lists[i].shape != expected
+                or len(lists[i + 1]) != batch
+                or len(lists[i + 2]) != batch
+            ):
+                shapes = {key: tuple(schedule[key].shape) for key in SCHEDULE_KEYS}
+                raise ValueError(
+                    "the schedule must be that of visible_until of shape "
+                    f"{tuple(visible_until.shape)}, got tensors of shape {shapes}"
+                )
+        return cls(visible_until, block_size, *lists)
+
+    def check(self) -> None:
+        """Raises ValueError unless all values lie where kernels may read: once per batch.
+
+        Costs a pass over the lists, so it looks at CPU tensors only; elsewhere `visible_until`
+        alone is asserted, without waiting for the device.
+        """
+        check_visible_until(self.visible_until)
+        if self.visible_until.device.type != "cpu":
+            return
+        sides = (("kv", self.q_full_start.shape[1]), ("q", self.kv_full_start.shape[1]))
+        for side, num_blocks in sides:
+            offsets, full_start, indices = (
+                getattr(self, f"{side}_{name}") for name in ("offsets", "full_start", "indices")
+            )
+            if (
+                (offsets[:, 0] != 0).any()
+                or (offsets[:, -1] > indices.shape[1]).any()
+                or (full_start < offsets[:, :-1]).any()
+                or (full_start > offsets[:, 1:]).any()
+                or (indices < 0).any()
+                or (indices >= num_blocks).any()
+            ):
+                raise ValueError(
+                    f"{side}_offsets, {side}_full_start and {side}_indices are not the lists of a "
+                    f"row of {self.visible_until.shape[1]} tokens in blocks of {self.block_size}"
+                )
 
     def schedule(self) -> dict[str, Tensor]:
         """The lists as batch-first int32 tensors, to travel with a batch as model arguments."""
@@ -210,8 +256,11 @@ def check_visible_until(visible_until: Tensor) -> None:
             f"{visible_until.dtype} of shape {tuple(visible_until.shape)}"
         )
     seq = visible_until.shape[1]
-    if seq == 0:
-        raise ValueError("visible_until must have at least one token per row, got seq = 0")
+    if 0 in visible_until.shape:
+        raise ValueError(
+            "visible_until must have at least one row of at least one token, got the shape "
+            f"{tuple(visible_until.shape)}"
+        )
     wrong = (visible_until <= torch.arange(seq, device=visible_until.device)) | (
         visible_until > seq
     )
@@ -237,6 +286,11 @@ def check_window(window: int, position_ids: Tensor | None, visible_until: Tensor
         raise ValueError(
             f"position_ids must be integers of shape {tuple(visible_until.shape)}, got "
             f"{position_ids.dtype} of shape {tuple(position_ids.shape)}"
+        )
+    if position_ids.device != visible_until.device:
+        raise ValueError(
+            f"position_ids must be on visible_until's device {visible_until.device}, got "
+            f"{position_ids.device}"
         )
 
 
@@ -273,7 +327,8 @@ def _infer_block(seq: int, num_blocks: int) -> int:
         block *= 2
     if -(-seq // block) != num_blocks:
         raise ValueError(f"no power of two cuts seq = {seq} into {num_blocks} blocks")
-    return block
+    # Where one block holds the row, any larger one does: not every kernel takes tiny ones.
+    return max(block, 64) if num_blocks == 1 else block
 
 
 def _cell(tiles: Tensor) -> int:

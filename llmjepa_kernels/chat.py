@@ -188,6 +188,10 @@ def without_views(example: Example) -> Example:
         supervised = segment.labels is not None and any(y != -100 for y in segment.labels)
         if supervised or i in kept:
             kept |= {i} if segment.parent is None else {i, segment.parent}
+    if not kept:
+        raise ValueError(
+            "the example has no supervised token, so nothing is left without its views"
+        )
     index = {old: new for new, old in enumerate(sorted(kept))}
     return Example(
         [

@@ -9,6 +9,7 @@ scaled_dot_product_attention as if the model were not patched.
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 import torch
@@ -168,6 +169,8 @@ def _prepare(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | 
         schedule = BlockMask.from_visible_until(visible_until).schedule()
     elif len(given) == len(SCHEDULE_KEYS):
         schedule = {}
+        if not torch.compiler.is_compiling():  # the answer depends on data
+            BlockMask.from_schedule(visible_until, kwargs).check()
     else:
         missing = [key for key in SCHEDULE_KEYS if key not in given]
         raise ValueError(f"the schedule of visible_until is incomplete, it lacks {missing}")
@@ -183,6 +186,11 @@ def _check_packed(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Non
     tokens = _tokens(args, kwargs)
     if tokens is None:
         return  # the model's own forward says what is missing
+    if "position_ids" not in inspect.signature(type(module).forward).parameters:
+        raise ValueError(
+            f"{type(module).__name__} takes no position_ids, so the positions of a packed row "
+            "would run on from one segment to the next"
+        )
     visible_until, position_ids = kwargs["visible_until"], kwargs.get("position_ids")
     shape = tuple(tokens.shape[:2])
     if visible_until.dtype != torch.int32 or visible_until.shape != shape:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-from types import ModuleType
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from llmjepa_kernels.attention import default_impl
+from llmjepa_kernels.attention import load_backend
 
 BACKENDS = {
     "triton": "llmjepa_kernels.loss_triton",
@@ -41,7 +38,8 @@ def last_token_loss(
         reduction: "mean" over the pairs (0 if there are none), "sum", or "none" for
             (batch, num_pairs) with 0 for padding.
         temperature: Of "infonce" only.
-        impl: "triton", "cpu" or "reference". Default: by the device of `hidden`.
+        impl: "triton", "cpu" or "reference". Default: by the device of `hidden`. "infonce" is
+            plain PyTorch in all of them.
 
     Returns:
         loss: float32 (float64 for float64 `hidden`).
@@ -54,6 +52,7 @@ def last_token_loss(
     """
     _check(hidden, pairs, metric, reduction, temperature)
     if metric == "infonce":
+        load_backend(BACKENDS, impl, hidden.device)  # for its errors
         distance = _infonce(hidden, pairs, temperature)
     else:
         distance, _ = torch.ops.llmjepa_kernels.pair_distance(hidden, pairs, metric, impl)
@@ -67,12 +66,17 @@ def last_token_loss(
 
 def _infonce(hidden: Tensor, pairs: Tensor, temperature: float) -> Tensor:
     """Cross-entropy over all targets of the batch; padding is neither query nor negative."""
+    if not torch.compiler.is_compiling():  # the answer depends on data
+        _check_range(pairs, hidden.shape[1])
     valid = pairs[..., 0] >= 0
     rows = torch.arange(len(pairs), device=pairs.device)[:, None, None]
     views = hidden[rows, pairs.clamp(min=0)]
     views = views.to(torch.promote_types(views.dtype, torch.float32))
+    # What stands where padding points to must not reach the matrix product, NaN above all.
+    views = torch.where(valid[..., None, None], views, 0.0)
     predictor, target = functional.normalize(views, dim=-1).flatten(0, 1).unbind(1)
-    logits = predictor @ target.mT / temperature
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = predictor @ target.mT / temperature
     logits = logits.masked_fill(~valid.flatten(), -torch.inf)
     own = torch.arange(len(logits), device=logits.device)
     # A padding pair's own column is hidden; give it a harmless label before it is zeroed.
@@ -80,19 +84,14 @@ def _infonce(hidden: Tensor, pairs: Tensor, temperature: float) -> Tensor:
     return functional.cross_entropy(logits, own, reduction="none").view_as(valid) * valid
 
 
-def _backend(impl: str | None, device: torch.device) -> ModuleType:
-    impl = default_impl(device) if impl is None else impl
-    if impl not in BACKENDS:
-        raise ValueError(f"impl must be one of {sorted(BACKENDS)}, got {impl!r}")
-    return importlib.import_module(BACKENDS[impl])
-
-
 @torch.library.custom_op("llmjepa_kernels::pair_distance", mutates_args=())
 def _pair_distance(
     hidden: Tensor, pairs: Tensor, metric: str, impl: str | None
 ) -> tuple[Tensor, Tensor]:
     _check_range(pairs, hidden.shape[1])
-    return _backend(impl, hidden.device).distance_forward(hidden, pairs, metric=metric)
+    return load_backend(BACKENDS, impl, hidden.device).distance_forward(
+        hidden, pairs, metric=metric
+    )
 
 
 @_pair_distance.register_fake
@@ -108,7 +107,7 @@ def _(hidden, pairs, metric, impl):
 def _pair_distance_backward(
     ddistance: Tensor, hidden: Tensor, pairs: Tensor, stats: Tensor, metric: str, impl: str | None
 ) -> Tensor:
-    return _backend(impl, hidden.device).distance_backward(
+    return load_backend(BACKENDS, impl, hidden.device).distance_backward(
         ddistance.contiguous(), hidden, pairs, stats, metric=metric
     )
 
@@ -120,6 +119,7 @@ def _(ddistance, hidden, pairs, stats, metric, impl):
 
 def _setup_context(ctx, inputs, output):
     hidden, pairs, ctx.metric, ctx.impl = inputs
+    ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(hidden, pairs, output[1])
     ctx.set_materialize_grads(False)
 

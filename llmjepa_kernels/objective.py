@@ -71,7 +71,7 @@ def llm_jepa_loss(
         detach_target: Let no gradient flow into the target views.
 
     Raises:
-        ValueError: The batch lacks a key.
+        ValueError: The batch lacks a key, or the model adds a loss of its own.
         RuntimeError: The model is not patched, or does not return the logits or states asked for.
 
     Source: LLM-JEPA, arXiv:2509.14252.
@@ -99,6 +99,11 @@ def llm_jepa_loss(
         raise RuntimeError(
             f"the model must return logits of shape {(*targets.shape, 'vocab')} for logits_to_keep "
             f"of shape {tuple(positions.shape)}, got {tuple(logits.shape)}"
+        )
+    if getattr(outputs, "aux_loss", None) is not None:
+        raise ValueError(
+            "the model returns aux_loss, a router's loss that llm_jepa_loss would leave out: set "
+            "output_router_logits=False in its config"
         )
     if hidden is None:
         raise RuntimeError("the model must return hidden_states for output_hidden_states, got None")

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from llmjepa_kernels.block_mask import BlockMask
 
@@ -137,6 +136,11 @@ def pack(
     size = 64 if block_size is None else block_size
     if size < 1 or size & (size - 1):
         raise ValueError(f"block_size must be None or a power of two, got {block_size}")
+    if max_length and pad_to_multiple_of and max_length % pad_to_multiple_of:
+        raise ValueError(
+            f"max_length must be a multiple of pad_to_multiple_of = {pad_to_multiple_of}, got "
+            f"{max_length}"
+        )
     trees = [_prepare(example, index) for index, example in enumerate(examples)]
 
     if max_length is None:
@@ -240,19 +244,25 @@ def _check_segment(segment: Segment, index: int, name: int) -> tuple[list[int], 
             f"{where}: parent must be None or an earlier segment (0 .. {index - 1}), "
             f"got {segment.parent}"
         )
-    ids = segment.input_ids
-    ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+    ids = _integers(segment.input_ids, f"{where}: input_ids")
     if not ids:
         raise ValueError(f"{where}: input_ids must hold at least one token, got none")
     if segment.labels is None:
         return ids, [IGNORE] * len(ids)
-    labels = segment.labels
-    labels = labels.tolist() if isinstance(labels, Tensor) else list(labels)
+    labels = _integers(segment.labels, f"{where}: labels")
     if len(labels) != len(ids):
         raise ValueError(
             f"{where}: labels must be as many as input_ids ({len(ids)}), got {len(labels)}"
         )
     return ids, labels
+
+
+def _integers(values: Sequence[int], name: str) -> list[int]:
+    values = values.tolist() if hasattr(values, "tolist") else list(values)
+    if not set(map(type, values)) <= {int}:
+        wrong = next(x for x in values if type(x) is not int)
+        raise ValueError(f"{name} must be a flat sequence of integers, got {wrong!r} in it")
+    return values
 
 
 def _shareable(labels: list[int]) -> int:

@@ -445,7 +445,8 @@ class Job:
             return None
         history = trainer.state.log_history
         metrics |= self._summary([log for log in history if "tokens_per_step" in log])
-        metrics["seconds_per_example"] = 1 / metrics["train_samples_per_second"]
+        if rate := metrics["train_samples_per_second"]:  # 0 where a finished run was resumed
+            metrics["seconds_per_example"] = 1 / rate
         cosines = []
         if self.eval_examples:
             model = trainer.accelerator.unwrap_model(trainer.model)
@@ -497,7 +498,7 @@ class Job:
 
         longest = max(
             sum(label != -100 for segment in example.segments for label in segment.labels or ())
-            for example in self.train_examples
+            for example in (*self.train_examples, *self.eval_examples)
         )
         matches = exact_match(
             model,

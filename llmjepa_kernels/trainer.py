@@ -251,8 +251,9 @@ class LLMJEPATrainer(Trainer):
             logs |= {
                 "tokens_per_step": tokens_per_step,
                 "tokens_per_second": tokens_per_step * self._updates / seconds,
-                "relative_cost": tokens / sft_tokens,
             }
+            if sft_tokens:
+                logs["relative_cost"] = tokens / sft_tokens
             self._reset_train_sums()
         super().log(logs, start_time)
 

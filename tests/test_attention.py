@@ -158,6 +158,7 @@ def change(**arguments):
         (change(window=0, position_ids=torch.zeros(1, 8).int()), "window must be at least 1"),
         (change(softcap=0.0), "softcap must be positive, got 0.0"),
         (change(sinks=torch.zeros(3)), r"sinks must be floating point of shape \(2,\)"),
+        (change(q=torch.zeros(1, 0, 8, 4)), "q must not be empty"),
         (change(impl="fast"), "impl must be one of .* got 'fast'"),
     ],
 )
@@ -179,6 +180,9 @@ def test_a_mask_of_another_batch_is_refused():
     other = BlockMask.from_visible_until(torch.full((1, 9), 9, dtype=torch.int32))
     with pytest.raises(ValueError, match=r"block_mask .* expected shape \(1, 8\)"):
         view_attention(q, q, q, visible_until, block_mask=other, impl="reference")
+    swapped = BlockMask.from_visible_until(torch.arange(1, 9, dtype=torch.int32)[None])
+    with pytest.raises(ValueError, match="built from another visible_until"):
+        view_attention(q, q, q, visible_until, block_mask=swapped, impl="reference")
     windowed = BlockMask.from_visible_until(visible_until, position_ids=position_ids, window=2)
     with pytest.raises(ValueError, match="built for window=2, but window=None"):
         view_attention(q, q, q, visible_until, block_mask=windowed, impl="reference")

@@ -108,6 +108,29 @@ def test_a_schedule_travels_as_tensors(seq, block_size):
         assert inferred == size or seq <= min(size, inferred)
 
 
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        ("kv_indices", lambda x: x.long(), "kv_indices must be an int32 tensor"),
+        ("q_offsets", lambda x: x[:, :-1], r"must be that of visible_until of shape \(2, 300\)"),
+        ("q_indices", lambda x: x[:1], "must be that of visible_until"),
+        ("kv_full_start", lambda x: x[:, :4], "no power of two cuts seq = 300 into 4 blocks"),
+        ("kv_indices", lambda x: x + 3, "are not the lists of a row of 300 tokens"),
+        ("kv_indices", lambda x: x - 1, "are not the lists"),
+        ("q_offsets", lambda x: x * 2, "are not the lists"),
+        ("q_offsets", lambda x: x + 1, "are not the lists"),
+        ("kv_full_start", lambda x: x + 99, "are not the lists"),
+        ("kv_full_start", lambda x: x - 99, "are not the lists"),
+    ],
+)
+def test_a_schedule_that_does_not_fit_is_refused(key, change, message):
+    visible_until, _ = random_rows(2, 300, 0, 30.0)
+    schedule = BlockMask.from_visible_until(visible_until).schedule()
+    BlockMask.from_schedule(visible_until, schedule).check()
+    with pytest.raises(ValueError, match=message):
+        BlockMask.from_schedule(visible_until, {**schedule, key: change(schedule[key])}).check()
+
+
 def test_only_powers_of_two_travel():
     mask = BlockMask.from_visible_until(torch.full((1, 9), 9, dtype=torch.int32), (3, 4))
     with pytest.raises(ValueError, match=r"powers of two.*\(3, 4\)"):
@@ -134,7 +157,8 @@ def test_drawing():
     [
         (torch.tensor([[1, 2]]), "int32"),
         (torch.tensor([1, 2], dtype=torch.int32), "shape"),
-        (torch.zeros(1, 0, dtype=torch.int32), "at least one token"),
+        (torch.zeros(1, 0, dtype=torch.int32), "at least one row of at least one token"),
+        (torch.zeros(0, 1, dtype=torch.int32), "at least one row of at least one token"),
         (torch.tensor([[1, 1]], dtype=torch.int32), r"visible_until\[0, 1\] = 1"),
         (torch.tensor([[2, 3]], dtype=torch.int32), r"visible_until\[0, 1\] = 3"),
     ],

@@ -91,6 +91,33 @@ def test_nan_never_passes(metric):
     assert last_token_loss(hidden, PAIRS, metric=metric, impl="reference").isnan()
 
 
+def test_infonce_reads_no_row_that_nobody_pairs():
+    hidden = inputs().detach()
+    pairs = PAIRS.clone()
+    pairs[1] = -1
+    hidden[1] = torch.nan
+    hidden.requires_grad_()
+    loss = last_token_loss(hidden, pairs, metric="infonce")
+    (dhidden,) = torch.autograd.grad(loss, hidden)
+    assert loss.isfinite()
+    assert dhidden.isfinite().all()
+
+
+def test_infonce_keeps_its_precision_under_autocast():
+    hidden = inputs(torch.float32)
+    expected = last_token_loss(hidden, PAIRS, metric="infonce")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(last_token_loss(hidden, PAIRS, metric="infonce"), expected)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "infonce"])
+def test_half_a_pair_is_refused(metric):
+    pairs = PAIRS.clone()
+    pairs[0, 0, 1] = -1
+    with pytest.raises(IndexError, match=r"pairs\[0, 0\] = \[0, -1\]"):
+        last_token_loss(inputs(), pairs, metric=metric, impl="reference")
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_low_precision_is_computed_in_float32(dtype):
     hidden = inputs(dtype)

@@ -157,14 +157,20 @@ def test_deep_trees_do_not_recurse():
 
 def test_tensors_and_padding():
     examples = [Example([Segment(torch.tensor([1, 2, 3]))]), Example([Segment([4])])]
-    batch = pack(examples, 3, pad_token_id=PAD, pad_to_multiple_of=8)
-    assert batch["input_ids"].tolist() == [[1, 2, 3] + [PAD] * 5, [4] + [PAD] * 7]
-    assert batch["visible_until"].tolist()[1] == list(range(1, 9))
+    batch = pack(examples, 3, pad_token_id=PAD)
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, PAD, PAD]]
+    assert batch["visible_until"].tolist()[1] == [1, 2, 3]
     assert batch["view_pairs"].shape == (2, 0, 2)
     dtypes = {key: x.dtype for key, x in batch.items()}
     assert dtypes["input_ids"] == dtypes["labels"] == dtypes["view_pairs"] == torch.int64
     assert dtypes["visible_until"] == torch.int32
     assert all(len(x) == 2 for x in batch.values())
+
+
+def test_rows_are_padded_to_a_multiple():
+    batch = pack([Example([Segment([1, 2, 3])])], 8, pad_token_id=PAD, pad_to_multiple_of=4)
+    assert batch["input_ids"].tolist() == [[1, 2, 3, PAD]]
+    assert batch["visible_until"].tolist() == [[3, 3, 3, 4]]
 
 
 def test_pairs_are_padded_per_row():
@@ -202,6 +208,9 @@ def test_packing_is_deterministic():
         ([Segment([1])], [(0, 1)], r"pairs .* 1 segments, got \(0, 1\)"),
         ([Segment([1])], [(-1, 0)], r"pairs .* got \(-1, 0\)"),
         ([Segment([1])], [(0,)], r"pairs .* got \(0,\)"),
+        ([Segment([1.0])], (), "segment 0: input_ids must be a flat .* integers, got 1.0"),
+        ([Segment(torch.ones(1, 2).long())], (), r"input_ids must be .* got \[1, 1\]"),
+        ([Segment([1], labels=[None])], (), "labels must be a flat .* integers, got None"),
         ([Segment([1] * 11)], (), "example 1 takes 11 tokens, more than max_length = 10"),
     ],
 )
@@ -218,6 +227,8 @@ def test_bad_options():
         pack([Example([Segment([1])])], 0)
     with pytest.raises(ValueError, match="pad_to_multiple_of must be at least 1, got 0"):
         pack([Example([Segment([1])])], pad_to_multiple_of=0)
+    with pytest.raises(ValueError, match="multiple of pad_to_multiple_of = 8, got 12"):
+        pack([Example([Segment([1])])], 12, pad_to_multiple_of=8)
     with pytest.raises(ValueError, match=r"block_size must be .* power of two.* got 48"):
         pack([Example([Segment([1])])], block_size=48)
 
