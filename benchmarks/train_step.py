@@ -30,7 +30,8 @@ from llmjepa_kernels.models import load_pretrained, small_llama
 from llmjepa_kernels.objective import llm_jepa_loss
 from llmjepa_kernels.predictor_tokens import add_predictor_tokens
 
-MAX_LOGITS_BYTES = 2**31  # of one micro-batch; larger steps accumulate gradients
+# Of one micro-batch; larger steps accumulate gradients. A step takes about ten times as much.
+MAX_LOGITS_BYTES = 2**30
 SFT = "SFT packed"
 SFT_SUPERVISED = "SFT packed, head on supervised"
 OURS = "ours shared + prefixes"
