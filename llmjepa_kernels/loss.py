@@ -167,7 +167,7 @@ def _check(hidden: Tensor, pairs: Tensor, metric: str, reduction: str, temperatu
 def _check_range(pairs: Tensor, seq: int) -> None:
     if pairs.device.type == "cpu" and pairs.numel():
         low, high = pairs.aminmax()
-        if 0 <= low.item() and high.item() < seq:
+        if low.item() >= 0 and high.item() < seq:
             return  # as a rule: a row of small operations costs more than the loss itself
     padding = (pairs == -1).all(dim=-1, keepdim=True)
     wrong = ~padding & ((pairs < 0) | (pairs >= seq))
