@@ -11,6 +11,23 @@ _CLASS = re.compile(r"\[\^?\]?[^\]]*\]")
 _REPETITION = re.compile(r"[*+?]|\{\d+(?:,\d*)?\}")
 _REPETITION_NAMES = {"*": "star", "+": "plus", "?": "optional", "{": "repeat"}
 
+# The names of all operators that `structure` finds.
+OPERATORS = (
+    "or",
+    "and",
+    "not",
+    "star",
+    "plus",
+    "optional",
+    "repeat",
+    "word",
+    "concat",
+    "starts_with",
+    "ends_with",
+    "contains",
+    "followed_by",
+)
+
 
 @dataclass(frozen=True)
 class Structure:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llmjepa_kernels.regex_structure import Structure, structure
+from llmjepa_kernels.regex_structure import OPERATORS, Structure, structure
 
 
 @pytest.mark.parametrize(
@@ -81,3 +81,9 @@ def test_pairs_are_sorted_and_without_repetition():
 def test_malformed(regex, problem):
     with pytest.raises(ValueError, match=problem):
         structure(regex)
+
+
+def test_operators_are_all_names_in_use():
+    regexes = ["a|b", "a&b", "~a", "a*", "a+", "a?", "a{3}", r"\ba\b", r"\.\("]
+    regexes += ["a.*", ".*a", ".*a.*", "a.*b"]
+    assert {structure(regex).operators[0] for regex in regexes} == set(OPERATORS)
