@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 # Most of these need transformers, so they are imported when they are asked for.
 _LAZY = {
     "chat_example": "chat",
+    "ExampleFormat": "example_format",
     "patch_model": "hf",
     "unpatch_model": "hf",
     "LLMJEPAOutput": "objective",
@@ -28,6 +29,7 @@ _LAZY = {
 __all__ = [
     "BlockMask",
     "Example",
+    "ExampleFormat",
     "LLMJEPACollator",
     "LLMJEPAOutput",
     "LLMJEPATrainer",

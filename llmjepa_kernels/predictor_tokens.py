@@ -11,6 +11,14 @@ def predictor_token(index: int) -> str:
     return f"<|predictor_{index}|>"
 
 
+def known_predictor_tokens(tokenizer) -> list[int]:
+    """The ids of the [PRED] tokens that a tokenizer has, in order."""
+    known, ids = tokenizer.get_added_vocab(), []
+    while (token := predictor_token(len(ids) + 1)) in known:
+        ids.append(known[token])
+    return ids
+
+
 @torch.no_grad()
 def add_predictor_tokens(model, tokenizer, num_tokens: int, *, seed: int = 0) -> list[int]:
     """Adds [PRED] tokens to a tokenizer and their rows to a model's embeddings.

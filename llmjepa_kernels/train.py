@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import sys
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from statistics import mean
@@ -13,28 +12,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from llmjepa_kernels.example_format import ExampleFormat
     from llmjepa_kernels.packing import Example
 
 # Transformers takes seconds to import: everything that needs it is imported when it is needed,
 # so that --help and mistakes in the options answer at once.
-
-DESCRIPTION = """\
-Trains a language model with next-token loss + λ · JEPA loss, in one forward pass per batch.
-
-Without options it makes pairs of English and regular expressions, trains a small Llama from random
-weights on them, once with next-token loss alone and once with LLM-JEPA, and compares the two on
-held-out pairs: about three minutes on two cores.
-"""
-EPILOG = """\
-Every other option of transformers.TrainingArguments is accepted as well, for example
---weight-decay 0.01 --lr-scheduler-type linear --activation-checkpointing True --save-steps 200.
-
-examples:
-  llmjepa train
-  llmjepa train --model meta-llama/Llama-3.2-1B-Instruct --data train.jsonl --eval-data test.jsonl
-  llmjepa train --model SmolLM2-135M-Instruct.Q4_1.gguf --data train.jsonl --lora-rank 64
-  torchrun --nproc-per-node 8 -m llmjepa_kernels.train train --model Qwen/Qwen3-1.7B --data a.jsonl
-"""
 
 # Options of TrainingArguments that differ from its own defaults.
 COMMON = {
@@ -62,198 +44,12 @@ FINE_TUNE = {
 TRAIN_SAMPLES, EVAL_SAMPLES = 4000, 200
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The ``llmjepa`` command; returns its exit status."""
-    parser = argparse.ArgumentParser("llmjepa", description=__doc__, allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser(
-        "train",
-        help="train with LLM-JEPA",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add_arguments(train)
-    args, rest = parser.parse_known_args(argv)
-    try:
-        job = Job(args, rest)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"llmjepa train: error: {error}", file=sys.stderr)
-        return 2
-    job.run()
-    return 0
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``llmjepa train``."""
-    data = parser.add_argument_group("model and data")
-    data.add_argument(
-        "--model",
-        metavar="NAME",
-        help="model of the Hugging Face hub, directory or .gguf file (default: a small Llama from "
-        "random weights, with a tokenizer trained on the data)",
-    )
-    data.add_argument(
-        "--data",
-        metavar="FILE",
-        help='JSONL, a line being {"messages": [{"role": "system", "content": …}, user, '
-        'assistant]}; "text" and "code" may give other views (default: built-in pairs of English '
-        "and regular expressions)",
-    )
-    data.add_argument("--eval-data", metavar="FILE", help="the same, held out")
-    data.add_argument(
-        "--train-samples",
-        type=int,
-        metavar="N",
-        help=f"train on the first N (default: all of --data, {TRAIN_SAMPLES} built-in ones)",
-    )
-    data.add_argument(
-        "--eval-samples",
-        type=int,
-        metavar="N",
-        default=EVAL_SAMPLES,
-        help="evaluate on the first N held-out ones (default: %(default)s)",
-    )
-    data.add_argument(
-        "--max-length",
-        type=int,
-        metavar="N",
-        help="tokens in a packed row at most (default: one row per batch, without padding)",
-    )
-    data.add_argument(
-        "--no-share-prefixes",
-        dest="share_prefixes",
-        action="store_false",
-        help="store every copy of a common prefix, such as the system prompt",
-    )
-
-    objective = parser.add_argument_group("objective")
-    objective.add_argument(
-        "--layout",
-        choices=("shared", "official"),
-        default="shared",
-        help="shared: the Text view is the prefix of the chat; official: the authors' three "
-        "sequences (default: %(default)s)",
-    )
-    objective.add_argument(
-        "--direction",
-        choices=("text_to_code", "code_to_text", "both"),
-        default="text_to_code",
-        help="which view predicts which (default: %(default)s)",
-    )
-    objective.add_argument(
-        "--num-pred-tokens",
-        type=int,
-        metavar="K",
-        default=1,
-        help="[PRED] tokens of a predicting view (default: %(default)s)",
-    )
-    objective.add_argument(
-        "--pred-position",
-        choices=("append", "prepend"),
-        default="append",
-        help="[PRED] tokens behind the view, or in front of a copy (default: %(default)s)",
-    )
-    objective.add_argument(
-        "--jepa-weight",
-        type=float,
-        metavar="WEIGHT",
-        default=1.0,
-        help="λ, the weight of the JEPA loss (default: %(default)s)",
-    )
-    objective.add_argument(
-        "--metric",
-        choices=("cosine", "l2", "mse", "infonce"),
-        default="cosine",
-        help="distance of prediction and Code view (default: %(default)s)",
-    )
-    objective.add_argument(
-        "--temperature",
-        type=float,
-        metavar="T",
-        default=0.07,
-        help="of infonce (default: %(default)s)",
-    )
-    objective.add_argument(
-        "--detach-target",
-        action="store_true",
-        help="let no gradient flow into the predicted view",
-    )
-    objective.add_argument(
-        "--loss-dropout",
-        type=float,
-        metavar="RATE",
-        default=0.0,
-        help="fraction of the examples, drawn anew every epoch, that go without views and so "
-        "without their cost (default: %(default)s)",
-    )
-    objective.add_argument(
-        "--compare",
-        action=argparse.BooleanOptionalAction,
-        help="train with next-token loss alone as well (default: only without --model)",
-    )
-
-    training = parser.add_argument_group("training")
-    training.add_argument(
-        "--lora-rank",
-        type=int,
-        metavar="R",
-        help="train LoRA of all attention and MLP projections, alpha 2R (default: all weights)",
-    )
-    for option, destination, kind, metavar in (
-        ("--epochs", "num_train_epochs", float, "N"),
-        ("--batch-size", "per_device_train_batch_size", int, "N"),
-        ("--learning-rate", "learning_rate", float, "LR"),
-    ):
-        training.add_argument(
-            option,
-            dest=destination,
-            type=kind,
-            metavar=metavar,
-            help=f"default: {FINE_TUNE[destination]:g} with --model, else {SCRATCH[destination]:g}",
-        )
-    training.add_argument(
-        "--max-steps", type=int, metavar="N", help="stop after N updates, whatever --epochs says"
-    )
-    training.add_argument(
-        "--gradient-accumulation-steps",
-        type=int,
-        metavar="N",
-        default=1,
-        help="batches that make up an update (default: %(default)s)",
-    )
-    training.add_argument(
-        "--bf16", action="store_true", help="bfloat16 autocast; weights stay in float32"
-    )
-    training.add_argument(
-        "--seed",
-        type=int,
-        default=42,
-        help="of weights, data order and built-in data (default: %(default)s)",
-    )
-    training.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on from the last checkpoints in --output-dir (see --save-steps), if there are any",
-    )
-    training.add_argument(
-        "--output-dir",
-        metavar="DIR",
-        type=Path,
-        default=Path("outputs/train"),
-        help="gets a checkpoint per run, report.txt, report.png and report.json "
-        "(default: %(default)s)",
-    )
-
-
 class Job:
     """One ``llmjepa train``: checks and loads everything at first, then trains.
 
     Raises:
         ValueError: An option or a sample is wrong.
         OSError: A file or a model is not there.
-        ImportError: A package of the ``train`` extra is missing; says how to install it.
     """
 
     def __init__(self, args: argparse.Namespace, rest: list[str]):
@@ -282,14 +78,6 @@ class Job:
 
     def _check_options(self) -> None:
         args = self.args
-        modules = ["transformers", "accelerate", "tokenizers", "matplotlib", "rich"]
-        modules += ["peft"] * (args.lora_rank is not None)
-        modules += ["gguf"] * (args.model or "").endswith(".gguf")
-        for module in modules:
-            if importlib.util.find_spec(module) is None:
-                raise ImportError(
-                    f"the package {module} is missing: pip install 'llmjepa_kernels[train]'"
-                )
         for name in ("train_samples", "eval_samples", "max_length", "lora_rank"):
             value = getattr(args, name)
             if value is not None and value < 1:
@@ -342,7 +130,7 @@ class Job:
         return train, held_out
 
     def _build(self):
-        """The model before training, its tokenizer and [PRED] tokens: the same at every call."""
+        """The model before training, its tokenizer and format: the same at every call."""
         from transformers import set_seed
 
         from llmjepa_kernels import models
@@ -359,19 +147,18 @@ class Job:
         pred_ids = add_predictor_tokens(model, tokenizer, args.num_pred_tokens, seed=args.seed)
         if args.lora_rank is not None:
             model = models.add_lora(model, args.lora_rank, pred_ids=pred_ids)
-        return model, tokenizer, pred_ids
+        return model, tokenizer, self._format(pred_ids)
 
     def _examples(self, samples: list[dict[str, Any]], source: str | None) -> list[Example]:
         """Tokenized once, and checked before hours of training depend on it."""
         from llmjepa_kernels.packing import pack
 
-        _, tokenizer, pred_ids = self._built
-        collator = self._collator(tokenizer, pred_ids)
+        _, tokenizer, example_format = self._built
         limit = self.args.max_length
         examples = []
         for index, sample in enumerate(samples):
             try:
-                example = collator.example(sample)
+                example = example_format.example(sample, tokenizer)
                 if limit and sum(len(s.input_ids) for s in example.segments) > limit:
                     row = pack([example], share_prefixes=self.args.share_prefixes)
                     size = row["input_ids"].shape[1]
@@ -382,18 +169,15 @@ class Job:
             examples.append(example)
         return examples
 
-    def _collator(self, tokenizer, pred_ids: Sequence[int]):
-        """Makes examples, and rows of any length, of samples."""
-        from llmjepa_kernels.trainer import LLMJEPACollator
+    def _format(self, pred_ids: Sequence[int]) -> ExampleFormat:
+        from llmjepa_kernels.example_format import ExampleFormat
 
-        return LLMJEPACollator(
-            tokenizer,
-            layout=self.args.layout,
+        args = self.args
+        return ExampleFormat(
+            layout=args.layout,
+            direction=args.direction,
+            pred_position=args.pred_position,
             pred_ids=pred_ids,
-            chat_options={
-                "direction": self.args.direction,
-                "pred_position": self.args.pred_position,
-            },
         )
 
     def _run(self, name: str, *, views: bool) -> dict[str, Any] | None:
@@ -405,10 +189,11 @@ class Job:
         from llmjepa_kernels.trainer import LLMJEPACollator, LLMJEPATrainer, ProgressBar
 
         args = self.args
-        model, tokenizer, pred_ids = self._built or self._build()
+        model, tokenizer, example_format = self._built or self._build()
         self._built = None
         collator = LLMJEPACollator(
             tokenizer,
+            example_format,
             max_length=args.max_length,
             # Next-token loss alone stands for plain fine-tuning, which shares nothing.
             share_prefixes=args.share_prefixes and views,
@@ -450,9 +235,10 @@ class Job:
         cosines = []
         if self.eval_examples:
             model = trainer.accelerator.unwrap_model(trainer.model)
-            cosines = self._view_cosines(model, tokenizer, pred_ids)
+            cosines = self._view_cosines(model, LLMJEPACollator(tokenizer, example_format))
             metrics["pair_cosine"] = mean(cosines)
-            metrics["view_cosine"] = mean(self._view_cosines(model, tokenizer))
+            without_pred = LLMJEPACollator(tokenizer, replace(example_format, pred_ids=()))
+            metrics["view_cosine"] = mean(self._view_cosines(model, without_pred))
             metrics["exact_match"] = self._exact_match(model, tokenizer)
         return {"name": name, "metrics": metrics, "history": history, "cosines": cosines}
 
@@ -480,15 +266,15 @@ class Job:
             merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
             merged.save_pretrained(directory)
             trainer.processing_class.save_pretrained(directory)
+            trainer.data_collator.example_format.save(directory)
             trainer.model = merged
 
-    def _view_cosines(self, model, tokenizer, pred_ids: Sequence[int] = ()) -> list[float]:
-        """The cosine of every held-out pair: without [PRED] that of the views themselves."""
+    def _view_cosines(self, model, collator) -> list[float]:
+        """The cosine of every held-out pair as `collator` makes them."""
         from torch.nn.functional import cosine_similarity
 
         from llmjepa_kernels.analysis import view_states
 
-        collator = self._collator(tokenizer, pred_ids)
         batches = (collator(chunk) for chunk in _chunks(self.eval_samples, 64))
         return cosine_similarity(*view_states(model, batches)).tolist()
 
@@ -531,7 +317,3 @@ def _refuse(message: str) -> NoReturn:
 def _chunks(items: list, size: int) -> Iterator[list]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
-from llmjepa_kernels.chat import LAYOUTS, chat_example, without_views
+from llmjepa_kernels.chat import without_views
+from llmjepa_kernels.example_format import ExampleFormat
 from llmjepa_kernels.hf import patch_model, patched_impl
 from llmjepa_kernels.objective import llm_jepa_loss, supervised_positions
 from llmjepa_kernels.packing import IGNORE, Example, PackedBatch, pack
@@ -27,13 +28,11 @@ class LLMJEPACollator:
     ``views``, False if it is to go without any.
 
     Attributes:
-        tokenizer: A fast tokenizer with a chat template; needed for features with ``messages``.
+        tokenizer: A fast tokenizer; needed for features with ``messages``.
+        example_format: How `tokenizer` turns those into examples, [PRED] tokens included.
         max_length: Tokens in a row at most. Default: one row per batch, without any padding.
         packing_strategy: "bfd", best-fit decreasing; an example is never split.
         share_prefixes: Store equal prefixes once per row.
-        layout: "shared" or "official", see `chat_example`.
-        pred_ids: The [PRED] tokens, from `add_predictor_tokens`.
-        chat_options: Further options of `chat_example`.
         views: False leaves the views out: next-token loss alone, plain fine-tuning.
         pad_to_multiple_of: Pads rows to a multiple of this, for fewer different shapes.
 
@@ -43,20 +42,16 @@ class LLMJEPACollator:
     """
 
     tokenizer: Any = None
+    example_format: ExampleFormat = field(default_factory=ExampleFormat)
     max_length: int | None = None
     packing_strategy: str = "bfd"
     share_prefixes: bool = True
-    layout: str = "shared"
-    pred_ids: Sequence[int] = ()
-    chat_options: Mapping[str, Any] = field(default_factory=dict)
     views: bool = True
     pad_to_multiple_of: int | None = None
 
     def __post_init__(self):
         if self.packing_strategy != "bfd":
             raise ValueError(f"packing_strategy must be 'bfd', got {self.packing_strategy!r}")
-        if self.layout not in LAYOUTS:
-            raise ValueError(f"layout must be one of {LAYOUTS}, got {self.layout!r}")
 
     def __call__(self, features: Sequence[Example | Mapping[str, Any]]) -> PackedBatch:
         """Packs the features, and adds how many tokens their chats alone take.
@@ -90,15 +85,7 @@ class LLMJEPACollator:
             )
         if self.tokenizer is None:
             raise ValueError("features with messages need a tokenizer, got tokenizer=None")
-        example = chat_example(
-            feature["messages"],
-            self.tokenizer,
-            layout=self.layout,
-            pred_ids=self.pred_ids,
-            text=feature.get("text"),
-            code=feature.get("code"),
-            **self.chat_options,
-        )
+        example = self.example_format.example(feature, self.tokenizer)
         return example if feature.get("views", True) else without_views(example)
 
 
@@ -256,6 +243,12 @@ class LLMJEPATrainer(Trainer):
                 logs["relative_cost"] = tokens / sft_tokens
             self._reset_train_sums()
         super().log(logs, start_time)
+
+    def _save(self, output_dir=None, state_dict=None):
+        """Saves a checkpoint's weights, and the collator's example format beside them."""
+        super()._save(output_dir, state_dict)
+        if isinstance(self.data_collator, LLMJEPACollator):
+            self.data_collator.example_format.save(output_dir or self.args.output_dir)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The loss of one batch; there are no predictions."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 
@@ -13,8 +12,9 @@ pytest.importorskip("transformers")
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmjepa_kernels import grammar, train
+from llmjepa_kernels import cli, grammar
 from llmjepa_kernels.evaluate import exact_match, greedy_completions, stop_ids
+from llmjepa_kernels.example_format import ExampleFormat
 from llmjepa_kernels.hf import patch_model
 from llmjepa_kernels.report import format_table
 
@@ -22,7 +22,7 @@ MINIATURE = ["--train-samples", "40", "--eval-samples", "6", "--batch-size", "8"
 
 
 def run(*options: object) -> int:
-    return train.main(["train", *map(str, options)])
+    return cli.main(["train", *map(str, options)])
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +72,7 @@ def test_checkpoint_loads_and_generates_patched_as_unpatched(miniature, name):
     assert tokenizer.convert_tokens_to_ids("<|predictor_1|>") == len(tokenizer) - 1
     assert model.config.vocab_size == len(tokenizer)
     assert model.config.use_cache
+    assert ExampleFormat.load(miniature / name) == ExampleFormat(pred_ids=(len(tokenizer) - 1,))
     prompts = [tokenizer(text)["input_ids"] for text in ("lines with a vowel", "not", "a b c d e")]
     options = {"stop_ids": [tokenizer.eos_token_id], "max_new_tokens": 8}
     expected = [greedy_completions(model, tokenizer, [prompt], **options)[0] for prompt in prompts]
@@ -123,6 +124,10 @@ def test_lora_from_a_directory_on_jsonl(miniature, tmp_path):
     assert list(report(tmp_path / "out")) == ["LLM-JEPA"]
 
     checkpoint = tmp_path / "out" / "llm-jepa"
+    saved = ExampleFormat.load(checkpoint)
+    assert (saved.layout, saved.direction, saved.pred_position) == ("official", "both", "prepend")
+    assert len(saved.pred_ids) == 2
+    assert ExampleFormat.load(checkpoint / "adapter") == saved
     arguments = torch.load(checkpoint / "adapter" / "training_args.bin", weights_only=False)
     assert (arguments.weight_decay, arguments.learning_rate) == (0.1, 0.01)
     before = AutoModelForCausalLM.from_pretrained(miniature / "llm-jepa").state_dict()
@@ -181,21 +186,6 @@ def test_mistakes_are_named_before_training(tmp_path, capsys, options, message):
     assert error.startswith("llmjepa train: error: ")
     assert message in error
     assert not (tmp_path / "out").exists()
-
-
-def test_missing_package_says_how_to_install(monkeypatch, capsys):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else name)
-    assert run("--lora-rank", 8) == 2
-    assert "peft is missing: pip install 'llmjepa_kernels[train]'" in capsys.readouterr().err
-
-
-def test_help_explains_and_stops(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        run("--help")
-    assert stopped.value.code == 0
-    text = capsys.readouterr().out
-    for option in ("--model", "--jepa-weight", "--lora-rank", "--no-share-prefixes", "--compare"):
-        assert option in text
 
 
 def test_exact_match_compares_whole_answers(miniature):

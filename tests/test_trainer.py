@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from llmjepa_kernels.chat import without_views
 from llmjepa_kernels.data import train_tokenizer
+from llmjepa_kernels.example_format import ExampleFormat
 from llmjepa_kernels.grammar import generate
 from llmjepa_kernels.hf import patch_model, patched_impl
 from llmjepa_kernels.loss_dropout import LossDropout
@@ -53,7 +54,9 @@ def tiny_llama(tokenizer, *, tied: bool = True, spare_rows: int = 0) -> LlamaFor
 def build(tokenizer, **options):
     tokenizer = copy.deepcopy(tokenizer)  # it gets the [PRED] tokens of one model
     model = tiny_llama(tokenizer, **options)
-    return model, LLMJEPACollator(tokenizer, pred_ids=add_predictor_tokens(model, tokenizer, 2))
+    return model, LLMJEPACollator(
+        tokenizer, ExampleFormat(pred_ids=add_predictor_tokens(model, tokenizer, 2))
+    )
 
 
 def arguments(directory, **options) -> TrainingArguments:
@@ -146,7 +149,7 @@ def test_collator_counts_what_plain_fine_tuning_takes(tokenizer):
     _, collator = build(tokenizer)
     chats = [tokenizer.apply_chat_template(row["messages"])["input_ids"] for row in ROWS[:8]]
     sft_tokens = sum(map(len, chats))
-    rows = LLMJEPACollator(tokenizer, max_length=200, pred_ids=collator.pred_ids)(ROWS[:8])
+    rows = LLMJEPACollator(tokenizer, collator.example_format, max_length=200)(ROWS[:8])
     assert len(rows["input_ids"]) > 1
     assert rows["input_ids"].shape[1] <= 200
     for batch in (rows, collator(ROWS[:8])):
@@ -161,8 +164,6 @@ def test_collator_counts_what_plain_fine_tuning_takes(tokenizer):
 def test_collator_names_what_is_wrong(tokenizer):
     with pytest.raises(ValueError, match="packing_strategy must be 'bfd', got 'wrapped'"):
         LLMJEPACollator(tokenizer, packing_strategy="wrapped")
-    with pytest.raises(ValueError, match=r"layout must be one of .*, got 'flat'"):
-        LLMJEPACollator(tokenizer, layout="flat")
     with pytest.raises(ValueError, match=r"with the key messages, got \['text'\]"):
         LLMJEPACollator(tokenizer)([{"text": "a"}])
     with pytest.raises(ValueError, match="tokenizer=None"):
@@ -238,7 +239,7 @@ def test_bf16_autocast_follows_float32(tokenizer, tmp_path):
 @pytest.mark.parametrize("tied", [True, False])
 def test_lora_trains_adapters_and_predictor_rows_only(tokenizer, tmp_path, tied):
     model, collator = build(tokenizer, tied=tied)
-    ids = list(collator.pred_ids)
+    ids = list(collator.example_format.pred_ids)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     lora = add_lora(model, 4, pred_ids=ids)
     args = arguments(tmp_path, max_steps=3, activation_checkpointing=True)

@@ -1,0 +1,8 @@
+"""``python -m llmjepa_kernels``, for ``torchrun -m llmjepa_kernels train``."""
+
+import sys
+
+from llmjepa_kernels.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

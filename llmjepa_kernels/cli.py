@@ -1,0 +1,262 @@
+"""The ``llmjepa`` command: the options of every subcommand, and what happens on a mistake."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from llmjepa_kernels.train import EVAL_SAMPLES, FINE_TUNE, SCRATCH, TRAIN_SAMPLES
+
+# Transformers takes seconds to import: a subcommand imports what needs it when it runs, so that
+# --help and mistakes in the options answer at once.
+
+TRAIN_DESCRIPTION = """\
+Trains a language model with next-token loss + λ · JEPA loss, in one forward pass per batch.
+
+Without options it makes pairs of English and regular expressions, trains a small Llama from random
+weights on them, once with next-token loss alone and once with LLM-JEPA, and compares the two on
+held-out pairs: about three minutes on two cores.
+"""
+TRAIN_EPILOG = """\
+Every other option of transformers.TrainingArguments is accepted as well, for example
+--weight-decay 0.01 --lr-scheduler-type linear --activation-checkpointing True --save-steps 200.
+
+examples:
+  llmjepa train
+  llmjepa train --model meta-llama/Llama-3.2-1B-Instruct --data train.jsonl --eval-data test.jsonl
+  llmjepa train --model SmolLM2-135M-Instruct.Q4_1.gguf --data train.jsonl --lora-rank 64
+  torchrun --nproc-per-node 8 -m llmjepa_kernels train --model Qwen/Qwen3-1.7B --data a.jsonl
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the ``llmjepa`` command; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        "llmjepa",
+        description="LLM-JEPA training in one forward pass of packed rows.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    add_train_arguments(commands)
+    args, rest = parser.parse_known_args(argv)
+    try:
+        if rest and args.command != "train":  # which hands them to TrainingArguments
+            raise ValueError(f"unknown options {' '.join(rest)}: see llmjepa {args.command} --help")
+        args.run(args, rest)
+    except (ValueError, OSError, ImportError) as error:
+        if args.traceback:
+            raise
+        print(f"llmjepa {args.command}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def require(*packages: str) -> None:
+    """Raises an ImportError that says how to install, if a package is missing."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(
+                f"the package {package} is missing: pip install 'llmjepa_kernels[train]'"
+            )
+
+
+def _add_command(
+    commands,
+    name: str,
+    run: Callable[[argparse.Namespace, list[str]], None],
+    summary: str,
+    description: str,
+    epilog: str | None = None,
+) -> argparse.ArgumentParser:
+    """A subcommand with what all of them have; `run` gets its options and the unknown ones."""
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--traceback", action="store_true", help="show where in the code an error was found"
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_train_arguments(commands) -> None:
+    """Adds ``llmjepa train``."""
+    parser = _add_command(
+        commands, "train", _train, "train with LLM-JEPA", TRAIN_DESCRIPTION, TRAIN_EPILOG
+    )
+    data = parser.add_argument_group("model and data")
+    data.add_argument(
+        "--model",
+        metavar="NAME",
+        help="model of the Hugging Face hub, directory or .gguf file (default: a small Llama from "
+        "random weights, with a tokenizer trained on the data)",
+    )
+    data.add_argument(
+        "--data",
+        metavar="FILE",
+        help='JSONL, a line being {"messages": [{"role": "system", "content": …}, user, '
+        'assistant]}; "text" and "code" may give other views (default: built-in pairs of English '
+        "and regular expressions)",
+    )
+    data.add_argument("--eval-data", metavar="FILE", help="the same, held out")
+    data.add_argument(
+        "--train-samples",
+        type=int,
+        metavar="N",
+        help=f"train on the first N (default: all of --data, {TRAIN_SAMPLES} built-in ones)",
+    )
+    data.add_argument(
+        "--eval-samples",
+        type=int,
+        metavar="N",
+        default=EVAL_SAMPLES,
+        help="evaluate on the first N held-out ones (default: %(default)s)",
+    )
+    data.add_argument(
+        "--max-length",
+        type=int,
+        metavar="N",
+        help="tokens in a packed row at most (default: one row per batch, without padding)",
+    )
+    data.add_argument(
+        "--no-share-prefixes",
+        dest="share_prefixes",
+        action="store_false",
+        help="store every copy of a common prefix, such as the system prompt",
+    )
+
+    objective = parser.add_argument_group("objective")
+    objective.add_argument(
+        "--layout",
+        choices=("shared", "official"),
+        default="shared",
+        help="shared: the Text view is the prefix of the chat; official: the authors' three "
+        "sequences (default: %(default)s)",
+    )
+    objective.add_argument(
+        "--direction",
+        choices=("text_to_code", "code_to_text", "both"),
+        default="text_to_code",
+        help="which view predicts which (default: %(default)s)",
+    )
+    objective.add_argument(
+        "--num-pred-tokens",
+        type=int,
+        metavar="K",
+        default=1,
+        help="[PRED] tokens of a predicting view (default: %(default)s)",
+    )
+    objective.add_argument(
+        "--pred-position",
+        choices=("append", "prepend"),
+        default="append",
+        help="[PRED] tokens behind the view, or in front of a copy (default: %(default)s)",
+    )
+    objective.add_argument(
+        "--jepa-weight",
+        type=float,
+        metavar="WEIGHT",
+        default=1.0,
+        help="λ, the weight of the JEPA loss (default: %(default)s)",
+    )
+    objective.add_argument(
+        "--metric",
+        choices=("cosine", "l2", "mse", "infonce"),
+        default="cosine",
+        help="distance of prediction and Code view (default: %(default)s)",
+    )
+    objective.add_argument(
+        "--temperature",
+        type=float,
+        metavar="T",
+        default=0.07,
+        help="of infonce (default: %(default)s)",
+    )
+    objective.add_argument(
+        "--detach-target",
+        action="store_true",
+        help="let no gradient flow into the predicted view",
+    )
+    objective.add_argument(
+        "--loss-dropout",
+        type=float,
+        metavar="RATE",
+        default=0.0,
+        help="fraction of the examples, drawn anew every epoch, that go without views and so "
+        "without their cost (default: %(default)s)",
+    )
+    objective.add_argument(
+        "--compare",
+        action=argparse.BooleanOptionalAction,
+        help="train with next-token loss alone as well (default: only without --model)",
+    )
+
+    training = parser.add_argument_group("training")
+    training.add_argument(
+        "--lora-rank",
+        type=int,
+        metavar="R",
+        help="train LoRA of all attention and MLP projections, alpha 2R (default: all weights)",
+    )
+    for option, destination, kind, metavar in (
+        ("--epochs", "num_train_epochs", float, "N"),
+        ("--batch-size", "per_device_train_batch_size", int, "N"),
+        ("--learning-rate", "learning_rate", float, "LR"),
+    ):
+        training.add_argument(
+            option,
+            dest=destination,
+            type=kind,
+            metavar=metavar,
+            help=f"default: {FINE_TUNE[destination]:g} with --model, else {SCRATCH[destination]:g}",
+        )
+    training.add_argument(
+        "--max-steps", type=int, metavar="N", help="stop after N updates, whatever --epochs says"
+    )
+    training.add_argument(
+        "--gradient-accumulation-steps",
+        type=int,
+        metavar="N",
+        default=1,
+        help="batches that make up an update (default: %(default)s)",
+    )
+    training.add_argument(
+        "--bf16", action="store_true", help="bfloat16 autocast; weights stay in float32"
+    )
+    training.add_argument(
+        "--seed",
+        type=int,
+        default=42,
+        help="of weights, data order and built-in data (default: %(default)s)",
+    )
+    training.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the last checkpoints in --output-dir (see --save-steps), if there are any",
+    )
+    training.add_argument(
+        "--output-dir",
+        metavar="DIR",
+        type=Path,
+        default=Path("outputs/train"),
+        help="gets a checkpoint per run, report.txt, report.png and report.json "
+        "(default: %(default)s)",
+    )
+
+
+def _train(args: argparse.Namespace, rest: list[str]) -> None:
+    from llmjepa_kernels.train import Job
+
+    packages = ["transformers", "accelerate", "tokenizers", "matplotlib", "rich"]
+    packages += ["peft"] * (args.lora_rank is not None)
+    packages += ["gguf"] * (args.model or "").endswith(".gguf")
+    require(*packages)
+    Job(args, rest).run()
