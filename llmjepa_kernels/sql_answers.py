@@ -1,0 +1,151 @@
+"""Whether two SQL queries have the same result, the one written by a model not being trusted."""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+Rows = list[tuple[Any, ...]]
+
+TIME_LIMIT = 10.0
+MAX_VALUE_BYTES = 10_000_000
+_DB_ID = re.compile(r"For db_id:\[([^]/\\]+)\]")
+_ORDER_BY = re.compile(r"\border\s+by\b", re.IGNORECASE)
+_STEPS_BETWEEN_CHECKS = 10_000
+_READING = {
+    sqlite3.SQLITE_SELECT,
+    sqlite3.SQLITE_READ,
+    sqlite3.SQLITE_FUNCTION,
+    sqlite3.SQLITE_RECURSIVE,
+}
+
+
+class SpiderDatabases:
+    """Judges queries by what they return from the databases of Spider.
+
+    A completion is correct if its rows are those of the reference query: in the same order if the
+    reference has an ORDER BY, in any order otherwise, always as often, and with the columns in any
+    order. A completion that fails, or is no query, is wrong. As Spider's own evaluation this is
+    sound for one state of the database only, and unlike it DISTINCT counts.
+
+    Databases are opened for reading only, nothing but reading is authorised, and a query that runs
+    for longer than the time limit fails.
+
+    Source: Spider's execution accuracy, arXiv:2010.02840.
+
+    Args:
+        directory: Has ``db_id/db_id.sqlite``; a sample names its database in its user turn, as in
+            ``For db_id:[concert_singer]``.
+        time_limit: Seconds per query.
+    Raises:
+        NotADirectoryError: There is no such directory.
+    """
+
+    def __init__(self, directory: str | PathLike[str], *, time_limit: float = TIME_LIMIT):
+        self.directory = Path(directory)
+        self.time_limit = time_limit
+        if not self.directory.is_dir():
+            raise NotADirectoryError(f"no directory of databases {str(directory)!r}")
+
+    def is_correct(self, completion: str, sample: Mapping[str, Any]) -> bool:
+        reference, path = _reference(sample), self._path(sample)
+        expected = execute(path, reference, time_limit=self.time_limit)
+        try:
+            limit = len(expected) + 1  # one row too many is wrong, however many follow
+            got = execute(path, completion, time_limit=self.time_limit, max_rows=limit)
+        except ValueError:
+            return False
+        return same_rows(expected, got, ordered=bool(_ORDER_BY.search(reference)))
+
+    def check(self, sample: Mapping[str, Any]) -> None:
+        """Executes the reference.
+
+        Raises:
+            ValueError: The sample names no database, or its query fails.
+            FileNotFoundError: The database is missing.
+        """
+        execute(self._path(sample), _reference(sample), time_limit=self.time_limit)
+
+    def _path(self, sample: Mapping[str, Any]) -> Path:
+        question = sample["messages"][-2]["content"]
+        match = _DB_ID.search(question)
+        if not match:
+            raise ValueError(f"expected For db_id:[name] in the user turn, got {question[:200]!r}")
+        name = match[1]
+        path = self.directory / name / f"{name}.sqlite"
+        if not path.is_file():
+            raise FileNotFoundError(f"no database {str(path)!r}, which a sample asks for")
+        return path
+
+
+def execute(
+    path: str | PathLike[str], query: str, *, time_limit: float, max_rows: int = -1
+) -> Rows:
+    """The rows of one query that only reads.
+
+    Args:
+        path: An SQLite database, which is neither written to nor locked for writing.
+        query: One statement. It may call built-in functions, but not attach, write, load an
+            extension, or set or ask for a PRAGMA.
+        time_limit: In seconds.
+        max_rows: Rows to fetch at most; all if negative.
+    Raises:
+        ValueError: The query is malformed, not authorised, no query at all, or took too long.
+    """
+    deadline = time.monotonic() + time_limit
+    uri = f"{Path(path).absolute().as_uri()}?mode=ro"
+    with closing(sqlite3.connect(uri, uri=True)) as connection:
+        connection.text_factory = lambda text: text.decode("utf-8", errors="replace")
+        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_VALUE_BYTES)
+        connection.set_authorizer(_authorize)
+        connection.set_progress_handler(lambda: time.monotonic() > deadline, _STEPS_BETWEEN_CHECKS)
+        try:
+            cursor = connection.execute(query)
+            if cursor.description is None:
+                raise ValueError("it returns no table")
+            return cursor.fetchall() if max_rows < 0 else cursor.fetchmany(max_rows)
+        except (sqlite3.Error, sqlite3.Warning, ValueError, MemoryError) as error:
+            reason = f"it took over {time_limit:g} s" if "interrupted" in str(error) else error
+            raise ValueError(f"query {query!r} failed on {Path(path).name}: {reason}") from error
+
+
+def same_rows(expected: Rows, got: Rows, *, ordered: bool) -> bool:
+    """Whether two tables are equal up to the order of columns and, unless `ordered`, of rows."""
+    if len(expected) != len(got):
+        return False
+    if not expected:
+        return True
+    columns, got_columns = list(zip(*expected, strict=True)), list(zip(*got, strict=True))
+    if ordered:
+        return Counter(columns) == Counter(got_columns)
+    return len(columns) == len(got_columns) and _match_columns(columns, got_columns, [])
+
+
+def _match_columns(expected: Sequence, got: Sequence, chosen: list[int]) -> bool:
+    """Whether some order of the columns that begins with `chosen` gives the same bag of rows."""
+    size = len(chosen)
+    rows = zip(*(got[i] for i in chosen), strict=True)
+    if chosen and Counter(rows) != Counter(zip(*expected[:size], strict=True)):
+        return False
+    if size == len(expected):
+        return True
+    left = {got[i]: i for i in range(len(got)) if i not in chosen}  # of equal ones, one will do
+    return any(_match_columns(expected, got, [*chosen, i]) for i in left.values())
+
+
+def _reference(sample: Mapping[str, Any]) -> str:
+    return sample["messages"][-1]["content"]
+
+
+def _authorize(action: int, argument: str | None, name: str | None, *_: str | None) -> int:
+    """Denies everything but reading. An error in here would deny as well."""
+    if action == sqlite3.SQLITE_FUNCTION and (name or "").lower() == "load_extension":
+        return sqlite3.SQLITE_DENY
+    return sqlite3.SQLITE_OK if action in _READING else sqlite3.SQLITE_DENY
