@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from llmjepa_kernels import hf_openelm
 from llmjepa_kernels.attention import BACKENDS, view_attention
 from llmjepa_kernels.block_mask import SCHEDULE_KEYS, BlockMask
 from llmjepa_kernels.reference import dense_attention, visible
@@ -27,6 +28,8 @@ NAME = "view_attention"  # of the attention implementation, as in `config._attn_
 
 # Layers that mix tokens by attention alone, under a causal mask with or without a window.
 LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+CACHES = ("cache", "past_key_values")  # the latter until Transformers 5.23
 
 # Additive masks hide a pair by a score this low or lower.
 HIDDEN = -1e4
@@ -50,7 +53,8 @@ def patch_model(model: nn.Module, *, impl: str | None = None) -> nn.Module:
         The same model.
 
     Raises:
-        TypeError: The model does not call attention through Transformers' interface.
+        TypeError: The model does not call attention through Transformers' interface, and is not
+            OpenELM, which has an adapter of its own.
         ValueError: The model mixes tokens in other ways than causal attention, or is wrapped in
             what cannot carry a packed row (DataParallel, prompt-learning PEFT).
     """
@@ -62,50 +66,58 @@ def patch_model(model: nn.Module, *, impl: str | None = None) -> nn.Module:
             f"in which the views of a packed row would see each other; expected only "
             f"{sorted(LAYER_TYPES)}"
         )
+    openelm = hf_openelm.is_openelm(pretrained)
     for part in _innermost(pretrained):
-        if not part._can_set_attn_implementation():
+        if not openelm and not part._can_set_attn_implementation():
             raise TypeError(
                 f"{type(part).__name__} does not call attention through Transformers' "
                 "AttentionInterface, so its attention cannot be replaced"
             )
 
     name = _register(impl)
+    if openelm:
+        _add_hooks(pretrained)
+        hf_openelm.patch(pretrained, functools.partial(_attention, impl=impl))
+        return model
     previous = pretrained.config._attn_implementation
     if previous.startswith(NAME):  # patched before, or by a model that shares the config
         previous = getattr(pretrained, "_before_view_attention", None)
         previous = previous or pretrained.get_correct_attn_implementation(None)
     pretrained._before_view_attention = previous
     pretrained.set_attn_implementation(name)
-    for part in _innermost(pretrained):
-        if not _has_hook(part):
-            part.register_forward_pre_hook(_prepare, with_kwargs=True)
+    _add_hooks(pretrained)
     return model
 
 
 def unpatch_model(model: nn.Module) -> nn.Module:
     """Gives a model its former attention implementation back; returns the same model."""
     pretrained = _pretrained(model)
-    if hasattr(pretrained, "_before_view_attention"):
+    if hf_openelm.is_openelm(pretrained):
+        hf_openelm.unpatch(pretrained)
+        _remove_hooks(pretrained)
+    elif hasattr(pretrained, "_before_view_attention"):
         pretrained.set_attn_implementation(pretrained._before_view_attention)
         del pretrained._before_view_attention
-        for part in _innermost(pretrained):
-            hooks = part._forward_pre_hooks
-            for key in [key for key, hook in hooks.items() if hook is _prepare]:
-                del hooks[key], part._forward_pre_hooks_with_kwargs[key]
+        _remove_hooks(pretrained)
     return model
 
 
 def patched_impl(model: nn.Module) -> str | None:
     """The `impl` that a model was patched with; raises RuntimeError if it was not patched."""
     pretrained = _pretrained(model)
-    parts = [part for part in _innermost(pretrained) if _has_hook(part)]
-    names = {part.config._attn_implementation for part in parts}
-    if len(names) != 1 or not (name := names.pop()).startswith(NAME):
+    if hf_openelm.is_openelm(pretrained):
+        attend = hf_openelm.attend_of(pretrained)
+    else:
+        parts = [part for part in _innermost(pretrained) if _has_hook(part)]
+        names = {part.config._attn_implementation for part in parts}
+        patched = len(names) == 1 and next(iter(names)).startswith(NAME)
+        attend = ALL_ATTENTION_FUNCTIONS[names.pop()] if patched else None
+    if attend is None:
         raise RuntimeError(
             f"{type(pretrained).__name__} is not patched, so it cannot keep the views of a packed "
             "row apart: call patch_model(model) first"
         )
-    return ALL_ATTENTION_FUNCTIONS[name].keywords["impl"]
+    return attend.keywords["impl"]
 
 
 def _pretrained(model: nn.Module) -> PreTrainedModel:
@@ -139,6 +151,19 @@ def _inside(module: nn.Module) -> list[nn.Module]:
 
 def _has_hook(module: nn.Module) -> bool:
     return any(hook is _prepare for hook in module._forward_pre_hooks.values())
+
+
+def _add_hooks(model: PreTrainedModel) -> None:
+    for part in _innermost(model):
+        if not _has_hook(part):
+            part.register_forward_pre_hook(_prepare, with_kwargs=True)
+
+
+def _remove_hooks(model: PreTrainedModel) -> None:
+    for part in _innermost(model):
+        hooks = part._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if hook is _prepare]:
+            del hooks[key], part._forward_pre_hooks_with_kwargs[key]
 
 
 def _register(impl: str | None) -> str:
@@ -212,10 +237,11 @@ def _check_packed(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Non
         raise ValueError(
             "attention_mask must not be given with visible_until, which is the whole mask"
         )
-    if kwargs.get("past_key_values") is not None:
+    for name in CACHES:
+        if kwargs.get(name) is None:
+            continue
         raise ValueError(
-            "past_key_values must not be given with visible_until: a packed row cannot continue "
-            "a KV cache"
+            f"{name} must not be given with visible_until: a packed row cannot continue a KV cache"
         )
 
 
@@ -240,7 +266,7 @@ def _recognised(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[
         or tokens is None
         or mask.shape[1:] != (1, tokens.shape[1], tokens.shape[1])
         or mask.requires_grad
-        or kwargs.get("past_key_values") is not None
+        or any(kwargs.get(name) is not None for name in CACHES)
         or (module.training and _dropout_field(module.config) is not None)
         or torch.compiler.is_compiling()  # the answer depends on data
     ):
@@ -398,6 +424,8 @@ def _check_layer(
 
 
 def _has_window(module: nn.Module) -> bool:
+    if not hasattr(module, "config"):  # OpenELM's
+        return False
     layer_types = getattr(module.config, "layer_types", None)
     if layer_types is not None:
         return layer_types[module.layer_idx] == "sliding_attention"

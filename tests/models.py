@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
+from tests.openelm import OpenELMConfig
+
 VOCAB = 64
 
 COMMON = {
@@ -83,8 +85,12 @@ def tiny_model(
     family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **options
 ) -> PreTrainedModel:
     """A model in training mode, with weights large enough for attention to be far from uniform."""
-    model_type, own = FAMILIES[family]
-    config = CONFIG_MAPPING[model_type](**{**COMMON, **own, **options})
+    if family == "openelm":  # remote code, with its own names
+        special = {key: COMMON[key] for key in ("pad_token_id", "bos_token_id", "eos_token_id")}
+        config = OpenELMConfig(**{**special, **options})
+    else:
+        model_type, own = FAMILIES[family]
+        config = CONFIG_MAPPING[model_type](**{**COMMON, **own, **options})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(
         config, attn_implementation="eager", experts_implementation="eager"

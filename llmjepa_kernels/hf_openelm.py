@@ -1,0 +1,197 @@
+"""OpenELM, whose remote code knows nothing of Transformers' attention interface, for `patch_model`.
+
+Its attention takes no keyword arguments, counts positions by index and repeats keys and values.
+Only the mask reaches every layer, through activation checkpointing as well, so all that a packed
+row needs travels in its place. Calls without `visible_until` run the remote code as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+ATTENTION = {
+    *("qkv_proj", "out_proj", "q_norm", "k_norm", "pos_embedding", "head_dim"),
+    *("num_q_heads", "num_k_heads", "num_v_heads"),
+}
+
+
+def is_openelm(model: PreTrainedModel) -> bool:
+    """Whether a model is OpenELM as published, with or without a head."""
+    base = model.base_model
+    layers = getattr(base, "layers", None)
+    return (
+        model.config.model_type == "openelm"
+        and isinstance(layers, nn.ModuleList)
+        and hasattr(base, "_update_causal_mask")
+        and all(_has(getattr(layer, "attn", None), ATTENTION) for layer in layers)
+        and all(_has(layer.attn.pos_embedding, {"model_dim", "freq_constant"}) for layer in layers)
+    )
+
+
+def patch(model: PreTrainedModel, attend: Callable[..., tuple[Tensor, None]]) -> None:
+    """Lets a packed row reach every layer, in place.
+
+    Args:
+        model: For which `is_openelm` holds. Its base model must have a forward pre-hook that
+            completes `visible_until` to a schedule.
+        attend: Attention of one layer, with the arguments and result of Transformers' interface.
+    """
+    unpatch(model)
+    base = model.base_model
+    base.register_forward_pre_hook(_schedule_as_mask, with_kwargs=True)
+    base._update_causal_mask = functools.partial(_update_causal_mask, base)
+    base._attend = attend
+    for layer in base.layers:
+        layer.attn.forward = functools.partial(_attention_forward, layer.attn, attend)
+    if model is not base:
+        # generate asks a forward for its parameters.
+        signature = inspect.signature(model.forward)
+        model.forward = functools.partial(_causal_lm_forward, model)
+        model.forward.__signature__ = signature
+
+
+def unpatch(model: PreTrainedModel) -> None:
+    """Undoes `patch`, if it was called."""
+    base = model.base_model
+    hooks = base._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if hook is _schedule_as_mask]:
+        del hooks[key], base._forward_pre_hooks_with_kwargs[key]
+    for module in (model, *(layer.attn for layer in base.layers)):
+        module.__dict__.pop("forward", None)
+    for name in ("_update_causal_mask", "_attend"):
+        base.__dict__.pop(name, None)
+
+
+def attend_of(model: PreTrainedModel) -> Callable[..., tuple[Tensor, None]] | None:
+    """The `attend` that a model was patched with, or None."""
+    return getattr(model.base_model, "_attend", None)
+
+
+def _has(module: nn.Module | None, names: set[str]) -> bool:
+    return all(hasattr(module, name) for name in names)
+
+
+def _causal_lm_forward(
+    self: PreTrainedModel,
+    *args: Any,
+    visible_until: Tensor | None = None,
+    labels: Tensor | None = None,
+    logits_to_keep: int | Tensor = 0,
+    output_hidden_states: bool | int | None = None,
+    return_dict: bool | None = None,
+    **kwargs: Any,
+) -> Any:
+    """The forward with the options of Transformers' own models, for a packed row."""
+    if visible_until is None:
+        given = {
+            "labels": labels,
+            "logits_to_keep": logits_to_keep or None,
+            "output_hidden_states": output_hidden_states,
+            "return_dict": return_dict,
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        return type(self).forward(self, *args, **kwargs, **given)
+
+    last_only = output_hidden_states is not True and output_hidden_states == -1
+    outputs = self.base_model(
+        *args,
+        visible_until=visible_until,
+        output_hidden_states=False if last_only else output_hidden_states,
+        return_dict=True,
+        **kwargs,
+    )
+    hidden = outputs.last_hidden_state
+    # The head may be the input embeddings themselves.
+    head = self.base_model.token_embeddings if self.lm_head is None else self.lm_head
+    logits = functional.linear(slice_logits_to_keep(hidden, logits_to_keep), head.weight)
+    loss = None
+    if labels is not None:
+        loss = self.loss_function(
+            logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+        )
+    return CausalLMOutputWithPast(
+        loss=loss,
+        logits=logits,
+        hidden_states=(hidden,) if last_only else outputs.hidden_states,
+    )
+
+
+def _schedule_as_mask(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
+    """Puts what the remote code has no argument for in the place of the mask."""
+    if kwargs.get("visible_until") is None:
+        if isinstance(mask := kwargs.get("attention_mask"), Tensor) and mask.dim() == 4:
+            raise ValueError(
+                "attention_mask must have 2 dimensions, or be a causal mask of views that "
+                f"patch_model recognises: {type(module).__name__} ignores others of shape "
+                f"{tuple(mask.shape)}"
+            )
+        return None
+    known = inspect.signature(type(module).forward).parameters
+    packed = {name: value for name, value in kwargs.items() if name not in known}
+    position_ids = kwargs.get("position_ids")
+    if position_ids is None:  # with a recognised dense mask
+        until = kwargs["visible_until"]
+        position_ids = torch.arange(until.shape[1], device=until.device).expand_as(until)
+    packed["position_ids"] = position_ids
+    rest = {name: value for name, value in kwargs.items() if name in known}
+    return args, {**rest, "attention_mask": packed, "use_cache": False}
+
+
+def _update_causal_mask(module: nn.Module, attention_mask: Any, *args: Any, **kwargs: Any) -> Any:
+    if isinstance(attention_mask, dict):
+        return attention_mask
+    return type(module)._update_causal_mask(module, attention_mask, *args, **kwargs)
+
+
+def _attention_forward(
+    self: nn.Module,
+    attend: Callable[..., tuple[Tensor, None]],
+    hidden_states: Tensor,
+    attention_mask: Any = None,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, None, None]:
+    """Attention of one layer.
+
+    Returns:
+        out, no weights and no cache, as the remote code.
+    """
+    if not isinstance(attention_mask, dict):
+        return type(self).forward(self, hidden_states, attention_mask, *args, **kwargs)
+    heads = (self.num_q_heads, self.num_k_heads, self.num_v_heads)
+    qkv = self.qkv_proj(hidden_states).unflatten(-1, (sum(heads), self.head_dim))
+    q, k, v = qkv.transpose(1, 2).split(heads, dim=1)  # each (batch, heads, seq, head_dim)
+    if self.q_norm is not None:
+        q = self.q_norm(q)
+    if self.k_norm is not None:
+        k = self.k_norm(k)
+    q, k = _rotate(self.pos_embedding, q, k, attention_mask["position_ids"])
+    out, _ = attend(self, q, k, v, None, scaling=self.head_dim**-0.5, **attention_mask)
+    return self.out_proj(out.flatten(2)), None, None
+
+
+def _rotate(
+    embedding: nn.Module, q: Tensor, k: Tensor, position_ids: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Rotary embeddings of the given positions, in float32 as in the remote code.
+
+    Frequencies are computed anew: the module's buffer follows the dtype of the model.
+    """
+    dim = embedding.model_dim
+    exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=q.device) / dim
+    frequency = 1.0 / embedding.freq_constant**exponent
+    angle = position_ids[..., None].float() * frequency
+    angle = torch.cat([angle, angle], dim=-1)  # (batch, seq, head_dim)
+    rotated_q, rotated_k = apply_rotary_pos_emb(q.float(), k.float(), angle.cos(), angle.sin())
+    return rotated_q.type_as(q), rotated_k.type_as(k)
