@@ -30,6 +30,18 @@ examples:
   llmjepa train --model SmolLM2-135M-Instruct.Q4_1.gguf --data train.jsonl --lora-rank 64
   torchrun --nproc-per-node 8 -m llmjepa_kernels train --model Qwen/Qwen3-1.7B --data a.jsonl
 """
+ANALYZE_DESCRIPTION = """\
+Compares where checkpoints put the two views of the same examples: singular values of
+Enc(Text) - Enc(Code), cosines of Text, prediction and Code, effective ranks, t-SNE.
+
+The JSON defines every number. No labels are used and nothing is trained.
+"""
+ANALYZE_EPILOG = """\
+examples:
+  llmjepa analyze outputs/train/ntp-only outputs/train/llm-jepa --data test.jsonl
+  llmjepa analyze meta-llama/Llama-3.2-1B-Instruct outputs/train/llm-jepa --data test.jsonl
+"""
+ANALYZE_SAMPLES = 500
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     add_train_arguments(commands)
+    add_analyze_arguments(commands)
     args, rest = parser.parse_known_args(argv)
     try:
         if rest and args.command != "train":  # which hands them to TrainingArguments
@@ -54,12 +67,13 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def require(*packages: str) -> None:
+def require(*packages: str, extra: str = "train") -> None:
     """Raises an ImportError that says how to install, if a package is missing."""
     for package in packages:
-        if importlib.util.find_spec(package) is None:
+        module = {"scikit-learn": "sklearn"}.get(package, package)
+        if importlib.util.find_spec(module) is None:
             raise ImportError(
-                f"the package {package} is missing: pip install 'llmjepa_kernels[train]'"
+                f"the package {package} is missing: pip install 'llmjepa_kernels[{extra}]'"
             )
 
 
@@ -260,3 +274,52 @@ def _train(args: argparse.Namespace, rest: list[str]) -> None:
     packages += ["gguf"] * (args.model or "").endswith(".gguf")
     require(*packages)
     Job(args, rest).run()
+
+
+def add_analyze_arguments(commands) -> None:
+    """Adds ``llmjepa analyze``."""
+    parser = _add_command(
+        commands,
+        "analyze",
+        _analyze,
+        "see where checkpoints put Text and Code",
+        ANALYZE_DESCRIPTION,
+        ANALYZE_EPILOG,
+    )
+    parser.add_argument(
+        "checkpoints",
+        nargs="+",
+        metavar="CHECKPOINT",
+        help="directory that llmjepa train wrote, or any other model: of the Hugging Face hub, a "
+        "directory or a .gguf file",
+    )
+    parser.add_argument(
+        "--data", metavar="FILE", required=True, help="JSONL as for llmjepa train; best held out"
+    )
+    parser.add_argument(
+        "--samples",
+        type=int,
+        metavar="N",
+        default=ANALYZE_SAMPLES,
+        help="analyze the first N lines (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--output-dir",
+        metavar="DIR",
+        type=Path,
+        default=Path("outputs/analyze"),
+        help="gets analysis.json and analysis.png (default: %(default)s)",
+    )
+
+
+def _analyze(args: argparse.Namespace, rest: list[str]) -> None:
+    require("transformers", "matplotlib", "rich")
+    require(*["gguf"] * any(name.endswith(".gguf") for name in args.checkpoints))
+    require("scikit-learn", "threadpoolctl", extra="analyze")
+    from transformers.utils import logging
+
+    from llmjepa_kernels.analyze import analyze
+
+    logging.disable_progress_bar()  # of reading weights
+    table = analyze(args.checkpoints, args.data, samples=args.samples, output_dir=args.output_dir)
+    print(f"\n{table}\nanalysis.json and analysis.png: {args.output_dir}/")

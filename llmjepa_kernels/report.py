@@ -21,7 +21,7 @@ COLUMNS = (
     ("seconds_per_example", "seconds /\nexample", ".4f"),
     ("relative_cost", "relative\ncost", ".2f"),
 )
-COLORS = ("#8c8c8c", "#c44e52", "#4c72b0", "#55a868")
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # Okabe and Ito
 
 
 def write_report(runs: Sequence[dict[str, Any]], directory: Path) -> str:
@@ -33,27 +33,28 @@ def write_report(runs: Sequence[dict[str, Any]], directory: Path) -> str:
         directory: Made if it does not exist.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    table = format_table(runs)
+    table = format_table([(run["name"], run["metrics"]) for run in runs])
     (directory / "report.txt").write_text(table, encoding="utf-8")
     (directory / "report.json").write_text(json.dumps(list(runs), indent=1), encoding="utf-8")
     draw(runs, directory / "report.png")
     return table
 
 
-def format_table(runs: Sequence[dict[str, Any]]) -> str:
-    """One line per run, in plain text."""
+def format_table(
+    rows: Sequence[tuple[str, dict[str, Any]]], columns: Sequence[tuple[str, str, str]] = COLUMNS
+) -> str:
+    """One line per name and its numbers, in plain text; a dash for those that are not there."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("")
-    for _, header, _ in COLUMNS:
+    for _, header, _ in columns:
         table.add_column(header, justify="right")
-    for run in runs:
-        metrics = run["metrics"]
-        cells = [format(metrics[key], spec) if key in metrics else "-" for key, _, spec in COLUMNS]
-        table.add_row(run["name"], *cells)
+    for name, values in rows:
+        found = [(values.get(key), spec) for key, _, spec in columns]
+        table.add_row(name, *("-" if x is None else format(x, spec) for x, spec in found))
     console = Console(width=140, color_system=None)
     with console.capture() as capture:
         console.print(table)

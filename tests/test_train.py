@@ -208,5 +208,5 @@ def test_exact_match_compares_whole_answers(miniature):
 
 
 def test_table_shows_a_dash_for_what_was_not_measured():
-    table = format_table([{"name": "LLM-JEPA", "metrics": {"loss": 1.5, "ntp_loss": 1.25}}])
+    table = format_table([("LLM-JEPA", {"loss": 1.5, "ntp_loss": 1.25})])
     assert table.splitlines()[-1].split()[1:] == ["1.5000", "1.2500"] + ["-"] * 7

@@ -1,0 +1,135 @@
+"""`llmjepa analyze`: the geometry of Text and Code in one or more checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmjepa_kernels.analysis import DEFINITIONS, embed_views, view_geometry, view_states
+from llmjepa_kernels.analysis_figure import draw
+from llmjepa_kernels.data import read_chats
+from llmjepa_kernels.example_format import ExampleFormat
+from llmjepa_kernels.hf import patch_model
+from llmjepa_kernels.models import load_pretrained
+from llmjepa_kernels.packing import pack
+from llmjepa_kernels.report import COLORS, format_table
+
+# Key of an analysis, column of the table, format.
+COLUMNS = (
+    ("text_code_cosine", "cosine\nText, Code", ".3f"),
+    ("other_text_code_cosine", "of other\nexamples", ".3f"),
+    ("pred_code_cosine", "cosine\nPred, Code", ".3f"),
+    ("other_pred_code_cosine", "of other\nexamples", ".3f"),
+    ("relative_difference", "relative\ndifference", ".3f"),
+    ("text_rank", "effective\nrank Text", ".1f"),
+    ("code_rank", "effective\nrank Code", ".1f"),
+    ("linear_residual", "linear\nresidual", ".3f"),
+)
+BATCH_SIZE = 32
+
+
+def analyze(
+    checkpoints: Sequence[str],
+    data: str | PathLike[str],
+    *,
+    samples: int,
+    output_dir: Path,
+) -> str:
+    """Compares checkpoints on the same samples; writes ``analysis.json`` and ``analysis.png``.
+
+    Args:
+        checkpoints: At least one, each as `load_pretrained` takes it.
+        data: JSONL as `read_chats` takes it.
+        samples: The first so many are used, at least two.
+        output_dir: Made if it does not exist.
+
+    Returns:
+        A table of the numbers that are no lists.
+
+    Raises:
+        ValueError: Too many checkpoints or too few samples; a sample is malformed or does not fit
+            a checkpoint, or its states are not finite.
+        OSError: A file or a model is not there.
+    """
+    if not 1 <= len(checkpoints) <= len(COLORS):
+        raise ValueError(f"expected 1 to {len(COLORS)} checkpoints, got {len(checkpoints)}")
+    if samples < 2:
+        raise ValueError(f"--samples must be at least 2, got {samples}")
+    chats = list(islice(read_chats(data), samples))
+    if len(chats) < 2:
+        raise ValueError(f"--data {data} must have at least 2 samples, got {len(chats)}")
+    analyses = []
+    for name, checkpoint in zip(short_names(checkpoints), checkpoints, strict=True):
+        try:
+            numbers = analyze_checkpoint(checkpoint, chats, progress=name)
+        except ValueError as error:
+            raise ValueError(f"{checkpoint}: {error}") from error
+        analyses.append({"name": name, "checkpoint": checkpoint, **numbers})
+    output_dir.mkdir(parents=True, exist_ok=True)
+    content = {
+        "data": str(data),
+        "samples": len(chats),
+        "definitions": DEFINITIONS,
+        "checkpoints": analyses,
+    }
+    text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
+    (output_dir / "analysis.json").write_text(text, encoding="utf-8")
+    draw(analyses, output_dir / "analysis.png")
+    return format_table([(analysis["name"], analysis) for analysis in analyses], COLUMNS)
+
+
+def analyze_checkpoint(
+    checkpoint: str, chats: Sequence[Mapping[str, Any]], *, progress: str | None = None
+) -> dict[str, Any]:
+    """The numbers of one checkpoint: those of `view_geometry`, and t-SNE of both views.
+
+    Text and Code are the views alone, in the layout that the checkpoint was trained with; its
+    [PRED] tokens, if it has any, predict as they did in training.
+
+    Args:
+        checkpoint: As `load_pretrained` takes it.
+        chats: Samples as `read_chats` yields them, at least two.
+        progress: Shown in front of a progress bar. Default: none.
+    """
+    from rich.progress import track
+
+    model, tokenizer = load_pretrained(checkpoint)
+    if torch.cuda.is_available() or torch.xpu.is_available():
+        model.to(torch.accelerator.current_accelerator())
+    patch_model(model)
+    trained = ExampleFormat.load(checkpoint, tokenizer)
+    views = replace(trained, pred_ids=(), direction="text_to_code")
+
+    def states(example_format: ExampleFormat, name: str):
+        examples = [example_format.example(chat, tokenizer) for chat in chats]
+        starts = range(0, len(examples), BATCH_SIZE)
+        return view_states(
+            model,
+            (
+                pack(examples[start : start + BATCH_SIZE])
+                for start in track(starts, f"{progress}: {name}", disable=progress is None)
+            ),
+        )
+
+    text, code = states(views, "Text, Code")
+    predicted = states(trained, "Pred, Code") if trained.pred_ids else None
+    numbers = view_geometry(text, code, predicted)
+    places = dict(zip(("text", "code"), embed_views(text, code), strict=True))
+    return {**numbers, "tsne": {view: place.tolist() for view, place in places.items()}}
+
+
+def short_names(checkpoints: Sequence[str]) -> list[str]:
+    """The ends of the paths, as long as it takes to tell them apart; no two may be the same."""
+    parts = [Path(checkpoint.removesuffix(".gguf")).parts for checkpoint in checkpoints]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise ValueError(f"expected different checkpoints, got {list(checkpoints)}")
