@@ -18,7 +18,8 @@ DEFINITIONS = {
     "the singular values whatever the scale of the states",
     "text_code_cosines": "cosine of Enc(Text) and Enc(Code) of every example",
     "pred_code_cosines": "cosine of every pair that training compares, Pred(Enc(Text)) and "
-    "Enc(Code) unless the checkpoint was trained in another direction; null without [PRED] tokens",
+    "Enc(Code) unless the checkpoint was trained in another direction or the sample lists other "
+    "pairs; null without [PRED] tokens",
     "text_code_cosine": "mean of text_code_cosines",
     "pred_code_cosine": "mean of pred_code_cosines; null without [PRED] tokens",
     "other_text_code_cosine": "mean cosine of the Text of an example and the Code of another: "

@@ -98,8 +98,10 @@ def analyze_checkpoint(
         chats: Samples as `read_chats` yields them, at least two.
         progress: Shown in front of a progress bar. Default: none.
     """
+    from rich.console import Console
     from rich.progress import track
 
+    console = Console(quiet=progress is None)
     model, tokenizer = load_pretrained(checkpoint)
     if torch.cuda.is_available() or torch.xpu.is_available():
         model.to(torch.accelerator.current_accelerator())
@@ -107,21 +109,24 @@ def analyze_checkpoint(
     trained = ExampleFormat.load(checkpoint, tokenizer)
     views = replace(trained, pred_ids=(), direction="text_to_code")
 
-    def states(example_format: ExampleFormat, name: str):
+    def states(example_format: ExampleFormat, chats: Sequence[Mapping[str, Any]], name: str):
         examples = [example_format.example(chat, tokenizer) for chat in chats]
         starts = range(0, len(examples), BATCH_SIZE)
         return view_states(
             model,
             (
                 pack(examples[start : start + BATCH_SIZE])
-                for start in track(starts, f"{progress}: {name}", disable=progress is None)
+                for start in track(starts, f"{progress}: {name}", console=console)
             ),
         )
 
-    text, code = states(views, "Text, Code")
-    predicted = states(trained, "Pred, Code") if trained.pred_ids else None
+    # Without the further views that a sample may have.
+    two_views = [{k: v for k, v in chat.items() if k not in ("views", "pairs")} for chat in chats]
+    text, code = states(views, two_views, "Text, Code")
+    predicted = states(trained, chats, "Pred, Code") if trained.pred_ids else None
     numbers = view_geometry(text, code, predicted)
-    places = dict(zip(("text", "code"), embed_views(text, code), strict=True))
+    with console.status(f"{progress}: t-SNE"):
+        places = dict(zip(("text", "code"), embed_views(text, code), strict=True))
     return {**numbers, "tsne": {view: place.tolist() for view, place in places.items()}}
 
 

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import weakref
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from llmjepa_kernels.packing import Example, Segment
@@ -34,6 +35,8 @@ def chat_example(
     pred_ids: Sequence[int] = (),
     text: str | None = None,
     code: str | None = None,
+    views: Mapping[str, str | Mapping[str, str]] | None = None,
+    pairs: Sequence[Sequence[str]] | None = None,
     direction: str = "text_to_code",
     pred_position: str = "append",
     supervise: str = "assistant",
@@ -59,7 +62,12 @@ def chat_example(
         text: Another Text than the user content. The shared layout branches off inside the user
             content if it starts with this text, and falls back to a user turn alone otherwise.
         code: Another Code than the assistant content.
-        direction: Which view predicts which: ``"text_to_code"``, ``"code_to_text"``, ``"both"``.
+        views: Further views by name: a content, which takes the assistant turn alone, as Code
+            does; or a turn, whose ``role`` is "user" or "assistant".
+        pairs: The (predictor, target) views to compare, by name; "text" and "code" are the two
+            above. Default: Text with each of the others. A view in no pair costs nothing.
+        direction: ``"text_to_code"``: the pairs as they are; ``"code_to_text"``: each the other
+            way round; ``"both"``: each in both ways.
         pred_position: ``"append"`` puts [PRED] behind a view, ``"prepend"`` in front of its
             content, which takes a copy of the view, and its last content token predicts.
         supervise: ``"assistant"``: the next-token loss is on the assistant content and the end of
@@ -73,6 +81,9 @@ def chat_example(
         layout=layout, direction=direction, pred_position=pred_position, supervise=supervise
     )
     check_messages(messages)
+    check_views(views, pairs)
+    turns = _view_turns(messages, text, code, views or {})
+    directed = _directed(pairs, turns, direction)
     pred_ids = list(pred_ids)
     contents = [message["content"] for message in messages]
     roles = tuple(message["role"] for message in messages)
@@ -81,21 +92,18 @@ def chat_example(
 
     segments = [Segment(chat.input_ids, labels=labels)]
     end = _text_end(chat, text) if layout == "shared" else None
+    if end is not None:
+        segments = _split(chat.input_ids, labels, end)
     appended = len(pred_ids) > 0 and pred_position == "append"
 
-    def lone_turn(role: str, name: str, content: str | None, default: str) -> _View:
-        if content is not None:
-            check_content(content, name)
-        turn = _turn(tokenizer, (role,), [default if content is None else content], template_kwargs)
+    def view(name: str) -> _View:
+        if name == "text" and end is not None:
+            return _View(chat.input_ids[:end], chat.spans[-2][0], segment=0)
+        role, content = turns[name]
+        turn = _turn(tokenizer, (role,), [content], template_kwargs)
         return _lone_view(tokenizer, turn, appended)
 
-    if end is None:
-        text_view = lone_turn("user", "text", text, contents[-2])
-    else:
-        text_view = _View(chat.input_ids[:end], chat.spans[-2][0], segment=0)
-        segments = _split(chat.input_ids, labels, end)
-    code_view = lone_turn("assistant", "code", code, contents[-1])
-    return _link(segments, text_view, code_view, direction, pred_position, pred_ids)
+    return _link(segments, view, directed, pred_position, pred_ids)
 
 
 def plain_example(
@@ -106,6 +114,8 @@ def plain_example(
     pred_ids: Sequence[int] = (),
     text: str | None = None,
     code: str | None = None,
+    views: Mapping[str, str | Mapping[str, str]] | None = None,
+    pairs: Sequence[Sequence[str]] | None = None,
     direction: str = "text_to_code",
     pred_position: str = "append",
     supervise: str = "assistant",
@@ -113,36 +123,40 @@ def plain_example(
     """The same without a chat template: BOS, user content, separator, assistant content, EOS.
 
     The system turn is not used. Text is everything before the separator, which the rest continues;
-    Code is BOS and the assistant content. BOS is left out if the tokenizer has none.
+    Code and every further view are BOS and the content. BOS is left out if the tokenizer has none.
 
     Args:
         separator_id: The token between Text and Code.
-        messages, tokenizer, pred_ids, text, code, direction, pred_position, supervise: As in
-            ``chat_example``; the tokenizer needs an EOS token and no chat template.
+        messages, tokenizer, pred_ids, text, code, views, pairs, direction, pred_position,
+            supervise: As in ``chat_example``; the tokenizer needs an EOS token and no chat
+            template, and the role of a view does not matter.
     Raises:
         ValueError: As in ``chat_example``, or the tokenizer has no EOS token.
     """
     _check_options(direction=direction, pred_position=pred_position, supervise=supervise)
     check_messages(messages)
-    pred_ids = list(pred_ids)
+    check_views(views, pairs)
+    turns = _view_turns(messages, text, code, views or {})
+    directed = _directed(pairs, turns, direction)
     prompt = plain_prompt(messages, tokenizer, separator_id=separator_id)
     if tokenizer.eos_token_id is None:
         raise ValueError("the plain format needs a tokenizer with an EOS token")
     bos = _bos(tokenizer)
-
-    def view(name: str, content: str) -> _View:
-        check_content(content, name)
-        return _View(bos + _encode(tokenizer, content), len(bos))
 
     answer = [*_encode(tokenizer, messages[-1]["content"]), tokenizer.eos_token_id]
     labels = [-100] * len(prompt) + answer
     if supervise == "all":
         labels = [-100, *(prompt + answer)[1:]]
     end = len(prompt) - 1
+
+    def view(name: str) -> _View:
+        if name == "text" and text is None:
+            return _View(prompt[:end], len(bos), segment=0)
+        _, content = turns[name]
+        return _View(bos + _encode(tokenizer, content), len(bos))
+
     segments = _split(prompt + answer, labels, end)
-    text_view = _View(prompt[:end], len(bos), 0) if text is None else view("text", text)
-    code_view = view("code", messages[-1]["content"] if code is None else code)
-    return _link(segments, text_view, code_view, direction, pred_position, pred_ids)
+    return _link(segments, view, directed, pred_position, list(pred_ids))
 
 
 def chat_prompt(
@@ -203,7 +217,7 @@ def without_views(example: Example) -> Example:
 
 def check_messages(messages: Any) -> None:
     """Raises ValueError unless messages are an optional system, a user and an assistant turn."""
-    if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
+    if not _is_list(messages):
         raise ValueError(f"messages must be a list of turns, got {type(messages).__name__}")
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
@@ -212,6 +226,41 @@ def check_messages(messages: Any) -> None:
     roles = [message["role"] for message in messages]
     if roles not in (["system", "user", "assistant"], ["user", "assistant"]):
         raise ValueError(f"messages must have the roles [system,] user, assistant, got {roles}")
+
+
+def check_views(views: Any, pairs: Any) -> None:
+    """Raises ValueError unless these are further views and pairs as ``chat_example`` takes them."""
+    views = {} if views is None else views
+    if not isinstance(views, Mapping):
+        raise ValueError(f"views must map names to contents, got {type(views).__name__}")
+    names = ["text", "code"]
+    for name, view in views.items():
+        if not isinstance(name, str) or name in names:
+            raise ValueError(f"views must have names other than {names}, got {name!r}")
+        if isinstance(view, Mapping):
+            if view.get("role") not in ("user", "assistant") or "content" not in view:
+                raise ValueError(
+                    f"views[{name!r}] must be a string or a user or assistant turn, got {view!r}"
+                )
+            view = view["content"]
+        check_content(view, f"views[{name!r}]")
+    names += views
+    if pairs is None:
+        return
+    if not _is_list(pairs):
+        raise ValueError(f"pairs must be a list of pairs of views, got {pairs!r}")
+    for i, pair in enumerate(pairs):
+        if not _is_list(pair) or len(pair) != 2 or pair[0] == pair[1]:
+            raise ValueError(f"pairs[{i}] must name two different views, got {pair!r}")
+        for name in pair:
+            if name not in names:
+                raise ValueError(f"pairs[{i}] must name views out of {names}, got {name!r}")
+        if list(pair) in map(list, pairs[:i]):
+            raise ValueError(f"pairs must not repeat a pair, got {pair!r} twice")
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 
 def check_content(content: Any, name: str) -> None:
@@ -256,41 +305,67 @@ def _split(input_ids: list[int], labels: list[int], end: int) -> list[Segment]:
     ]
 
 
+def _view_turns(
+    messages: Sequence[Mapping[str, str]],
+    text: str | None,
+    code: str | None,
+    views: Mapping[str, str | Mapping[str, str]],
+) -> dict[str, tuple[str, str]]:
+    """Role and content of every view, by name."""
+    turns = {}
+    for name, own, message in (("text", text, messages[-2]), ("code", code, messages[-1])):
+        if own is not None:
+            check_content(own, name)
+        turns[name] = message["role"], message["content"] if own is None else own
+    for name, view in views.items():
+        turns[name] = (
+            (view["role"], view["content"]) if isinstance(view, Mapping) else ("assistant", view)
+        )
+    return turns
+
+
+def _directed(
+    pairs: Sequence[Sequence[str]] | None, names: Iterable[str], direction: str
+) -> list[tuple[str, str]]:
+    """The (predictor, target) names in order, none of them twice."""
+    if pairs is None:
+        pairs = [("text", name) for name in names if name != "text"]
+    forward = [(predictor, target) for predictor, target in pairs]
+    backward = [(target, predictor) for predictor, target in pairs]
+    chosen = {"text_to_code": forward, "code_to_text": backward, "both": forward + backward}
+    return list(dict.fromkeys(chosen[direction]))
+
+
 def _link(
     segments: list[Segment],
-    text: _View,
-    code: _View,
-    direction: str,
+    view: Callable[[str], _View],
+    pairs: Sequence[tuple[str, str]],
     pred_position: str,
     pred_ids: list[int],
 ) -> Example:
-    """Adds the views and [PRED] segments that the pairs need to the segments of the chat."""
-    pairs = []
+    """Adds the views and [PRED] segments that the pairs need, each once, to those of the chat."""
+    view = cache(view)
 
     def add(input_ids: Sequence[int], parent: int | None = None) -> int:
         segments.append(Segment(input_ids, parent))
         return len(segments) - 1
 
-    def index_of(view: _View) -> int:
-        if view.segment is None:
-            view.segment = add(view.input_ids)
-        return view.segment
+    @cache
+    def target(name: str) -> int:
+        found = view(name)
+        return add(found.input_ids) if found.segment is None else found.segment
 
-    def pair(source: _View, target: _View) -> None:
-        if pred_ids and pred_position == "prepend":
-            start = source.content_start
-            predictor = add([*source.input_ids[:start], *pred_ids, *source.input_ids[start:]])
-        else:
-            predictor = index_of(source)
-            if pred_ids:
-                predictor = add(pred_ids, predictor)
-        pairs.append((predictor, index_of(target)))
+    @cache
+    def predictor(name: str) -> int:
+        if not pred_ids:
+            return target(name)
+        if pred_position == "append":
+            return add(pred_ids, target(name))
+        ids, start = view(name).input_ids, view(name).content_start
+        return add([*ids[:start], *pred_ids, *ids[start:]])
 
-    if direction != "code_to_text":
-        pair(text, code)
-    if direction != "text_to_code":
-        pair(code, text)
-    return Example(segments, pairs)
+    linked = [(predictor(source), target(name)) for source, name in pairs]
+    return Example(segments, linked)
 
 
 @dataclass(frozen=True)

@@ -117,8 +117,9 @@ def add_train_arguments(commands) -> None:
         "--data",
         metavar="FILE",
         help='JSONL, a line being {"messages": [{"role": "system", "content": …}, user, '
-        'assistant]}; "text" and "code" may give other views (default: built-in pairs of English '
-        "and regular expressions)",
+        'assistant]}; "text" and "code" may give other views, "views": {"name": "content", …} '
+        'further ones, which Text predicts too unless "pairs": [["text", "name"], …] says which '
+        "view predicts which (default: built-in pairs of English and regular expressions)",
     )
     data.add_argument("--eval-data", metavar="FILE", help="the same, held out")
     data.add_argument(

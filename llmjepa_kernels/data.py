@@ -8,7 +8,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
-from llmjepa_kernels.chat import check_content, check_messages
+from llmjepa_kernels.chat import check_content, check_messages, check_views
 
 Source = str | PathLike[str] | Iterable["str | PathLike[str] | Mapping[str, Any]"]
 
@@ -29,9 +29,12 @@ def read_chats(
 ) -> Iterator[dict[str, Any]]:
     """Streams checked samples; at no time is more than one in memory.
 
-    A sample has ``messages`` ([system,] user, assistant turns) and may have ``text`` and ``code``,
-    its own views, given as a string or as a list of one turn and yielded as a string. Other keys
-    are kept. Blank lines at the end of a file or between samples are no samples.
+    A sample has ``messages`` ([system,] user, assistant turns). It may have ``text`` and ``code``,
+    its own views in place of the user's and the assistant's content, given as a string or as a list
+    of one turn and yielded as a string; ``views``, further ones by name, each a string or a turn;
+    and ``pairs``, the names of the views that predict each other, see `chat_example`. Keys of these
+    whose value is null, as ``datasets`` fills gaps, are left out. Other keys are kept. Blank lines
+    at the end of a file or between samples are no samples.
 
     Args:
         source: A JSONL path, or an iterable of paths and of mappings, such as a ``Dataset`` or
@@ -106,7 +109,16 @@ def _sample(row: Any) -> dict[str, Any]:
             view = view[0].get("content")
         check_content(view, name)
         sample[name] = view
-    return sample
+    views, pairs = sample.pop("views", None), sample.pop("pairs", None)
+    if isinstance(views, Mapping):
+        views = {name: _only(view) for name, view in views.items() if view is not None}
+    check_views(views, pairs)
+    return sample | {k: v for k, v in (("views", views), ("pairs", pairs)) if v is not None}
+
+
+def _only(view: Any) -> Any:
+    """The turn, where a view is given as a list of one."""
+    return view[0] if isinstance(view, list) and len(view) == 1 else view
 
 
 def _chat(system: str, user: str, assistant: str, **views: str) -> dict[str, Any]:

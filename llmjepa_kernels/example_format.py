@@ -85,7 +85,7 @@ class ExampleFormat:
         """The segments and pairs of a sample.
 
         Args:
-            sample: With ``messages`` and maybe ``text`` and ``code``, its own views, as
+            sample: With ``messages`` and maybe ``text``, ``code``, ``views`` and ``pairs``, as
                 `read_chats` yields them.
             tokenizer: A fast tokenizer; with a chat template for "chat".
 
@@ -96,6 +96,8 @@ class ExampleFormat:
             "pred_ids": self.pred_ids,
             "text": sample.get("text"),
             "code": sample.get("code"),
+            "views": sample.get("views"),
+            "pairs": sample.get("pairs"),
             "direction": self.direction,
             "pred_position": self.pred_position,
             "supervise": self.supervise,

@@ -51,4 +51,4 @@ class LossDropout(Dataset):
         item = self.data[index]
         if random.Random(f"{self.seed},{int(self._epoch)},{index}").random() >= self.rate:
             return item
-        return without_views(item) if isinstance(item, Example) else {**item, "views": False}
+        return without_views(item) if isinstance(item, Example) else {**item, "without_views": True}

@@ -24,8 +24,8 @@ class LLMJEPACollator:
     """Packs a list of examples into rows.
 
     A feature is an `Example`, or a mapping with ``messages`` ([system,] user and assistant turns)
-    that `tokenizer` turns into one; it may have ``text`` and ``code``, its own views, and
-    ``views``, False if it is to go without any.
+    that `tokenizer` turns into one; it may have ``text``, ``code``, ``views`` and ``pairs``, see
+    `chat_example`, and ``without_views``, True if it is to go without any.
 
     Attributes:
         tokenizer: A fast tokenizer; needed for features with ``messages``.
@@ -86,7 +86,7 @@ class LLMJEPACollator:
         if self.tokenizer is None:
             raise ValueError("features with messages need a tokenizer, got tokenizer=None")
         example = self.example_format.example(feature, self.tokenizer)
-        return example if feature.get("views", True) else without_views(example)
+        return without_views(example) if feature.get("without_views") else example
 
 
 def chat_tokens(example: Example) -> int:

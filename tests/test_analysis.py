@@ -200,6 +200,21 @@ def test_the_same_numbers_at_every_call(checkpoints, analysis, tmp_path, capsys)
     assert f"{again[0]['code_rank']:.1f}" in table
 
 
+def test_further_views_are_predictions_only(checkpoints, analysis, tmp_path):
+    data = tmp_path / "data.jsonl"
+    rows = [json.loads(line) for line in (checkpoints / "data.jsonl").read_text().splitlines()]
+    data.write_text("".join(json.dumps({**row, "views": {"a": "b"}}) + "\n" for row in rows))
+    options = ["--data", data, "--output-dir", tmp_path]
+    assert analyze(checkpoints / "plain", *options) == 0
+    again, first = (
+        json.loads((directory / "analysis.json").read_text())["checkpoints"][-1]
+        for directory in (tmp_path, analysis)
+    )
+    assert len(again["pred_code_cosines"]) == 2 * SAMPLES
+    for key in ("text_code_cosines", "singular_values", "linear_residual"):
+        assert again[key] == first[key]
+
+
 def test_fewer_samples(checkpoints, tmp_path):
     options = ["--samples", 3, "--data", checkpoints / "data.jsonl", "--output-dir", tmp_path]
     assert analyze(checkpoints / "base", *options) == 0
