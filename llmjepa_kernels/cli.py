@@ -209,6 +209,13 @@ def add_train_arguments(commands) -> None:
         "without their cost (default: %(default)s)",
     )
     objective.add_argument(
+        "--loss-dropout-per",
+        choices=("example", "step"),
+        default="example",
+        help="draw for every example, or as the paper for all examples of an update at once "
+        "(default: %(default)s)",
+    )
+    objective.add_argument(
         "--compare",
         action=argparse.BooleanOptionalAction,
         help="train with next-token loss alone as well (default: only without --model)",

@@ -203,7 +203,12 @@ class Job:
             model,
             self._training_arguments(name.lower().replace(" ", "-")),
             collator,
-            train_dataset=LossDropout(self.train_examples, args.loss_dropout, seed=args.seed),
+            train_dataset=LossDropout(
+                self.train_examples,
+                args.loss_dropout,
+                per=args.loss_dropout_per,
+                seed=args.seed,
+            ),
             eval_dataset=self.eval_examples or None,
             processing_class=tokenizer,
             jepa_weight=args.jepa_weight,

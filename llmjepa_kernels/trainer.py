@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from torch import Tensor
+from torch.utils.data import RandomSampler, SequentialSampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 from llmjepa_kernels.chat import without_views
 from llmjepa_kernels.example_format import ExampleFormat
 from llmjepa_kernels.hf import patch_model, patched_impl
+from llmjepa_kernels.loss_dropout import LossDropout
 from llmjepa_kernels.objective import llm_jepa_loss, supervised_positions
 from llmjepa_kernels.packing import IGNORE, Example, PackedBatch, pack
+from llmjepa_kernels.sampler import UpdateSampler, example_work
 
 
 @dataclass
@@ -104,11 +108,16 @@ class LLMJEPATrainer(Trainer):
 
     Besides ``loss`` it logs, as means over the updates since the last log,
 
-    - ``ntp_loss``, ``jepa_loss`` and ``cosine``, the mean cosine similarity of the pairs;
+    - ``ntp_loss``, ``jepa_loss`` and ``cosine``, the mean cosine similarity of the pairs, the
+      latter two over the updates that have any;
     - ``tokens_per_step``, all tokens through the model, padding included, and
       ``tokens_per_second``, both over all processes;
     - ``relative_cost``, tokens through the model over the tokens of the same chats alone, packed
       without padding or prefix sharing: what plain fine-tuning on them takes.
+
+    With several processes the examples of an update are dealt to them by work, see
+    `UpdateSampler`, where ``train_dataset`` is a sequence of `Example`s, or `LossDropout` of one,
+    and sampling is random or sequential.
 
     Evaluation gives ``eval_loss``, ``eval_ntp_loss``, ``eval_jepa_loss`` and ``eval_cosine`` as
     means over the whole set. Without any pair there is neither ``jepa_loss`` nor ``cosine``. Rows
@@ -157,7 +166,8 @@ class LLMJEPATrainer(Trainer):
         }
         # A stream is read by every process; a batch packed by the first could not be cut apart.
         self.accelerator.dataloader_config.dispatch_batches = False
-        self.add_callback(_SetEpoch())
+        self._update_sampler: UpdateSampler | None = None
+        self.add_callback(_SetEpoch(self))
         self.args.remove_unused_columns = False  # the collator takes the columns it knows
         self.model_accepts_loss_kwargs = True  # makes Trainer count the supervised tokens
         self._num_pairs: Tensor | None = None
@@ -179,7 +189,62 @@ class LLMJEPATrainer(Trainer):
     def _reset_train_sums(self) -> None:
         self._train_sums = torch.zeros(6)  # ntp_loss, jepa_loss, cosine, pairs, tokens, sft
         self._updates = 0
+        self._updates_with_pairs = 0
         self._started: float | None = None
+
+    def _get_train_sampler(self, train_dataset=None):
+        """Deals the examples of an update to the processes by work, where that is known."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        base = super()._get_train_sampler(dataset)
+        per_step = isinstance(dataset, LossDropout) and dataset.per == "step"
+        num_processes = self.accelerator.num_processes // self.get_tp_size()
+        work = self._work_of(dataset) if num_processes > 1 else None
+        if isinstance(base, RandomSampler) and self.accelerator.use_seedable_sampler:
+            # As Accelerate would, so that the order stays that of a plain Trainer.
+            order = SeedableRandomSampler(dataset, data_seed=self.args.data_seed)
+        elif isinstance(base, SequentialSampler):
+            order = base
+        elif per_step:
+            raise ValueError(
+                "loss dropout per step needs train_sampling_strategy random or sequential and a "
+                f"seedable sampler, got {self.args.train_sampling_strategy}"
+            )
+        else:
+            return base
+        if work is None and not per_step:
+            return base
+        split = num_processes if self.accelerator.split_batches else 1
+        self._update_sampler = UpdateSampler(
+            order,
+            self._train_batch_size // split,
+            num_processes=num_processes,
+            accumulation_steps=self.args.gradient_accumulation_steps,
+            drop_last=self.args.dataloader_drop_last,
+            even_batches=self.accelerator.even_batches,
+            work=work,
+            with_update=per_step,
+        )
+        return self._update_sampler
+
+    def _work_of(self, dataset) -> Callable[[int, int], float] | None:
+        """The work of (index, update) of a dataset, or None if it cannot be known beforehand."""
+        dropout = dataset if isinstance(dataset, LossDropout) else None
+        examples = dataset.data if dropout else dataset
+        if not isinstance(examples, Sequence) or not all(isinstance(x, Example) for x in examples):
+            return None
+        hidden_size = self.model.get_input_embeddings().weight.shape[-1]
+
+        def works(examples: Iterable[Example]) -> list[float]:
+            return [example_work(example, hidden_size) for example in examples]
+
+        if not getattr(self.data_collator, "views", True):
+            bare = works(map(without_views, examples))
+            return lambda index, update: bare[index]
+        whole = works(examples)
+        if not dropout or not dropout.rate:
+            return lambda index, update: whole[index]
+        bare = works(map(without_views, examples))
+        return lambda index, update: (bare if dropout.drops(index, update) else whole)[index]
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Collects the batches of an update, and counts their pairs."""
@@ -193,6 +258,7 @@ class LLMJEPATrainer(Trainer):
         self._num_pairs = self._get_num_items_in_batch(
             [{"labels": label, "shift_labels": label} for label in labels], device
         )
+        self._updates_with_pairs = self._updates_with_pairs + (self._num_pairs > 0)
         return batches, num_items
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -230,11 +296,12 @@ class LLMJEPATrainer(Trainer):
         if "loss" in logs and self._updates:
             sums = self.accelerator.reduce(self._train_sums, reduction="mean") / self._updates
             ntp_loss, jepa_loss, cosine, pairs, tokens, sft_tokens = sums.tolist()
+            with_pairs = int(self._updates_with_pairs) / self._updates
             tokens_per_step = tokens * self.accelerator.num_processes // self.get_tp_size()
             seconds = time.perf_counter() - self._started
             logs["ntp_loss"] = ntp_loss
             if pairs:
-                logs |= {"jepa_loss": jepa_loss, "cosine": cosine}
+                logs |= {"jepa_loss": jepa_loss / with_pairs, "cosine": cosine / with_pairs}
             logs |= {
                 "tokens_per_step": tokens_per_step,
                 "tokens_per_second": tokens_per_step * self._updates / seconds,
@@ -281,12 +348,16 @@ class LLMJEPATrainer(Trainer):
 
 
 class _SetEpoch(TrainerCallback):
-    """Tells the dataset the epoch, as Accelerate does only in one process without a resume."""
+    """Tells sampler and dataset the epoch, as Accelerate does only in one process, not resumed."""
+
+    def __init__(self, trainer: LLMJEPATrainer):
+        self.trainer = trainer
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         dataset = getattr(train_dataloader, "dataset", None)
-        if hasattr(dataset, "set_epoch"):
-            dataset.set_epoch(int(state.epoch or 0))
+        for stage in (dataset, self.trainer._update_sampler):
+            if hasattr(stage, "set_epoch"):
+                stage.set_epoch(int(state.epoch or 0))
 
 
 def _is_patched(model) -> bool:

@@ -88,7 +88,8 @@ def test_same_seed_same_numbers(miniature, tmp_path):
 
 
 def test_resume_ends_where_the_uninterrupted_run_ends(tmp_path):
-    options = [*MINIATURE, "--no-compare", "--max-steps", 4, "--loss-dropout", 0.5]
+    options = [*MINIATURE, "--no-compare", "--max-steps", 4]
+    options += ["--loss-dropout", 0.5, "--loss-dropout-per", "step"]
     options += ["--batch-size", 20, "--output-dir", tmp_path]  # two updates an epoch
     assert run(*options, "--save-strategy", "steps", "--save-steps", 3) == 0
     checkpoint = tmp_path / "llm-jepa"

@@ -387,6 +387,98 @@ def test_loss_dropout_saves_the_views_cost_in_every_epoch(tokenizer, tmp_path):
     assert max(found) < collator(data.data)["input_ids"].numel()
 
 
+def test_loss_dropout_per_step_drops_whole_updates(tokenizer, tmp_path):
+    """All examples of an update or none, over its accumulated batches; none of their cost stays."""
+    model, collator = build(tokenizer)
+    examples = [collator.example(row) for row in ROWS]
+    data = LossDropout(examples, 0.5, per="step", seed=1)
+    batches = []
+
+    def collate(features):
+        batches.append([len(features), sum(bool(example.pairs) for example in features)])
+        return collator(features)
+
+    options = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}
+    args = arguments(tmp_path, max_steps=12, **options)  # three epochs
+    trainer = LLMJEPATrainer(model, args, collate, train_dataset=data)
+    trainer.train()
+
+    drops = []
+    for epoch in range(3):
+        data.set_epoch(epoch)
+        drops += [data.drops(0, update) for update in range(4)]
+    assert True in drops
+    assert False in drops
+    assert drops[:4] != drops[4:8]
+    assert batches == [[3, 0 if drop else 3] for drop in drops for _ in range(2)]
+    logs = trainer.state.log_history[:12]
+    assert ["jepa_loss" not in log for log in logs] == drops
+    assert all((log["relative_cost"] < 0.9) == drop for log, drop in zip(logs, drops, strict=True))
+
+
+def test_logs_of_pairs_are_means_over_the_updates_that_have_some(tokenizer, tmp_path):
+    history = []
+    for steps in (1, 6):
+        model, collator = build(tokenizer)
+        data = LossDropout([collator.example(row) for row in ROWS], 0.5, per="step", seed=1)
+        args = arguments(tmp_path, max_steps=6, logging_steps=steps, learning_rate=0.01)
+        trainer = LLMJEPATrainer(model, args, collator, train_dataset=data)
+        trainer.train()
+        history.append(trainer.state.log_history)
+    single = [log for log in history[0] if "jepa_loss" in log]
+    assert 0 < len(single) < 6
+    for name in ("jepa_loss", "cosine"):
+        expected = sum(log[name] for log in single) / len(single)
+        assert history[1][0][name] == pytest.approx(expected, rel=1e-4)
+
+
+def test_loss_dropout_per_step_keeps_the_order_of_a_plain_trainer(tokenizer, tmp_path):
+    results = []
+    for rate in (None, 0.0):
+        model, collator = build(tokenizer)
+        data = [collator.example(row) for row in ROWS]
+        data = data if rate is None else LossDropout(data, rate, per="step")
+        args = arguments(tmp_path, max_steps=5, per_device_train_batch_size=6)
+        LLMJEPATrainer(model, args, collator, train_dataset=data).train()
+        results.append(parameters(model))
+    assert torch.equal(*results)
+
+
+def test_loss_dropout_per_step_is_the_same_after_a_resume(tokenizer, tmp_path):
+    """Interrupted in the middle of an epoch: six updates are one and a half."""
+    results = []
+    for resumed in (False, True):
+        for max_steps in (6, 9) if resumed else (9,):
+            model, collator = build(tokenizer)
+            data = LossDropout([collator.example(row) for row in ROWS], 0.5, per="step", seed=1)
+            args = arguments(
+                tmp_path / str(resumed),
+                max_steps=max_steps,
+                per_device_train_batch_size=3,
+                gradient_accumulation_steps=2,
+                save_strategy="steps",
+                save_steps=6,
+            )
+            trainer = LLMJEPATrainer(model, args, collator, train_dataset=data)
+            trainer.train(resume_from_checkpoint=max_steps == 9 and resumed)
+        results.append(parameters(model))
+    assert torch.equal(*results)
+
+
+def test_loss_dropout_per_step_needs_to_know_the_step(tokenizer, tmp_path):
+    model, collator = build(tokenizer)
+    data = LossDropout(ROWS, 0.5, per="step")
+    with pytest.raises(ValueError, match="train with LLMJEPATrainer, whose sampler knows it"):
+        data[0]
+    assert data[0, 3]["messages"] == ROWS[0]["messages"]
+    with pytest.raises(ValueError, match=r"per must be one of \('example', 'step'\), got 'batch'"):
+        LossDropout(ROWS, 0.5, per="batch")
+    args = arguments(tmp_path)
+    args.accelerator_config.use_seedable_sampler = False
+    with pytest.raises(ValueError, match="needs train_sampling_strategy random or sequential"):
+        LLMJEPATrainer(model, args, collator, train_dataset=data).train()
+
+
 def test_trainer_patches_once_and_packs_by_default(tokenizer, tmp_path):
     model = tiny_llama(tokenizer)
     trainer = LLMJEPATrainer(
