@@ -23,10 +23,10 @@ from llmjepa_kernels.report import COLORS, format_table
 
 # Key of an analysis, column of the table, format.
 COLUMNS = (
-    ("text_code_cosine", "cosine\nText, Code", ".3f"),
-    ("other_text_code_cosine", "of other\nexamples", ".3f"),
-    ("pred_code_cosine", "cosine\nPred, Code", ".3f"),
-    ("other_pred_code_cosine", "of other\nexamples", ".3f"),
+    ("text_code_cosine", "cosine\nText, Code", ".4f"),
+    ("other_text_code_cosine", "of other\nexamples", ".4f"),
+    ("pred_code_cosine", "cosine\nPred, Code", ".4f"),
+    ("other_pred_code_cosine", "of other\nexamples", ".4f"),
     ("relative_difference", "relative\ndifference", ".3f"),
     ("text_rank", "effective\nrank Text", ".1f"),
     ("code_rank", "effective\nrank Code", ".1f"),

@@ -48,8 +48,9 @@ def chat_example(
     it, and [PRED] branches off it. ``layout="official"``: the chat, the user turn alone and the
     assistant turn alone are three separate sequences, each through the template. In both, Code is
     the assistant turn alone through the template, including whatever header or default system
-    prompt the template then writes. Views stop at their last content token: in a causal model the
-    tokens after it cannot change its hidden state. The chat's segments come first.
+    prompt the template then writes; every further view likewise is a turn alone. Views stop at
+    their last content token: in a causal model the tokens after it cannot change its hidden state.
+    The chat's segments come first.
 
     A template without a system role (Gemma) gets the system text, a blank line and the user text
     as the user content; one that refuses a lone assistant turn gets it under the user role.
@@ -65,11 +66,13 @@ def chat_example(
         views: Further views by name: a content, which takes the assistant turn alone, as Code
             does; or a turn, whose ``role`` is "user" or "assistant".
         pairs: The (predictor, target) views to compare, by name; "text" and "code" are the two
-            above. Default: Text with each of the others. A view in no pair costs nothing.
+            above. Default: Text with each of the others. A view in no pair costs nothing, and one
+            that predicts several has [PRED] once. "infonce" takes the targets of all other pairs
+            for negatives, also of the same chat.
         direction: ``"text_to_code"``: the pairs as they are; ``"code_to_text"``: each the other
             way round; ``"both"``: each in both ways.
-        pred_position: ``"append"`` puts [PRED] behind a view, ``"prepend"`` in front of its
-            content, which takes a copy of the view, and its last content token predicts.
+        pred_position: ``"append"`` puts [PRED] behind a predicting view, ``"prepend"`` in front of
+            the content of a copy of it, whose last content token then predicts.
         supervise: ``"assistant"``: the next-token loss is on the assistant content and the end of
             its turn; ``"all"``: on every token of the chat but the first.
         template_kwargs: Passed to ``apply_chat_template``, such as ``enable_thinking``.
@@ -120,10 +123,10 @@ def plain_example(
     pred_position: str = "append",
     supervise: str = "assistant",
 ) -> Example:
-    """The same without a chat template: BOS, user content, separator, assistant content, EOS.
+    """``chat_example`` without a chat template: BOS, user content, separator, assistant's, EOS.
 
     The system turn is not used. Text is everything before the separator, which the rest continues;
-    Code and every further view are BOS and the content. BOS is left out if the tokenizer has none.
+    every other view is BOS and its content. BOS is left out if the tokenizer has none.
 
     Args:
         separator_id: The token between Text and Code.

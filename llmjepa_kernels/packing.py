@@ -38,7 +38,7 @@ class Example:
 
     Attributes:
         segments: Parents before children.
-        pairs: (predictor, target) indices into `segments`.
+        pairs: (predictor, target) indices into `segments`, each of which may be in several pairs.
     """
 
     segments: Sequence[Segment]
