@@ -92,12 +92,16 @@ def number_after_marker(text: str) -> Decimal | None:
 def listed_answers(text: str) -> set[str]:
     """The answers between ``"; "``, in lower case, without punctuation and articles.
 
+    An answer of nothing else, such as ``+``, stays as it is.
+
     Source: SQuAD's evaluation, arXiv:1606.05250, which NQ-Open's follows.
     """
     without_punctuation = str.maketrans("", "", string.punctuation)
-    texts = (part.lower().translate(without_punctuation) for part in text.split("; "))
-    answers = (" ".join(re.sub(r"\b(a|an|the)\b", " ", part).split()) for part in texts)
-    return {answer for answer in answers if answer}
+    answers = set()
+    for part in text.lower().split("; "):
+        words = re.sub(r"\b(a|an|the)\b", " ", part.translate(without_punctuation)).split()
+        answers.add(" ".join(words) or part.strip())
+    return answers - {""}
 
 
 def _matches(completion: str, sample: Sample) -> bool:

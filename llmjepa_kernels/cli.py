@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from llmjepa_kernels.answers import RULES
+from llmjepa_kernels.data import RECIPES
 from llmjepa_kernels.train import EVAL_SAMPLES, FINE_TUNE, SCRATCH, TRAIN_SAMPLES
 
 # Transformers takes seconds to import: a subcommand imports what needs it when it runs, so that
@@ -29,6 +31,23 @@ examples:
   llmjepa train --model meta-llama/Llama-3.2-1B-Instruct --data train.jsonl --eval-data test.jsonl
   llmjepa train --model SmolLM2-135M-Instruct.Q4_1.gguf --data train.jsonl --lora-rank 64
   torchrun --nproc-per-node 8 -m llmjepa_kernels train --model Qwen/Qwen3-1.7B --data a.jsonl
+"""
+EVALUATE_DESCRIPTION = """\
+Has checkpoints answer by greedy decoding, and reports how many answers are correct, with Wilson's
+95 % interval.
+
+rules for what is correct:
+  exact   the answer to the letter
+  number  the number after #### (GSM8K)
+  sql     a query with the same result on --databases, read-only (Spider)
+  any     one of the answers listed with "; " between them (NQ-Open)
+  choice  the most likely of A, B, C and D (HellaSwag)
+"""
+EVALUATE_EPILOG = """\
+examples:
+  llmjepa evaluate outputs/train/ntp-only outputs/train/llm-jepa
+  llmjepa evaluate outputs/train/llm-jepa --data test.jsonl --split depth:2 --output p.jsonl
+  llmjepa evaluate Qwen/Qwen3-1.7B --data gsm8k.jsonl --rule number --bf16
 """
 ANALYZE_DESCRIPTION = """\
 Compares where checkpoints put the two views of the same examples: singular values of
@@ -53,6 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     add_train_arguments(commands)
+    add_evaluate_arguments(commands)
     add_analyze_arguments(commands)
     args, rest = parser.parse_known_args(argv)
     try:
@@ -282,6 +302,93 @@ def _train(args: argparse.Namespace, rest: list[str]) -> None:
     packages += ["gguf"] * (args.model or "").endswith(".gguf")
     require(*packages)
     Job(args, rest).run()
+
+
+def add_evaluate_arguments(commands) -> None:
+    """Adds ``llmjepa evaluate``."""
+    parser = _add_command(
+        commands,
+        "evaluate",
+        _evaluate,
+        "measure the accuracy of checkpoints",
+        EVALUATE_DESCRIPTION,
+        EVALUATE_EPILOG,
+    )
+    parser.add_argument(
+        "checkpoints",
+        nargs="+",
+        metavar="CHECKPOINT",
+        help="directory of a model or LoRA adapter, model of the Hugging Face hub, or .gguf file",
+    )
+    parser.add_argument(
+        "--data",
+        metavar="FILE",
+        help="JSONL as for llmjepa train (default: its built-in held-out pairs)",
+    )
+    parser.add_argument(
+        "--recipe",
+        choices=sorted(RECIPES),
+        help="makes chats of the columns that this dataset has on the Hugging Face hub",
+    )
+    parser.add_argument(
+        "--rule",
+        choices=RULES,
+        help="which answers are correct (default: that of the --recipe's dataset, else exact)",
+    )
+    parser.add_argument(
+        "--databases",
+        metavar="DIR",
+        help="of Spider, with DB_ID/DB_ID.sqlite; for --rule sql",
+    )
+    parser.add_argument(
+        "--split",
+        metavar="SPEC",
+        help="report samples out of distribution apart: depth:N, regexes nested deeper than N; "
+        "length:N, answers of more than N characters; pairs:F, regexes with one of the fraction F "
+        "of all operator pairs, or 'pairs:outer>inner,…', with one of these",
+    )
+    parser.add_argument(
+        "--samples",
+        type=int,
+        metavar="N",
+        help=f"evaluate on the first N (default: all of --data, {EVAL_SAMPLES} built-in ones)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        default=64,
+        help="samples answered at once (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="longest completion (default: one more than the longest answer of the data)",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="FILE.jsonl",
+        help="gets every prediction as soon as it is made; the same command goes on where it "
+        "stopped. FILE.report.json gets settings and results",
+    )
+    parser.add_argument(
+        "--device", metavar="DEVICE", help="such as cuda:1 (default: a GPU if there is one)"
+    )
+    parser.add_argument("--bf16", action="store_true", help="weights in bfloat16, not float32")
+    parser.add_argument(
+        "--seed", type=int, default=42, help="of the built-in data (default: %(default)s)"
+    )
+
+
+def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:
+    packages = ["transformers", "tokenizers", "rich", "scipy", "peft"]
+    packages += ["gguf"] * any(name.endswith(".gguf") for name in args.checkpoints)
+    require(*packages)
+
+    from llmjepa_kernels.evaluate_command import EvaluateJob
+
+    EvaluateJob(args).run()
 
 
 def add_analyze_arguments(commands) -> None:

@@ -13,6 +13,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
+from transformers.utils.peft_utils import find_adapter_config_file
 
 
 def load_pretrained(name: str):
@@ -20,7 +21,7 @@ def load_pretrained(name: str):
 
     Args:
         name: A model of the Hugging Face hub, a directory, or a ``.gguf`` file, which holds the
-            tokenizer as well and is dequantised.
+            tokenizer as well and is dequantised. A LoRA adapter is merged into its base model.
 
     Returns:
         model, tokenizer; the tokenizer has a padding token.
@@ -28,19 +29,32 @@ def load_pretrained(name: str):
     Raises:
         FileNotFoundError: There is no such ``.gguf`` file.
     """
-    options = {}
+    source, options = name, {}
     if name.endswith(".gguf"):
         path = Path(name)
         if not path.is_file():
             raise FileNotFoundError(f"no file {name!r}")
         name, options = str(path.parent), {"gguf_file": path.name}
+    elif find_adapter_config_file(name) is not None:
+        return _load_adapter(name)
     tokenizer = AutoTokenizer.from_pretrained(name, **options)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if options:  # quantised weights cannot be trained
         options["quantization_config"] = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
+    model.name_or_path = source  # which an adapter's configuration then gives as its base model
     return model, tokenizer
+
+
+def _load_adapter(name: str):
+    from peft import PeftConfig, PeftModel
+
+    model, _ = load_pretrained(PeftConfig.from_pretrained(name).base_model_name_or_path)
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:  # by [PRED] tokens
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    return PeftModel.from_pretrained(model, name).merge_and_unload(), tokenizer
 
 
 def small_llama(tokenizer, *, hidden_size: int = 192, num_layers: int = 4) -> LlamaForCausalLM:

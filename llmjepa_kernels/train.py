@@ -185,6 +185,7 @@ class Job:
         from transformers.trainer_callback import ProgressCallback
         from transformers.trainer_utils import get_last_checkpoint
 
+        from llmjepa_kernels.evaluate import evaluate
         from llmjepa_kernels.loss_dropout import LossDropout
         from llmjepa_kernels.trainer import LLMJEPACollator, LLMJEPATrainer, ProgressBar
 
@@ -244,7 +245,8 @@ class Job:
             metrics["pair_cosine"] = mean(cosines)
             without_pred = LLMJEPACollator(tokenizer, replace(example_format, pred_ids=()))
             metrics["view_cosine"] = mean(self._view_cosines(model, without_pred))
-            metrics["exact_match"] = self._exact_match(model, tokenizer)
+            predictions = evaluate(model, tokenizer, self.eval_samples, example_format)
+            metrics["exact_match"] = mean(prediction.correct for prediction in predictions)
         return {"name": name, "metrics": metrics, "history": history, "cosines": cosines}
 
     def _summary(self, logs: list[dict[str, float]]) -> dict[str, float]:
@@ -282,23 +284,6 @@ class Job:
 
         batches = (collator(chunk) for chunk in _chunks(self.eval_samples, 64))
         return cosine_similarity(*view_states(model, batches)).tolist()
-
-    def _exact_match(self, model, tokenizer) -> float:
-        """The fraction of held-out chats whose answer the model gives by greedy decoding."""
-        from llmjepa_kernels.evaluate import exact_match, stop_ids
-
-        longest = max(
-            sum(label != -100 for segment in example.segments for label in segment.labels or ())
-            for example in (*self.train_examples, *self.eval_examples)
-        )
-        matches = exact_match(
-            model,
-            tokenizer,
-            self.eval_samples,
-            stop_ids=stop_ids(tokenizer, self.train_examples[:100]),
-            max_new_tokens=longest + 1,
-        )
-        return mean(matches)
 
 
 def _count_parameters(model) -> tuple[int, int]:

@@ -84,7 +84,7 @@ def test_exact_ignores_white_space_around_only():
         ("Drew Carey and Bob Barker", False),
         ("", False),
         ("The", False),
-        (";", False),
+        ("; Drew", False),
         ("; ", False),
     ],
 )
@@ -95,7 +95,11 @@ def test_any_listed_answer(completion, correct):
 
 
 def test_articles_are_words_not_letters():
-    assert listed_answers("An Answer; theatre; A") == {"answer", "theatre"}
+    assert listed_answers("An Answer; theatre; theatre!") == {"answer", "theatre"}
+
+
+def test_answers_of_punctuation_and_articles_alone_stay():
+    assert listed_answers("+; The; ; ") == {"+", "the"}
 
 
 def test_choice_offers_four_letters():
@@ -109,7 +113,7 @@ def test_choice_offers_four_letters():
     ("name", "bad", "good", "expected"),
     [
         ("number", "18", "#### 18", "a number after #### as the answer, got '18'"),
-        ("any", "the", "white; red", "answers separated by \"; \" as the answer, got 'the'"),
+        ("any", " ", "white; red", r'answers separated by "; " as the answer, got'),
         ("choice", "E", "D", "A, B, C or D as the answer, got 'E'"),
     ],
 )
