@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import ceil, floor
-from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from numpy import linspace
 
 from llmjepa_kernels.report import COLORS
@@ -22,17 +24,12 @@ STYLE = {
 }
 
 
-def draw(analyses: Sequence[dict[str, Any]], path: Path) -> None:
+def draw(analyses: Sequence[dict[str, Any]]) -> Figure:
     """Singular values and cosines of all checkpoints, a colour each; t-SNE in a panel each.
 
     Args:
         analyses: As `analyze_checkpoint` gives them, at most as many as there are `COLORS`.
-        path: Of the PNG.
     """
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     columns = min(len(analyses), 3)
     rows = ceil(len(analyses) / columns)
     with rc_context(STYLE):
@@ -53,7 +50,7 @@ def draw(analyses: Sequence[dict[str, Any]], path: Path) -> None:
             panel.set_axis_off()
         for panel, analysis, color in zip(panels, analyses, COLORS, strict=False):
             _draw_map(panel, analysis, color)
-        figure.savefig(path, dpi=200)
+    return figure
 
 
 def _draw_spectra(axis, analyses: Sequence[dict[str, Any]]) -> None:

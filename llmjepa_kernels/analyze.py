@@ -81,7 +81,7 @@ def analyze(
     }
     text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
     (output_dir / "analysis.json").write_text(text, encoding="utf-8")
-    draw(analyses, output_dir / "analysis.png")
+    draw(analyses).savefig(output_dir / "analysis.png", dpi=200)
     return format_table([(analysis["name"], analysis) for analysis in analyses], COLUMNS)
 
 

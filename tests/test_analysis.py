@@ -16,6 +16,7 @@ from llmjepa_kernels.analysis import (
     linear_residual,
     view_geometry,
 )
+from llmjepa_kernels.analysis_figure import draw
 from llmjepa_kernels.analyze import short_names
 from llmjepa_kernels.data import train_tokenizer
 from llmjepa_kernels.example_format import ExampleFormat
@@ -186,6 +187,31 @@ def test_analysis_of_checkpoints_side_by_side(checkpoints, analysis):
     views = [[encode(turn["content"]) for turn in row["messages"][1:]] for row in rows]
     cosines = [torch.cosine_similarity(*pair, dim=0).item() for pair in views]
     assert found["plain"]["text_code_cosines"] == pytest.approx(cosines, abs=1e-5)
+
+
+def test_the_figure_shows_all_of_it(analysis):
+    """Every singular value, every cosine, every place of both views."""
+    content = json.loads((analysis / "analysis.json").read_text())["checkpoints"]
+    for shown in (content, content[:1]):
+        figure = draw(shown)
+        spectrum, *histograms = figure.axes[:3]
+        maps = figure.axes[3:]
+        lines = {line.get_label(): list(line.get_ydata()) for line in spectrum.lines}
+        assert lines == {c["name"]: c["singular_values"] for c in shown}
+        for axis, kind in zip(histograms, ("text_code", "pred_code"), strict=True):
+            found = [c for c in shown if c[f"{kind}_cosines"]]
+            lefts, rights = axis.get_xlim()
+            assert all(lefts <= x <= rights for c in found for x in c[f"{kind}_cosines"])
+            outlines = [patch.get_xy()[:, 1] for patch in axis.patches if not patch.get_fill()]
+            # An outline goes up, across and down: each bar's height is in it twice.
+            assert [sum(outline) / 2 for outline in outlines] == pytest.approx([1.0] * len(found))
+            means = [line.get_xdata()[0] for line in axis.lines]
+            assert means == [c[f"other_{kind}_cosine"] for c in found]
+        assert [axis.get_title("left") for axis in maps] == [f"t-SNE: {c['name']}" for c in shown]
+        for axis, numbers in zip(maps, shown, strict=True):
+            places = {s.get_label().lower(): s.get_offsets().tolist() for s in axis.collections}
+            assert places == numbers["tsne"]
+    assert histograms[1].texts[0].get_text() == "no [PRED] tokens"
 
 
 def test_the_same_numbers_at_every_call(checkpoints, analysis, tmp_path, capsys):
