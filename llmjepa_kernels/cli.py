@@ -53,7 +53,7 @@ ANALYZE_DESCRIPTION = """\
 Compares where checkpoints put the two views of the same examples: singular values of
 Enc(Text) - Enc(Code), cosines of Text, prediction and Code, effective ranks, t-SNE.
 
-The JSON defines every number. No labels are used and nothing is trained.
+The JSON defines every number. Nothing is trained or generated.
 """
 ANALYZE_EPILOG = """\
 examples:
