@@ -137,11 +137,15 @@ def run_attention(
 
 
 def run_loss(hidden_size: int, dtype: torch.dtype, metric: str, num_pairs: int = 20) -> None:
-    """Launches both kernels of the pair distance on meta tensors."""
+    """Launches the kernels of a metric, forward and backward, on meta tensors."""
     hidden = torch.empty(2, 300, hidden_size, dtype=dtype, device="meta")
     pairs = torch.empty(2, num_pairs, 2, dtype=torch.int64, device="meta")
-    distance, stats = loss_triton.distance_forward(hidden, pairs, metric=metric)
-    loss_triton.distance_backward(distance, hidden, pairs, stats, metric=metric)
+    if metric == "infonce":
+        views, squares = loss_triton.views_forward(hidden, pairs)
+        loss_triton.views_backward(views, hidden, pairs, views, squares)
+        return
+    loss, stats = loss_triton.distance_forward(hidden, pairs, metric=metric, reduction="none")
+    loss_triton.distance_backward(loss, hidden, pairs, stats, metric=metric)
 
 
 def shipped(arch: str, head_dim: int) -> list[tuple[str, Config, tuple[int, int]]]:

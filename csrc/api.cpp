@@ -97,12 +97,39 @@ bool backward(const LkAttention& a) {
                       [&](int64_t head, void*) { kernels.sinks(a, head); });
 }
 
-// Zero rows first, then the rows that pairs point at. A row that several slots (2 * pair + side)
-// point at is written once, from all of them in ascending order.
-bool distance_backward(const LkDistance& a) {
-  const DistanceKernels& kernels = isas()[a.isa].table->distance[a.dtype];
+const PairKernels& pair_kernels(const LkPairs& a) { return isas()[a.isa].table->pairs[a.dtype]; }
+
+bool in_range(const LkPairs& a) {
+  for (int64_t i = 0; i < 2 * a.batch * a.num_pairs; i += 2) {
+    const int64_t x = a.pairs[i], y = a.pairs[i + 1];
+    const bool real = x >= 0 && x < a.seq && y >= 0 && y < a.seq;
+    if (!real && (x != -1 || y != -1)) return false;
+  }
+  return true;
+}
+
+size_t row_size(const LkPairs& a) {
+  return a.dim * (a.dtype == LK_FLOAT64 ? 8 : a.dtype == LK_FLOAT32 ? 4 : 2);
+}
+
+// body(i) for i in 0 .. count - 1, each of which touches some rows. Threads are worth waking for
+// no less than kTaskBytes.
+template <class Body>
+bool for_each(const LkPairs& a, int64_t count, int64_t rows, Body body) {
+  constexpr int64_t kTaskBytes = 512 << 10;
+  const int64_t size = rows * static_cast<int64_t>(row_size(a));
+  const int64_t grain = kTaskBytes / (size + 1) + 1;
+  return parallel_for(ceil_div(count, grain), a.num_threads, 0, [&](int64_t i, void*) {
+    const int64_t end = std::min((i + 1) * grain, count);
+    for (int64_t at = i * grain; at < end; ++at) body(at);
+  });
+}
+
+// Zero rows first, then the rows that pairs point at. A row that several slots point at is written
+// once, from all of them in ascending order.
+bool pairs_backward(const LkPairs& a, decltype(PairKernels::distance_backward) kernel) {
   const int64_t num_rows = a.batch * a.seq, num_slots = a.batch * a.num_pairs * 2;
-  const size_t row_size = a.dim * (a.dtype == LK_FLOAT64 ? 8 : a.dtype == LK_FLOAT32 ? 4 : 2);
+  const size_t size = row_size(a);
   std::vector<int64_t> first(num_rows, -1), next(num_slots, -1), owners;
   for (int64_t slot = num_slots - 1; slot >= 0; --slot) {
     if (a.pairs[slot] < 0) continue;
@@ -113,16 +140,12 @@ bool distance_backward(const LkDistance& a) {
   for (int64_t row = 0; row < num_rows; ++row) {
     if (first[row] >= 0) owners.push_back(first[row]);
   }
-
-  constexpr int64_t kRows = 256;
-  return parallel_for(ceil_div(num_rows, kRows), a.num_threads, 0,
-                      [&](int64_t i, void*) {
-                        const int64_t begin = i * kRows, end = std::min(begin + kRows, num_rows);
-                        std::fill_n(static_cast<char*>(a.dhidden) + begin * row_size,
-                                    (end - begin) * row_size, char{0});
-                      }) &&
-         parallel_for(static_cast<int64_t>(owners.size()), a.num_threads, 0,
-                      [&](int64_t i, void*) { kernels.backward(a, next.data(), owners[i]); });
+  return for_each(a, num_rows, 1,
+                  [&](int64_t row) {
+                    std::fill_n(static_cast<char*>(a.dhidden) + row * size, size, char{0});
+                  }) &&
+         for_each(a, static_cast<int64_t>(owners.size()), 3,
+                  [&](int64_t i) { kernel(a, next.data(), owners[i]); });
 }
 
 }  // namespace
@@ -154,19 +177,40 @@ int32_t lk_attention_backward(const LkAttention* args) {
   return guarded([&] { return backward(*args); });
 }
 
-int32_t lk_distance_forward(const LkDistance* args) {
-  const LkDistance& a = *args;
-  const DistanceKernels& kernels = isas()[a.isa].table->distance[a.dtype];
-  constexpr int64_t kPairs = 16;
-  const int64_t num_pairs = a.batch * a.num_pairs;
+int32_t lk_distance_forward(const LkPairs* args) {
+  const LkPairs& a = *args;
+  const PairKernels& kernels = pair_kernels(a);
+  if (!in_range(a)) return LK_OUT_OF_RANGE;
   return guarded([&] {
-    return parallel_for(ceil_div(num_pairs, kPairs), a.num_threads, 0, [&](int64_t i, void*) {
-      const int64_t end = std::min((i + 1) * kPairs, num_pairs);
-      for (int64_t pair = i * kPairs; pair < end; ++pair) kernels.forward(a, pair);
-    });
+    if (!for_each(a, a.batch * a.num_pairs, 2,
+                  [&](int64_t pair) { kernels.distance_forward(a, pair); })) {
+      return false;
+    }
+    if (a.reduction != LK_NONE) kernels.distance_reduce(a);
+    return true;
   });
 }
 
-int32_t lk_distance_backward(const LkDistance* args) {
-  return guarded([&] { return distance_backward(*args); });
+int32_t lk_distance_backward(const LkPairs* args) {
+  return guarded([&] { return pairs_backward(*args, pair_kernels(*args).distance_backward); });
+}
+
+int32_t lk_views_forward(const LkPairs* args) {
+  const LkPairs& a = *args;
+  const PairKernels& kernels = pair_kernels(a);
+  if (!in_range(a)) return LK_OUT_OF_RANGE;
+  return guarded([&] {
+    return for_each(a, 2 * a.batch * a.num_pairs, 2,
+                    [&](int64_t slot) { kernels.views_forward(a, slot); });
+  });
+}
+
+int32_t lk_views_backward(const LkPairs* args) {
+  const LkPairs& a = *args;
+  const PairKernels& kernels = pair_kernels(a);
+  return guarded([&] {
+    return for_each(a, 2 * a.batch * a.num_pairs, 2,
+                    [&](int64_t slot) { kernels.views_dot(a, slot); }) &&
+           pairs_backward(a, kernels.views_backward);
+  });
 }

@@ -9,7 +9,8 @@ extern "C" {
 
 enum LkDtype : int32_t { LK_FLOAT32 = 0, LK_FLOAT64 = 1, LK_BFLOAT16 = 2, LK_FLOAT16 = 3 };
 enum LkMetric : int32_t { LK_COSINE = 0, LK_L2 = 1, LK_MSE = 2 };
-enum LkStatus : int32_t { LK_OK = 0, LK_OUT_OF_MEMORY = 1 };
+enum LkReduction : int32_t { LK_NONE = 0, LK_SUM = 1, LK_MEAN = 2 };
+enum LkStatus : int32_t { LK_OK = 0, LK_OUT_OF_MEMORY = 1, LK_OUT_OF_RANGE = 2 };
 
 // (batch, heads, seq, dim) with unit stride in dim; strides count elements.
 struct LkTensor {
@@ -39,17 +40,23 @@ struct LkAttention {
   void* dsinks;  // (heads,), only with sinks
 };
 
-// The distance of pairs of rows of hidden (batch, seq, dim). `distance`, `stats` and `ddistance`
-// are contiguous float32, or float64 for float64 `hidden`.
-struct LkDistance {
+// Pairs of rows of hidden (batch, seq, dim): their distance, and the rows themselves scaled to
+// length 1, the "views". What is neither `hidden` nor `dhidden` is contiguous float32, or float64
+// for float64 `hidden`. A pair of -1 is padding.
+struct LkPairs {
   int64_t batch, seq, dim, num_pairs;
   int64_t hidden_batch_stride, hidden_seq_stride;
   const void* hidden;
   const int64_t* pairs;  // (batch, num_pairs, 2) contiguous
-  void *distance, *stats;
+  void* dhidden;         // contiguous; written completely by the backward passes
+  int32_t dtype, isa, num_threads;
+  int32_t metric, reduction;
+  void *distance, *stats;  // (batch, num_pairs), (batch, num_pairs, 3)
+  void* loss;              // the sum or mean of the distances; null for LK_NONE
   const void* ddistance;
-  void* dhidden;  // contiguous; written completely by the backward pass
-  int32_t metric, dtype, isa, num_threads;
+  void *views, *squares;  // (2, batch, num_pairs, dim), and the squared norm of each row
+  const void* dviews;
+  void* dots;  // like `squares`, to compute in
 };
 
 // fn(data) in up to num_threads threads at once, as GOMP_parallel does.
@@ -62,6 +69,9 @@ LK_EXPORT const char* lk_isa_name(int32_t index);
 
 LK_EXPORT int32_t lk_attention_forward(const LkAttention* args);
 LK_EXPORT int32_t lk_attention_backward(const LkAttention* args);
-LK_EXPORT int32_t lk_distance_forward(const LkDistance* args);
-LK_EXPORT int32_t lk_distance_backward(const LkDistance* args);
+// Both forward passes check the pairs first.
+LK_EXPORT int32_t lk_distance_forward(const LkPairs* args);
+LK_EXPORT int32_t lk_distance_backward(const LkPairs* args);
+LK_EXPORT int32_t lk_views_forward(const LkPairs* args);
+LK_EXPORT int32_t lk_views_backward(const LkPairs* args);
 }

@@ -3,7 +3,7 @@
 
 #include "attention_backward.h"
 #include "attention_forward.h"
-#include "distance.h"
+#include "pairs.h"
 
 namespace LK_ISA {
 
@@ -14,12 +14,13 @@ constexpr AttentionKernels kAttention = {
     attention_backward<S>, attention_reduce<S>, reduce_scratch<S>,
     attention_sinks<S>};
 template <class S>
-constexpr DistanceKernels kDistance = {distance_forward<S>, distance_backward<S>};
+constexpr PairKernels kPairs = {distance_forward<S>,  distance_reduce<S>, distance_backward<S>,
+                                views_forward<S>,     views_dot<S>,       views_backward<S>};
 
 // In the order of LkDtype.
 extern const KernelTable kTable;
 const KernelTable kTable = {
     {kAttention<float>, kAttention<double>, kAttention<Bfloat16>, kAttention<Float16>},
-    {kDistance<float>, kDistance<double>, kDistance<Bfloat16>, kDistance<Float16>}};
+    {kPairs<float>, kPairs<double>, kPairs<Bfloat16>, kPairs<Float16>}};
 
 }  // namespace LK_ISA

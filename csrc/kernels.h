@@ -40,14 +40,19 @@ struct AttentionKernels {
   void (*sinks)(const LkAttention&, int64_t head);
 };
 
-struct DistanceKernels {
-  void (*forward)(const LkDistance&, int64_t pair);
-  // The gradient row that `first_slot` and the slots linked after it point at.
-  void (*backward)(const LkDistance&, const int64_t* next, int64_t first_slot);
+// A slot is one side of a pair, 2 * pair + side. The backward passes write the gradient row that
+// `first_slot` and the slots linked after it point at.
+struct PairKernels {
+  void (*distance_forward)(const LkPairs&, int64_t pair);
+  void (*distance_reduce)(const LkPairs&);
+  void (*distance_backward)(const LkPairs&, const int64_t* next, int64_t first_slot);
+  void (*views_forward)(const LkPairs&, int64_t slot);
+  void (*views_dot)(const LkPairs&, int64_t slot);
+  void (*views_backward)(const LkPairs&, const int64_t* next, int64_t first_slot);
 };
 
 // One table per instruction set, indexed by LkDtype.
 struct KernelTable {
   AttentionKernels attention[4];
-  DistanceKernels distance[4];
+  PairKernels pairs[4];
 };

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 
 import torch
@@ -130,6 +130,22 @@ def load_backend(backends: Mapping[str, str], impl: str | None, device: torch.de
     return importlib.import_module(backends[impl])
 
 
+def operation(name: str) -> Callable[[Callable], Callable]:
+    """Makes a function an operation of torch, for all devices.
+
+    As `torch.library.custom_op` does, without its checks for aliases at every call, which take
+    longer than a small kernel; `torch.library.opcheck` makes them in the tests.
+    """
+
+    def register(function: Callable) -> Callable:
+        schema = torch.library.infer_schema(function, mutates_args=())
+        torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
+        torch.library.impl(name, "default", function)
+        return function
+
+    return register
+
+
 # The operation as torch sees it. A BlockMask travels as its tensors and two plain values.
 
 
@@ -137,7 +153,7 @@ def _mask_tensors(mask: BlockMask) -> list[Tensor]:
     return [mask.visible_until, *mask.schedule_tensors()]
 
 
-@torch.library.custom_op("llmjepa_kernels::attention_forward", mutates_args=())
+@operation("llmjepa_kernels::attention_forward")
 def _attention_forward(
     q: Tensor,
     k: Tensor,
@@ -165,13 +181,13 @@ def _attention_forward(
     )
 
 
-@_attention_forward.register_fake
+@torch.library.register_fake("llmjepa_kernels::attention_forward")
 def _(q, k, v, *arguments):
     lse_dtype = torch.promote_types(q.dtype, torch.float32)
     return _empty_seq_major(q), q.new_empty(q.shape[:3], dtype=lse_dtype)
 
 
-@torch.library.custom_op("llmjepa_kernels::attention_backward", mutates_args=())
+@operation("llmjepa_kernels::attention_backward")
 def _attention_backward(
     dout: Tensor,
     q: Tensor,
@@ -207,7 +223,7 @@ def _attention_backward(
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 
 
-@_attention_backward.register_fake
+@torch.library.register_fake("llmjepa_kernels::attention_backward")
 def _(dout, q, k, v, out, lse, mask, block_size, mask_window, *options):
     *_, sinks, _impl = options
     dsinks = q.new_empty(0) if sinks is None else torch.empty_like(sinks)

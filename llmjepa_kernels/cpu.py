@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llmjepa_kernels.block_mask import BlockMask
+from llmjepa_kernels.pairs import check_pairs
 
 # Another library, as built with sanitizers, and another instruction set than the best.
 LIBRARY_VARIABLE = "LLMJEPA_CPU_LIBRARY"
@@ -21,9 +22,12 @@ ISA_VARIABLE = "LLMJEPA_CPU_ISA"
 LIBRARY = Path(os.environ.get(LIBRARY_VARIABLE) or Path(__file__).with_name("_cpu.so"))
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 METRICS = {"cosine": 0, "l2": 1, "mse": 2}
+REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
+OK, OUT_OF_RANGE = 0, 2  # of LkStatus
 MAX_HEAD_DIM = 256
 
 
+@cache
 def is_available() -> bool:
     """Whether the compiled library is there."""
     return LIBRARY.exists()
@@ -84,13 +88,25 @@ def attention_backward(
     return dq, dk, dv, None if sinks is None else dsinks.to(sinks.dtype)
 
 
-def distance_forward(hidden: Tensor, pairs: Tensor, *, metric: str) -> tuple[Tensor, Tensor]:
-    """Distance (batch, num_pairs) of each pair's rows, and what its backward needs (…, 3)."""
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    distance = torch.empty(pairs.shape[:2], dtype=dtype)
-    stats = torch.empty(*pairs.shape[:2], 3, dtype=dtype)
-    _run_distance("lk_distance_forward", hidden, pairs, metric, distance=distance, stats=stats)
-    return distance, stats
+def distance_forward(
+    hidden: Tensor, pairs: Tensor, *, metric: str, reduction: str
+) -> tuple[Tensor, Tensor]:
+    """The loss: (batch, num_pairs) or reduced; and what its backward needs (…, 3)."""
+    dtype, shape = _compute_dtype(hidden), pairs.shape[:2]
+    distance = torch.empty(shape, dtype=dtype)
+    stats = torch.empty(*shape, 3, dtype=dtype)
+    loss = distance if reduction == "none" else torch.empty((), dtype=dtype)
+    _run_pairs(
+        "lk_distance_forward",
+        hidden,
+        pairs,
+        metric=METRICS[metric],
+        reduction=REDUCTIONS[reduction],
+        distance=distance.data_ptr(),
+        stats=stats.data_ptr(),
+        loss=loss.data_ptr(),
+    )
+    return loss, stats
 
 
 def distance_backward(
@@ -98,14 +114,46 @@ def distance_backward(
 ) -> Tensor:
     """dhidden (batch, seq, hidden_size), zero except at the pairs' rows."""
     dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-    _run_distance(
+    ddistance, stats = ddistance.contiguous(), stats.contiguous()
+    _run_pairs(
         "lk_distance_backward",
         hidden,
         pairs,
-        metric,
-        ddistance=ddistance.contiguous(),
-        stats=stats.contiguous(),
-        dhidden=dhidden,
+        metric=METRICS[metric],
+        ddistance=ddistance.data_ptr(),
+        stats=stats.data_ptr(),
+        dhidden=dhidden.data_ptr(),
+    )
+    return dhidden
+
+
+def views_forward(hidden: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
+    """The pairs' rows at length 1, (2, batch, num_pairs, hidden_size), and their squared norms."""
+    dtype, (batch, num_pairs, _) = _compute_dtype(hidden), pairs.shape
+    views = torch.empty(2, batch, num_pairs, hidden.shape[2], dtype=dtype)
+    squares = torch.empty(2, batch, num_pairs, dtype=dtype)
+    _run_pairs(
+        "lk_views_forward", hidden, pairs, views=views.data_ptr(), squares=squares.data_ptr()
+    )
+    return views, squares
+
+
+def views_backward(
+    dviews: Tensor, hidden: Tensor, pairs: Tensor, views: Tensor, squares: Tensor
+) -> Tensor:
+    """dhidden (batch, seq, hidden_size), zero except at the pairs' rows."""
+    dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    dviews, views, squares = (x.contiguous() for x in (dviews, views, squares))
+    dots = torch.empty_like(squares)
+    _run_pairs(
+        "lk_views_backward",
+        hidden,
+        pairs,
+        dviews=dviews.data_ptr(),
+        views=views.data_ptr(),
+        squares=squares.data_ptr(),
+        dots=dots.data_ptr(),
+        dhidden=dhidden.data_ptr(),
     )
     return dhidden
 
@@ -141,11 +189,12 @@ class _AttentionArguments(ctypes.Structure):
     )
 
 
-class _DistanceArguments(ctypes.Structure):
+class _PairsArguments(ctypes.Structure):
     _fields_ = (
         *_fields(ctypes.c_int64, "batch seq dim num_pairs hidden_batch_stride hidden_seq_stride"),
-        *_fields(ctypes.c_void_p, "hidden pairs distance stats ddistance dhidden"),
-        *_fields(ctypes.c_int32, "metric dtype isa num_threads"),
+        *_fields(ctypes.c_void_p, "hidden pairs dhidden"),
+        *_fields(ctypes.c_int32, "dtype isa num_threads metric reduction"),
+        *_fields(ctypes.c_void_p, "distance stats loss ddistance views squares dviews dots"),
     )
 
 
@@ -157,7 +206,7 @@ class _AttentionCall:
         if dim > MAX_HEAD_DIM:
             raise ValueError(f"head_dim must be at most {MAX_HEAD_DIM} on a CPU, got {dim}")
         kv_indices = mask.kv_indices.contiguous()
-        self.stats_shape = (batch, heads, seq)
+        self.stats_shape, self.stats_dtype = (batch, heads, seq), _compute_dtype(q)
         self.tensors = []
         self.arguments = _AttentionArguments(
             batch=batch,
@@ -188,13 +237,12 @@ class _AttentionCall:
         if window is not None:
             self.set(positions=position_ids.to(torch.int32).contiguous())
         if sinks is not None:
-            self.sinks = sinks.to(torch.promote_types(q.dtype, torch.float32)).contiguous()
+            self.sinks = sinks.to(self.stats_dtype).contiguous()
             self.set(sinks=self.sinks)
 
     def stats(self) -> Tensor:
         """An uninitialised (batch, num_heads, seq) tensor for lse or delta."""
-        dtype = torch.float64 if self.arguments.dtype == DTYPES[torch.float64] else torch.float32
-        return torch.empty(self.stats_shape, dtype=dtype)
+        return torch.empty(self.stats_shape, dtype=self.stats_dtype)
 
     def set(self, **tensors: Tensor) -> None:
         self.tensors.extend(tensors.values())
@@ -208,32 +256,35 @@ class _AttentionCall:
         _check_status(getattr(_library(), function)(ctypes.byref(self.arguments)))
 
 
-def _run_distance(
-    function: str, hidden: Tensor, pairs: Tensor, metric: str, **tensors: Tensor
-) -> None:
+def _run_pairs(function: str, hidden: Tensor, pairs: Tensor, **arguments: int) -> None:
     pairs = pairs.contiguous()
     batch, seq, dim = hidden.shape
-    arguments = _DistanceArguments(
-        batch=batch,
-        seq=seq,
-        dim=dim,
-        num_pairs=pairs.shape[1],
-        hidden_batch_stride=hidden.stride(0),
-        hidden_seq_stride=hidden.stride(1),
-        hidden=hidden.data_ptr(),
-        pairs=pairs.data_ptr(),
-        metric=METRICS[metric],
+    arguments = _PairsArguments(
+        batch,
+        seq,
+        dim,
+        pairs.shape[1],
+        *hidden.stride()[:2],
+        hidden.data_ptr(),
+        pairs.data_ptr(),
         dtype=_dtype(hidden),
         isa=_isa(),
         num_threads=torch.get_num_threads(),
-        **{name: tensor.data_ptr() for name, tensor in tensors.items()},
+        **arguments,
     )
-    _check_status(getattr(_library(), function)(ctypes.byref(arguments)))
+    status = getattr(_library(), function)(ctypes.byref(arguments))
+    if status == OUT_OF_RANGE:
+        check_pairs(pairs, seq)
+    _check_status(status)
 
 
 def _check_status(status: int) -> None:
-    if status != 0:
+    if status != OK:
         raise MemoryError("the CPU kernels ran out of memory for their tiles")
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _dtype(x: Tensor) -> int:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from llmjepa_kernels.attention import load_backend
+from llmjepa_kernels.attention import load_backend, operation
+from llmjepa_kernels.pairs import count_pairs
 
 BACKENDS = {
     "triton": "llmjepa_kernels.loss_triton",
@@ -38,8 +39,8 @@ def last_token_loss(
         reduction: "mean" over the pairs (0 if there are none), "sum", or "none" for
             (batch, num_pairs) with 0 for padding.
         temperature: Of "infonce" only.
-        impl: "triton", "cpu" or "reference". Default: by the device of `hidden`. "infonce" is
-            plain PyTorch in all of them.
+        impl: "triton", "cpu" or "reference". Default: by the device of `hidden`. Of "infonce" they
+            gather and normalise the rows; the matrix of cosines is plain PyTorch in all of them.
 
     Returns:
         loss: float32 (float64 for float64 `hidden`).
@@ -51,91 +52,142 @@ def last_token_loss(
     Source: LLM-JEPA, arXiv:2509.14252; InfoNCE, arXiv:1807.03748.
     """
     _check(hidden, pairs, metric, reduction, temperature)
-    if metric == "infonce":
-        load_backend(BACKENDS, impl, hidden.device)  # for its errors
-        distance = _infonce(hidden, pairs, temperature)
-    else:
-        distance, _ = torch.ops.llmjepa_kernels.pair_distance(hidden, pairs, metric, impl)
+    if metric != "infonce":
+        loss, _ = _OPS.pair_distance(hidden, pairs, metric, reduction, impl)
+        return loss
+    distance = _infonce(hidden, pairs, temperature, impl)
     if reduction == "none":
         return distance
     total = distance.sum()
-    if reduction == "sum":
-        return total
-    return total / (pairs[..., 0] >= 0).sum().clamp(min=1)
+    return total if reduction == "sum" else total / count_pairs(pairs).clamp(min=1)
 
 
-def _infonce(hidden: Tensor, pairs: Tensor, temperature: float) -> Tensor:
+def _infonce(hidden: Tensor, pairs: Tensor, temperature: float, impl: str | None) -> Tensor:
     """Cross-entropy over all targets of the batch; padding is neither query nor negative."""
-    if not torch.compiler.is_compiling():  # the answer depends on data
-        _check_range(pairs, hidden.shape[1])
-    valid = pairs[..., 0] >= 0
-    rows = torch.arange(len(pairs), device=pairs.device)[:, None, None]
-    views = hidden[rows, pairs.clamp(min=0)]
-    views = views.to(torch.promote_types(views.dtype, torch.float32))
-    # What stands where padding points to must not reach the matrix product, NaN above all.
-    views = torch.where(valid[..., None, None], views, 0.0)
-    predictor, target = functional.normalize(views, dim=-1).flatten(0, 1).unbind(1)
+    views, _ = _OPS.pair_views(hidden, pairs, impl)
+    predictors, targets = views.flatten(1, 2).unbind()
+    real = pairs[..., 0].flatten() >= 0
     with torch.autocast(hidden.device.type, enabled=False):
-        logits = predictor @ target.mT / temperature
-    logits = logits.masked_fill(~valid.flatten(), -torch.inf)
+        logits = predictors @ targets.mT / temperature
+    logits = logits.masked_fill(~real, -torch.inf)
     own = torch.arange(len(logits), device=logits.device)
     # A padding pair's own column is hidden; give it a harmless label before it is zeroed.
-    logits = torch.where(valid.flatten()[:, None], logits, 0.0)
-    return functional.cross_entropy(logits, own, reduction="none").view_as(valid) * valid
+    logits = torch.where(real[:, None], logits, 0.0)
+    distance = functional.cross_entropy(logits, own, reduction="none") * real
+    return distance.view(pairs.shape[:2])
 
 
-@torch.library.custom_op("llmjepa_kernels::pair_distance", mutates_args=())
+# The operations as torch sees them.
+
+_OPS = torch.ops.llmjepa_kernels
+
+
+@operation("llmjepa_kernels::pair_distance")
 def _pair_distance(
-    hidden: Tensor, pairs: Tensor, metric: str, impl: str | None
+    hidden: Tensor, pairs: Tensor, metric: str, reduction: str, impl: str | None
 ) -> tuple[Tensor, Tensor]:
-    _check_range(pairs, hidden.shape[1])
     return load_backend(BACKENDS, impl, hidden.device).distance_forward(
-        hidden, pairs, metric=metric
+        hidden, pairs, metric=metric, reduction=reduction
     )
 
 
-@_pair_distance.register_fake
-def _(hidden, pairs, metric, impl):
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    return (
-        hidden.new_empty(pairs.shape[:2], dtype=dtype),
-        hidden.new_empty((*pairs.shape[:2], 3), dtype=dtype),
-    )
+@torch.library.register_fake("llmjepa_kernels::pair_distance")
+def _(hidden, pairs, metric, reduction, impl):
+    dtype, shape = _compute_dtype(hidden), pairs.shape[:2]
+    loss = hidden.new_empty(shape if reduction == "none" else (), dtype=dtype)
+    return loss, hidden.new_empty((*shape, 3), dtype=dtype)
 
 
-@torch.library.custom_op("llmjepa_kernels::pair_distance_backward", mutates_args=())
+@operation("llmjepa_kernels::pair_distance_backward")
 def _pair_distance_backward(
-    ddistance: Tensor, hidden: Tensor, pairs: Tensor, stats: Tensor, metric: str, impl: str | None
+    dloss: Tensor,
+    hidden: Tensor,
+    pairs: Tensor,
+    stats: Tensor,
+    metric: str,
+    reduction: str,
+    impl: str | None,
 ) -> Tensor:
+    if reduction == "mean":
+        dloss = dloss / count_pairs(pairs).clamp(min=1)
     return load_backend(BACKENDS, impl, hidden.device).distance_backward(
-        ddistance.contiguous(), hidden, pairs, stats, metric=metric
+        dloss.expand(pairs.shape[:2]).contiguous(), hidden, pairs, stats, metric=metric
     )
 
 
-@_pair_distance_backward.register_fake
-def _(ddistance, hidden, pairs, stats, metric, impl):
+@torch.library.register_fake("llmjepa_kernels::pair_distance_backward")
+def _(dloss, hidden, *arguments):
     return torch.empty_like(hidden, memory_format=torch.contiguous_format)
 
 
-def _setup_context(ctx, inputs, output):
-    hidden, pairs, ctx.metric, ctx.impl = inputs
+def _setup_distance(ctx, inputs, output):
+    hidden, pairs, *ctx.options = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(hidden, pairs, output[1])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, ddistance, _dstats):
-    if ddistance is None:
-        return None, None, None, None
-    dhidden = torch.ops.llmjepa_kernels.pair_distance_backward(
-        ddistance, *ctx.saved_tensors, ctx.metric, ctx.impl
-    )
-    return dhidden, None, None, None
+def _backward_distance(ctx, dloss, _dstats):
+    if dloss is None:
+        return None, None, None, None, None
+    dhidden = _OPS.pair_distance_backward(dloss, *ctx.saved_tensors, *ctx.options)
+    return dhidden, None, None, None, None
 
 
 torch.library.register_autograd(
-    "llmjepa_kernels::pair_distance", _backward, setup_context=_setup_context
+    "llmjepa_kernels::pair_distance", _backward_distance, setup_context=_setup_distance
 )
+
+
+@operation("llmjepa_kernels::pair_views")
+def _pair_views(hidden: Tensor, pairs: Tensor, impl: str | None) -> tuple[Tensor, Tensor]:
+    """The rows of all pairs at length 1, (2, batch, num_pairs, hidden_size); padding is 0."""
+    return load_backend(BACKENDS, impl, hidden.device).views_forward(hidden, pairs)
+
+
+@torch.library.register_fake("llmjepa_kernels::pair_views")
+def _(hidden, pairs, impl):
+    shape, dtype = (2, *pairs.shape[:2]), _compute_dtype(hidden)
+    return (
+        hidden.new_empty((*shape, hidden.shape[2]), dtype=dtype),
+        hidden.new_empty(shape, dtype=dtype),
+    )
+
+
+@operation("llmjepa_kernels::pair_views_backward")
+def _pair_views_backward(
+    dviews: Tensor, hidden: Tensor, pairs: Tensor, views: Tensor, squares: Tensor, impl: str | None
+) -> Tensor:
+    return load_backend(BACKENDS, impl, hidden.device).views_backward(
+        dviews.contiguous(), hidden, pairs, views, squares
+    )
+
+
+@torch.library.register_fake("llmjepa_kernels::pair_views_backward")
+def _(dviews, hidden, *arguments):
+    return torch.empty_like(hidden, memory_format=torch.contiguous_format)
+
+
+def _setup_views(ctx, inputs, output):
+    hidden, pairs, ctx.impl = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(hidden, pairs, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_views(ctx, dviews, _dsquares):
+    if dviews is None:
+        return None, None, None
+    return _OPS.pair_views_backward(dviews, *ctx.saved_tensors, ctx.impl), None, None
+
+
+torch.library.register_autograd(
+    "llmjepa_kernels::pair_views", _backward_views, setup_context=_setup_views
+)
+
+
+def _compute_dtype(hidden: Tensor) -> torch.dtype:
+    return torch.promote_types(hidden.dtype, torch.float32)
 
 
 def _check(hidden: Tensor, pairs: Tensor, metric: str, reduction: str, temperature: float) -> None:
@@ -162,20 +214,3 @@ def _check(hidden: Tensor, pairs: Tensor, metric: str, reduction: str, temperatu
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-
-
-def _check_range(pairs: Tensor, seq: int) -> None:
-    if pairs.device.type == "cpu" and pairs.numel():
-        low, high = pairs.aminmax()
-        if low.item() >= 0 and high.item() < seq:
-            return  # as a rule: a row of small operations costs more than the loss itself
-    padding = (pairs == -1).all(dim=-1, keepdim=True)
-    wrong = ~padding & ((pairs < 0) | (pairs >= seq))
-    if pairs.device.type != "cpu":
-        torch._assert_async(~wrong.any(), "pairs must hold indices in 0 .. seq - 1, or -1 twice")
-    elif wrong.any():
-        b, p, _ = wrong.nonzero()[0].tolist()
-        raise IndexError(
-            f"pairs must hold indices in 0 .. {seq - 1}, or -1 twice for padding; "
-            f"got pairs[{b}, {p}] = {pairs[b, p].tolist()}"
-        )

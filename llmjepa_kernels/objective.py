@@ -15,6 +15,7 @@ from llmjepa_kernels.hf import patched_impl
 from llmjepa_kernels.loss import BACKENDS as LOSS_BACKENDS
 from llmjepa_kernels.loss import last_token_loss
 from llmjepa_kernels.packing import IGNORE
+from llmjepa_kernels.pairs import count_pairs
 
 REQUIRED_KEYS = ("input_ids", "position_ids", "labels", "visible_until", "view_pairs")
 
@@ -116,7 +117,7 @@ def llm_jepa_loss(
     ntp_loss = _divide(ntp_sum, num_items_in_batch, num_items)
 
     pairs = batch["view_pairs"]
-    num_pairs = (pairs[..., 0] >= 0).sum()
+    num_pairs = count_pairs(pairs)
     if detach_target:
         hidden, pairs = _with_detached_targets(hidden, pairs)
     options = {"metric": metric, "temperature": temperature, "impl": impl}

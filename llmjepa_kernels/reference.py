@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llmjepa_kernels.block_mask import BlockMask
+from llmjepa_kernels.pairs import check_pairs, count_pairs
 
 COSINE_EPS = 1e-8  # as torch.nn.functional.cosine_similarity
 
@@ -128,8 +129,11 @@ def _seq_major(x: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def distance_forward(hidden: Tensor, pairs: Tensor, *, metric: str) -> tuple[Tensor, Tensor]:
-    """Distance (batch, num_pairs) of each pair's rows, and what its backward needs (…, 3)."""
+def distance_forward(
+    hidden: Tensor, pairs: Tensor, *, metric: str, reduction: str
+) -> tuple[Tensor, Tensor]:
+    """The loss: (batch, num_pairs) or reduced; and what its backward needs (…, 3)."""
+    check_pairs(pairs, hidden.shape[1])
     x, y, valid = _pair_rows(hidden, pairs)
     stats = torch.zeros(*valid.shape, 3, dtype=x.dtype, device=x.device)
     if metric == "cosine":
@@ -140,7 +144,12 @@ def distance_forward(hidden: Tensor, pairs: Tensor, *, metric: str) -> tuple[Ten
         squares = ((x - y) ** 2).sum(-1)
         stats[..., 0] = squares
         distance = squares.sqrt() if metric == "l2" else squares / hidden.shape[-1]
-    return distance.masked_fill(~valid, 0.0), stats.masked_fill(~valid[..., None], 0.0)
+    loss = distance.masked_fill(~valid, 0.0)
+    if reduction != "none":
+        loss = loss.sum()
+    if reduction == "mean":
+        loss = loss / count_pairs(pairs).clamp(min=1)
+    return loss, stats.masked_fill(~valid[..., None], 0.0)
 
 
 def distance_backward(
@@ -165,12 +174,26 @@ def distance_backward(
         dx = 2 / hidden.shape[-1] * (x - y) * scale
         dy = -dx
 
-    dhidden = torch.zeros_like(hidden, dtype=x.dtype, memory_format=torch.contiguous_format)
-    index = pairs.clamp(min=0)[..., None].expand(*pairs.shape, hidden.shape[-1])
-    keep = valid[..., None]
-    dhidden.scatter_add_(1, index[:, :, 0], dx.masked_fill(~keep, 0.0))
-    dhidden.scatter_add_(1, index[:, :, 1], dy.masked_fill(~keep, 0.0))
-    return dhidden.to(hidden.dtype)
+    return _scatter(dx, dy, hidden, pairs)
+
+
+def views_forward(hidden: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
+    """The pairs' rows at length 1, (2, batch, num_pairs, hidden_size), and their squared norms."""
+    check_pairs(pairs, hidden.shape[1])
+    x, y, valid = _pair_rows(hidden, pairs)
+    views = torch.stack([x, y]).masked_fill(~valid[..., None], 0.0)
+    squares = (views * views).sum(-1)
+    return views / squares.sqrt().clamp(min=COSINE_EPS)[..., None], squares
+
+
+def views_backward(
+    dviews: Tensor, hidden: Tensor, pairs: Tensor, views: Tensor, squares: Tensor
+) -> Tensor:
+    """dhidden (batch, seq, hidden_size), zero except at the pairs' rows."""
+    norm = squares.sqrt()[..., None]
+    along = torch.where(norm > COSINE_EPS, (views * dviews).sum(-1, keepdim=True), 0.0)
+    dx, dy = (dviews - along * views) / norm.clamp(min=COSINE_EPS)
+    return _scatter(dx, dy, hidden, pairs)
 
 
 def _pair_rows(hidden: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -180,3 +203,13 @@ def _pair_rows(hidden: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     gathered = hidden[rows, index[..., 0]], hidden[rows, index[..., 1]]
     x, y = (g.to(torch.promote_types(g.dtype, torch.float32)) for g in gathered)
     return x, y, pairs[..., 0] >= 0
+
+
+def _scatter(dx: Tensor, dy: Tensor, hidden: Tensor, pairs: Tensor) -> Tensor:
+    """dhidden from the gradients of the predictors' and the targets' rows."""
+    dhidden = torch.zeros_like(hidden, dtype=dx.dtype, memory_format=torch.contiguous_format)
+    index = pairs.clamp(min=0)[..., None].expand(*pairs.shape, hidden.shape[-1])
+    padding = (pairs[..., 0] < 0)[..., None]
+    dhidden.scatter_add_(1, index[:, :, 0], dx.masked_fill(padding, 0.0))
+    dhidden.scatter_add_(1, index[:, :, 1], dy.masked_fill(padding, 0.0))
+    return dhidden.to(hidden.dtype)

@@ -112,7 +112,7 @@ for arch in ("sm_80", "sm_90", "sm_100", "gfx942"):
             mask = meta_mask(2, 300, (64, 64))
             run_attention(64, dtype, mask, sinks=True, softcap=30.0, window=100)
         run_attention(72, torch.bfloat16, meta_mask(2, 300, (32, 32)))
-        for metric in ("cosine", "l2", "mse"):
+        for metric in ("cosine", "l2", "mse", "infonce"):
             run_loss(2048, torch.bfloat16, metric)
     kernels |= {(arch, name) for name, _ in launched}
 print(json.dumps(sorted(kernels)))
@@ -121,7 +121,7 @@ print(json.dumps(sorted(kernels)))
 
 def test_options_and_the_loss_compile(tmp_path):
     kernels = python(["-c", OPTIONS], tmp_path, timeout=900)
-    assert len(kernels) == 4 * 6, kernels
+    assert len(kernels) == 4 * 9, kernels
 
 
 PACKINGS = """
@@ -137,7 +137,8 @@ with compiling_for("sm_90") as launched:
         window = 100 if packing % 2 else None
         mask = meta_mask(batch, seq, (64, 64), window)
         run_attention(64, torch.bfloat16, mask, window=window)
-        run_loss(2048, torch.bfloat16, "cosine", num_pairs=rng.choice([1, 8, rng.randint(2, 99)]))
+        for metric in ("cosine", "infonce"):
+            run_loss(2048, torch.bfloat16, metric, num_pairs=rng.choice([1, 8, rng.randint(2, 99)]))
         counts.append(len({id(kernel) for _, kernel in launched}))
 print(json.dumps(counts))
 """
@@ -146,4 +147,4 @@ print(json.dumps(counts))
 def test_a_hundred_packings_compile_nothing_after_the_first(tmp_path):
     counts = python(["-c", PACKINGS], tmp_path, timeout=600)
     # Three kernels know of the window; the row statistics and the loss do not.
-    assert counts == [6] + [9] * 99
+    assert counts == [9] + [12] * 99

@@ -8,7 +8,8 @@ from tests.helpers import check_loss
 
 pytestmark = pytest.mark.skipif(not cpu.is_available(), reason="the library was not compiled")
 ISAS = cpu.isas() if cpu.is_available() else ["none"]
-METRICS = ["cosine", "l2", "mse"]
+DISTANCES = ["cosine", "l2", "mse"]
+METRICS = [*DISTANCES, "infonce"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
@@ -74,18 +75,38 @@ def test_equal_rows_have_no_l2_gradient(isa):
     assert (dhidden == 0).all()
 
 
-def test_a_zero_row_has_the_clamped_cosine(isa):
-    hidden, pairs = torch.randn(1, 4, 32), torch.tensor([[[0, 1], [2, 3]]])
+@pytest.mark.parametrize("metric", ["cosine", "infonce"])
+def test_a_zero_row_has_the_clamped_cosine(isa, metric):
+    hidden, pairs = case(batch=1)[0].float(), torch.tensor([[[0, 1], [2, 3]]])
     hidden[0, 1] = 0
     x = hidden.requires_grad_()
     grads = [
-        torch.autograd.grad(last_token_loss(x, pairs, impl=impl), x)[0]
+        torch.autograd.grad(last_token_loss(x, pairs, metric=metric, impl=impl), x)[0]
         for impl in ("cpu", "reference")
     ]
-    torch.testing.assert_close(*grads)
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)  # that of the zero row is 1e8 large
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_reductions_leave_padding_out(isa, reduction):
+    hidden, pairs = case()
+    real = pairs[..., 0] >= 0
+    each = last_token_loss(hidden, pairs, reduction="none", impl="cpu")
+    expected = getattr(each[real], reduction)()
+    loss = last_token_loss(hidden, pairs, reduction=reduction, impl="cpu")
+    torch.testing.assert_close(loss, expected, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "infonce"])
+@pytest.mark.parametrize("wrong", [[5, 40], [40, 5], [-2, 3], [3, -1], [-1, 3], [-2, -2]])
+def test_a_pair_outside_the_row_is_never_read(isa, metric, wrong):
+    hidden, pairs = case(seq=40)
+    pairs[1, 3] = torch.tensor(wrong)
+    with pytest.raises(IndexError, match=rf"0 \.\. 39.*pairs\[1, 3\] = \[{wrong[0]}, {wrong[1]}\]"):
+        last_token_loss(hidden, pairs, metric=metric, impl="cpu")
+
+
+@pytest.mark.parametrize("metric", DISTANCES)
 def test_a_row_that_is_not_finite_shows_only_where_it_is_used(isa, metric):
     hidden, _ = case()
     pairs = torch.tensor([[[0, 1], [2, 3]], [[0, 1], [-1, -1]]])
@@ -111,15 +132,16 @@ def test_strided_hidden(isa):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_threads_do_not_change_a_bit(dtype):
-    hidden, pairs = case(seq=900, dim=128, num_pairs=200)
+@pytest.mark.parametrize("metric", METRICS)
+def test_threads_do_not_change_a_bit(metric, dtype):
+    hidden, pairs = case(seq=900, dim=512, num_pairs=900)  # several tasks of every kind
     before = torch.get_num_threads()
     runs = []
     try:
         for count in (1, 2, 4):
             torch.set_num_threads(count)
             x = hidden.to(dtype).requires_grad_()
-            distance = last_token_loss(x, pairs, reduction="none", impl="cpu")
+            distance = last_token_loss(x, pairs, metric=metric, reduction="none", impl="cpu")
             runs.append([distance, *torch.autograd.grad(distance.sum(), x)])
     finally:
         torch.set_num_threads(before)

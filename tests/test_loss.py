@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from llmjepa_kernels import last_token_loss
+from llmjepa_kernels import cpu, last_token_loss
 
+IMPLS = ["reference", *(["cpu"] if cpu.is_available() else [])]
 DISTANCES = {
     "cosine": lambda x, y: 1 - functional.cosine_similarity(x, y, dim=-1),
     "l2": lambda x, y: (x - y).norm(dim=-1),
@@ -126,15 +127,35 @@ def test_low_precision_is_computed_in_float32(dtype):
     torch.testing.assert_close(loss, plain(hidden.float(), "cosine").mean())
 
 
-@pytest.mark.parametrize("metric", DISTANCES)
-def test_opcheck(metric):
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    ("metric", "reduction"), [("cosine", "mean"), ("l2", "sum"), ("mse", "none")]
+)
+def test_opcheck(metric, reduction, impl):
     pairs = PAIRS[:, :2]  # gradients of equal rows under l2 are one-sided
-    torch.library.opcheck(
-        torch.ops.llmjepa_kernels.pair_distance, (inputs(), pairs, metric, "reference")
-    )
+    operation = torch.ops.llmjepa_kernels.pair_distance
+    torch.library.opcheck(operation, (inputs(), pairs, metric, reduction, impl))
 
 
-@pytest.mark.parametrize("metric", DISTANCES)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_opcheck_of_the_views(impl):
+    torch.library.opcheck(torch.ops.llmjepa_kernels.pair_views, (inputs(), PAIRS, impl))
+
+
+@pytest.mark.parametrize("metric", ["cosine", "infonce"])
+def test_torch_compile_traces_through(metric):
+    def loss(hidden):
+        return last_token_loss(hidden, PAIRS, metric=metric)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    hidden = inputs()
+    expected, actual = loss(hidden), compiled(hidden)
+    assert torch.equal(actual, expected)
+    gradients = [torch.autograd.grad(x, hidden)[0] for x in (expected, actual)]
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("metric", [*DISTANCES, "infonce"])
 def test_gradcheck(metric):
     hidden = inputs()
 

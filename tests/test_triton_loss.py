@@ -8,6 +8,7 @@ from tests.helpers import check_loss
 
 pytest.importorskip("triton")
 
+METRICS = ["cosine", "l2", "mse", "infonce"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Padded, with one index in several pairs and on both sides, and a pair of equal rows.
 AWKWARD = torch.tensor([[[0, 3], [3, 5], [0, 5], [2, 2]], [[1, 6], [1, 0], [-1, -1], [-1, -1]]])
@@ -28,20 +29,20 @@ def random_hidden(batch, seq, hidden_size, seed=0):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("metric", ["cosine", "l2", "mse"])
+@pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("hidden_size", [5, 1024, 2050])
 def test_awkward_pairs(metric, hidden_size, dtype):
     check_loss(random_hidden(2, 7, hidden_size), AWKWARD, metric, "triton", dtype, DEVICE)
 
 
-@pytest.mark.parametrize("metric", ["cosine", "l2", "mse"])
+@pytest.mark.parametrize("metric", ["cosine", "infonce"])
 @pytest.mark.parametrize("num_pairs", [1, 31, 33, 70])  # across the blocks of compared slots
 def test_an_index_repeated_in_many_pairs(num_pairs, metric):
     pairs = random_pairs(2, num_pairs, 9, seed=num_pairs)
     check_loss(random_hidden(2, 9, 33), pairs, metric, "triton", torch.float32, DEVICE)
 
 
-@pytest.mark.parametrize("metric", ["cosine", "l2"])
+@pytest.mark.parametrize("metric", ["cosine", "l2", "infonce"])
 def test_rows_of_zeros(metric):
     """The clamped norm of the cosine, and the distance's own kink."""
     hidden = random_hidden(2, 7, 16)
@@ -63,19 +64,21 @@ def test_strided_rows():
 def test_no_pairs_and_only_padding():
     hidden = torch.ones(2, 4, 8, device=DEVICE, requires_grad=True)
     for pairs in (torch.zeros(2, 0, 2, dtype=torch.int64), torch.full((2, 3, 2), -1)):
-        loss = last_token_loss(hidden, pairs.to(DEVICE), impl="triton")
-        (dhidden,) = torch.autograd.grad(loss, hidden)
-        assert loss == 0
-        assert not dhidden.any()
+        for metric in ("cosine", "infonce"):
+            loss = last_token_loss(hidden, pairs.to(DEVICE), metric=metric, impl="triton")
+            (dhidden,) = torch.autograd.grad(loss, hidden)
+            assert loss == 0
+            assert not dhidden.any()
 
 
-def test_other_rows_change_no_bit():
+@pytest.mark.parametrize("metric", METRICS)
+def test_other_rows_change_no_bit(metric):
     hidden = random_hidden(2, 7, 64).float().to(DEVICE)
     pairs = AWKWARD.to(DEVICE)
 
     def run(hidden):
         hidden = hidden.detach().requires_grad_()
-        loss = last_token_loss(hidden, pairs, reduction="none", impl="triton")
+        loss = last_token_loss(hidden, pairs, metric=metric, reduction="none", impl="triton")
         return loss.detach(), torch.autograd.grad(loss.sum(), hidden)[0]
 
     changed = hidden.clone()
@@ -91,7 +94,7 @@ def test_float64_is_refused():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("metric", ["cosine", "l2", "mse"])
+@pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_a_model_sized_batch_natively(metric, dtype):
     pairs = random_pairs(8, 60, 4096, seed=1)
@@ -99,12 +102,13 @@ def test_a_model_sized_batch_natively(metric, dtype):
 
 
 @pytest.mark.gpu
-def test_two_hundred_and_fifty_runs_give_the_same_bits():
+@pytest.mark.parametrize("metric", METRICS)
+def test_two_hundred_and_fifty_runs_give_the_same_bits(metric):
     hidden = random_hidden(4, 100, 2048).bfloat16().cuda().requires_grad_()
     pairs = random_pairs(4, 300, 100, seed=2).cuda()
 
     def run():
-        loss = last_token_loss(hidden, pairs)
+        loss = last_token_loss(hidden, pairs, metric=metric)
         return loss.detach(), torch.autograd.grad(loss, hidden)[0]
 
     first = run()
