@@ -152,6 +152,10 @@ bool pairs_backward(const LkPairs& a, decltype(PairKernels::distance_backward) k
 
 void lk_set_parallel(LkParallel parallel) { set_parallel(parallel); }
 
+int64_t lk_attention_size() { return sizeof(LkAttention); }
+
+int64_t lk_pairs_size() { return sizeof(LkPairs); }
+
 const char* lk_isa_name(int32_t index) {
   return index < static_cast<int32_t>(isas().size()) ? isas()[index].name : nullptr;
 }

@@ -64,6 +64,9 @@ typedef void (*LkParallel)(void (*fn)(void*), void* data, unsigned num_threads, 
 
 // Takes the threads from an OpenMP runtime that the process has already loaded.
 LK_EXPORT void lk_set_parallel(LkParallel parallel);
+// Size of each structure, by which the caller sees that both mean the same.
+LK_EXPORT int64_t lk_attention_size();
+LK_EXPORT int64_t lk_pairs_size();
 // Instruction sets this library was built for and this machine has, best first; null at the end.
 LK_EXPORT const char* lk_isa_name(int32_t index);
 

@@ -315,6 +315,13 @@ def _library() -> ctypes.CDLL:
             "llmjepa_kernels where GCC or Clang is present, or use impl='reference'"
         )
     library = ctypes.CDLL(str(LIBRARY))
+    sizes = {"lk_attention_size": _AttentionArguments, "lk_pairs_size": _PairsArguments}
+    for name, structure in sizes.items():
+        if not hasattr(library, name) or getattr(library, name)() != ctypes.sizeof(structure):
+            raise RuntimeError(
+                f"{LIBRARY} was compiled from another version of the sources: install "
+                "llmjepa_kernels again, in a checkout by pip install -e ."
+            )
     library.lk_isa_name.restype = ctypes.c_char_p
     library.lk_set_parallel.argtypes = (ctypes.c_void_p,)
     library.lk_set_parallel.restype = None

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.nn import functional
 
 from llmjepa_kernels.attention import load_backend, operation
 from llmjepa_kernels.pairs import count_pairs
+
+if TYPE_CHECKING:  # builds of torch without distributed lack it
+    from torch.distributed import ProcessGroup
 
 BACKENDS = {
     "triton": "llmjepa_kernels.loss_triton",
@@ -25,6 +30,7 @@ def last_token_loss(
     metric: str = "cosine",
     reduction: str = "mean",
     temperature: float = 0.07,
+    group: ProcessGroup | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """The JEPA term: how far each predictor's hidden state is from its target's.
@@ -35,10 +41,13 @@ def last_token_loss(
             -1 is padding and counts nowhere.
         metric: "cosine", 1 - cos(x, y); "l2", ``|x - y|``; "mse", the mean of ``(x - y)²``;
             "infonce", cross-entropy of the pair's cosine / `temperature` against the targets of
-            all pairs of the batch.
+            all pairs of the batch, and of the batches of `group`.
         reduction: "mean" over the pairs (0 if there are none), "sum", or "none" for
             (batch, num_pairs) with 0 for padding.
         temperature: Of "infonce" only.
+        group: Of "infonce" only: the processes whose targets are negatives too, each with any
+            number of pairs. All must call this, and backward. Targets receive gradient from
+            every process's loss: the sum of the losses over `group` is what is differentiated.
         impl: "triton", "cpu" or "reference". Default: by the device of `hidden`. Of "infonce" they
             gather and normalise the rows; the matrix of cosines is plain PyTorch in all of them.
 
@@ -55,26 +64,47 @@ def last_token_loss(
     if metric != "infonce":
         loss, _ = _OPS.pair_distance(hidden, pairs, metric, reduction, impl)
         return loss
-    distance = _infonce(hidden, pairs, temperature, impl)
+    distance = _infonce(hidden, pairs, temperature, group, impl)
     if reduction == "none":
         return distance
     total = distance.sum()
     return total if reduction == "sum" else total / count_pairs(pairs).clamp(min=1)
 
 
-def _infonce(hidden: Tensor, pairs: Tensor, temperature: float, impl: str | None) -> Tensor:
+def _infonce(
+    hidden: Tensor, pairs: Tensor, temperature: float, group: ProcessGroup | None, impl: str | None
+) -> Tensor:
     """Cross-entropy over all targets of the batch; padding is neither query nor negative."""
     views, _ = _OPS.pair_views(hidden, pairs, impl)
     predictors, targets = views.flatten(1, 2).unbind()
-    real = pairs[..., 0].flatten() >= 0
+    real = candidates = pairs[..., 0].flatten() >= 0
+    own = torch.arange(len(real), device=real.device)
+    if group is not None and group.size() > 1:
+        targets, candidates, first = _gather_targets(targets, real, group)
+        own = own + first
     with torch.autocast(hidden.device.type, enabled=False):
         logits = predictors @ targets.mT / temperature
-    logits = logits.masked_fill(~real, -torch.inf)
-    own = torch.arange(len(logits), device=logits.device)
+    logits = logits.masked_fill(~candidates, -torch.inf)
     # A padding pair's own column is hidden; give it a harmless label before it is zeroed.
     logits = torch.where(real[:, None], logits, 0.0)
     distance = functional.cross_entropy(logits, own, reduction="none") * real
     return distance.view(pairs.shape[:2])
+
+
+def _gather_targets(
+    targets: Tensor, real: Tensor, group: ProcessGroup
+) -> tuple[Tensor, Tensor, int]:
+    """The targets of all processes, which of them are real, and where those of this one begin."""
+    from torch.distributed.nn import functional as differentiable
+
+    most = torch.tensor(max(len(targets), 1), device=targets.device)
+    distributed.all_reduce(most, distributed.ReduceOp.MAX, group=group)
+    most = int(most)
+    # One collective carries both: what is real is one more column.
+    rows = torch.cat([targets, real[:, None].to(targets)], dim=1)
+    rows = functional.pad(rows, (0, 0, 0, most - len(rows)))
+    rows = torch.cat(differentiable.all_gather(rows, group))
+    return rows[:, :-1], rows[:, -1] > 0, most * group.rank()
 
 
 # The operations as torch sees them.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional
 from transformers.utils import ModelOutput
 
@@ -16,6 +17,9 @@ from llmjepa_kernels.loss import BACKENDS as LOSS_BACKENDS
 from llmjepa_kernels.loss import last_token_loss
 from llmjepa_kernels.packing import IGNORE
 from llmjepa_kernels.pairs import count_pairs
+
+if TYPE_CHECKING:  # builds of torch without distributed lack it
+    from torch.distributed import ProcessGroup
 
 REQUIRED_KEYS = ("input_ids", "position_ids", "labels", "visible_until", "view_pairs")
 
@@ -52,6 +56,7 @@ def llm_jepa_loss(
     num_items_in_batch: int | Tensor | None = None,
     num_pairs_in_batch: int | Tensor | None = None,
     detach_target: bool = False,
+    gather_negatives: bool | ProcessGroup = True,
 ) -> LLMJEPAOutput:
     """``L = L_NTP + jepa_weight · d(Pred(Enc(Text)), Enc(Code))`` from one forward pass.
 
@@ -70,6 +75,10 @@ def llm_jepa_loss(
         num_items_in_batch: Divides the sum over supervised tokens. Default: their number here.
         num_pairs_in_batch: Divides the sum over pairs. Default: their number here.
         detach_target: Let no gradient flow into the target views.
+        gather_negatives: With "infonce" under torch.distributed, contrast with the targets of all
+            processes, or of a group of them: that of data parallelism, where processes share
+            batches otherwise. All must call this together, with any number of pairs each. The
+            negatives are those of this forward, not of a whole accumulated batch.
 
     Raises:
         ValueError: The batch lacks a key, or the model adds a loss of its own.
@@ -120,8 +129,15 @@ def llm_jepa_loss(
     num_pairs = count_pairs(pairs)
     if detach_target:
         hidden, pairs = _with_detached_targets(hidden, pairs)
-    options = {"metric": metric, "temperature": temperature, "impl": impl}
-    jepa_sum = last_token_loss(hidden, pairs, reduction="sum", **options)
+    jepa_sum = last_token_loss(
+        hidden,
+        pairs,
+        metric=metric,
+        reduction="sum",
+        temperature=temperature,
+        group=_group(gather_negatives),
+        impl=impl,
+    )
     jepa_loss = _divide(jepa_sum, num_pairs_in_batch, num_pairs)
 
     with torch.no_grad():
@@ -179,6 +195,13 @@ def _with_detached_targets(hidden: Tensor, pairs: Tensor) -> tuple[Tensor, Tenso
     place = torch.stack([place, place + pairs.shape[1]], dim=-1)
     hidden = torch.cat([predictors, targets.detach()], dim=1)
     return hidden, torch.where(pairs < 0, -1, place)
+
+
+def _group(gather_negatives: bool | ProcessGroup) -> ProcessGroup | None:
+    if gather_negatives is True:
+        initialized = distributed.is_available() and distributed.is_initialized()
+        return distributed.group.WORLD if initialized else None
+    return gather_negatives or None
 
 
 def _divide(total: Tensor, given: int | Tensor | None, counted: Tensor) -> Tensor:

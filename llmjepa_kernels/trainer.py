@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.data_loader import SeedableRandomSampler
@@ -21,6 +21,9 @@ from llmjepa_kernels.loss_dropout import LossDropout
 from llmjepa_kernels.objective import llm_jepa_loss, supervised_positions
 from llmjepa_kernels.packing import IGNORE, Example, PackedBatch, pack
 from llmjepa_kernels.sampler import UpdateSampler, example_work
+
+if TYPE_CHECKING:  # builds of torch without distributed lack it
+    from torch.distributed import ProcessGroup
 
 
 @dataclass
@@ -129,8 +132,11 @@ class LLMJEPATrainer(Trainer):
             yet is patched here. The collator defaults to ``LLMJEPACollator(processing_class)``.
         jepa_weight: λ.
         metric: "cosine", "l2", "mse" or "infonce", see `last_token_loss`.
-        temperature: Of "infonce", whose negatives are the other targets of the same batch.
+        temperature: Of "infonce", whose negatives are the other targets of the same micro-batch,
+            over all processes.
         detach_target: Let no gradient flow into the target views.
+        gather_negatives: False keeps the negatives to those of the process; a process group
+            takes those of its members, which tensor parallelism needs. See `llm_jepa_loss`.
 
     Raises:
         ValueError: DataParallel, label smoothing, a loss function or metrics of logits are asked
@@ -150,6 +156,7 @@ class LLMJEPATrainer(Trainer):
         metric: str = "cosine",
         temperature: float = 0.07,
         detach_target: bool = False,
+        gather_negatives: bool | ProcessGroup = True,
         **more,
     ):
         if data_collator is None:
@@ -163,7 +170,13 @@ class LLMJEPATrainer(Trainer):
             "metric": metric,
             "temperature": temperature,
             "detach_target": detach_target,
+            "gather_negatives": gather_negatives,
         }
+        if metric == "infonce" and gather_negatives is True and self.get_tp_size() > 1:
+            raise ValueError(
+                "gather_negatives must be the process group of data parallelism, or False, where "
+                "tensor parallelism lets processes share a batch; got True"
+            )
         # A stream is read by every process; a batch packed by the first could not be cut apart.
         self.accelerator.dataloader_config.dispatch_batches = False
         self._update_sampler: UpdateSampler | None = None

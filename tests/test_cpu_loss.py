@@ -1,5 +1,10 @@
 """The C++ kernels of last_token_loss, on every instruction set that this machine runs."""
 
+import os
+import subprocess
+import sys
+import sysconfig
+
 import pytest
 import torch
 
@@ -8,6 +13,7 @@ from tests.helpers import check_loss
 
 pytestmark = pytest.mark.skipif(not cpu.is_available(), reason="the library was not compiled")
 ISAS = cpu.isas() if cpu.is_available() else ["none"]
+COMPILER = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()[0]
 DISTANCES = ["cosine", "l2", "mse"]
 METRICS = [*DISTANCES, "infonce"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -147,3 +153,18 @@ def test_threads_do_not_change_a_bit(metric, dtype):
         torch.set_num_threads(before)
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+def test_a_library_of_another_version_is_refused(tmp_path):
+    """One whose structures differ would read and write where it must not."""
+    subprocess.run(
+        [COMPILER, "-shared", "-xc", "-", "-o", tmp_path / "other.so"],
+        input=b"long long lk_attention_size(void) { return 8; }",
+        check=True,
+    )
+    script = "from llmjepa_kernels import cpu; cpu.isas()"
+    environment = {**os.environ, cpu.LIBRARY_VARIABLE: str(tmp_path / "other.so")}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
+    )
+    assert "other.so was compiled from another version of the sources" in done.stderr
