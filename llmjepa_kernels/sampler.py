@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from itertools import cycle, islice
 
 from torch.utils.data import Sampler
@@ -14,11 +14,11 @@ from llmjepa_kernels.packing import Example
 class UpdateSampler(Sampler):
     """Deals the examples of every update to the processes by their work.
 
-    Which examples make up an update, and which of them Accelerate repeats to fill the last one of
-    an epoch, is left to `base`: it depends on the size of an update alone, so that one process and
-    many train on the same. Within an update every process gets as many examples as without this
-    sampler, and so does each of its batches, but such that their sums of work are about equal:
-    the largest first, each to whom has the least work so far and room left.
+    Which examples make up an update, and each of its accumulated batches over all processes, is
+    left to `base`, and so is which of them Accelerate repeats to fill the last one of an epoch:
+    any number of processes trains on the same. Of such a batch every process gets as many examples
+    as without this sampler, but such that the sums of work are about equal: the largest first,
+    each to whom has the least work in this update so far and room left.
 
     Args:
         base: Gives the order of an epoch; the same in all processes.
@@ -71,33 +71,28 @@ class UpdateSampler(Sampler):
         if hasattr(self.base, "set_epoch"):
             self.base.set_epoch(self.epoch)
         order = list(islice(cycle(list(self.base)), len(self)))
-        size = self.batch_size * self.num_processes * self.accumulation_steps
-        for update, start in enumerate(range(0, len(order), size)):
-            indices = order[start : start + size]
+        step = self.batch_size * self.num_processes
+        for batch, start in enumerate(range(0, len(order), step)):
+            update, accumulated = divmod(batch, self.accumulation_steps)
+            indices = order[start : start + step]
             if self.work is not None:
-                indices = self._dealt(indices, update)
+                if not accumulated:
+                    loads = [0.0] * self.num_processes
+                work = [self.work(index, update) for index in indices]
+                room = [
+                    len(indices[i : i + self.batch_size]) for i in range(0, step, self.batch_size)
+                ]
+                indices = [indices[i] for share in deal(work, room, loads) for i in share]
             yield from ((i, update) for i in indices) if self.with_update else indices
 
-    def _dealt(self, indices: list[int], update: int) -> list[int]:
-        """The examples of an update in the order in which batches are cut from it."""
-        work = [self.work(index, update) for index in indices]
-        room = [len(indices[i : i + self.batch_size]) for i in range(0, len(work), self.batch_size)]
-        batches = [[] for _ in room]
-        turns = [range(i, len(room), self.num_processes) for i in range(self.num_processes)]
-        shares = deal(work, [sum(room[i] for i in turn) for turn in turns])
-        for turn, share in zip(turns, shares, strict=True):
-            parts = deal([work[j] for j in share], [room[i] for i in turn])
-            for i, part in zip(turn, parts, strict=True):
-                batches[i] = [indices[share[j]] for j in part]
-        return [index for batch in batches for index in batch]
 
-
-def deal(work: Sequence[float], counts: Sequence[int]) -> list[list[int]]:
-    """Shares of given counts and about equal sums, by the greedy rule "longest first".
+def deal(work: Sequence[float], counts: Sequence[int], loads: list[float]) -> list[list[int]]:
+    """Shares of given counts and about equal loads, by the greedy rule "longest first".
 
     Args:
         work: Of each item.
         counts: Items of each share; add up to the number of items.
+        loads: Work that each share begins with; that of its items is added in place.
 
     Returns:
         The indices of the items of each share.
@@ -106,12 +101,14 @@ def deal(work: Sequence[float], counts: Sequence[int]) -> list[list[int]]:
         number of items each.
     """
     shares = [[] for _ in counts]
-    loads = [(0.0, i) for i, count in enumerate(counts) if count]
+    lightest = [(loads[i], i) for i, count in enumerate(counts) if count]
+    heapify(lightest)
     for item in sorted(range(len(work)), key=work.__getitem__, reverse=True):
-        load, i = heappop(loads)
+        _, i = heappop(lightest)
         shares[i].append(item)
+        loads[i] += work[item]
         if len(shares[i]) < counts[i]:
-            heappush(loads, (load + work[item], i))
+            heappush(lightest, (loads[i], i))
     return shares
 
 

@@ -44,8 +44,6 @@ def test_updates_keep_their_examples_and_processes_their_counts(
     count, batch_size, processes, accumulation, drop_last, even_batches, seed
 ):
     options = {"drop_last": drop_last, "even_batches": even_batches}
-    layout = (batch_size, processes, accumulation)
-
     plain = list(SeedableRandomSampler(range(count), data_seed=seed))
     work = torch.rand(count, generator=torch.Generator().manual_seed(seed)).tolist()
     sampler = UpdateSampler(
@@ -56,15 +54,15 @@ def test_updates_keep_their_examples_and_processes_their_counts(
         work=lambda index, update: work[index],
         **options,
     )
-    expected = updates(plain, *layout, **options)
-    actual = updates(sampler, *layout, **options)
     assert len(list(sampler)) == len(sampler)
+    layout = (batch_size, processes, 1)  # of every accumulated batch by itself
+    expected, actual = (updates(order, *layout, **options) for order in (plain, sampler))
     for before, after in zip(expected, actual, strict=True):
         assert sorted(chain(*before)) == sorted(chain(*after))
         assert list(map(len, before)) == list(map(len, after))
 
-    # Any number of processes makes the same updates of full batches.
-    alone = updates(plain, batch_size * processes * accumulation, 1, 1, drop_last=True)
+    # Any number of processes makes the same full batches.
+    alone = updates(plain, batch_size * processes, 1, 1, drop_last=True)
     for before, after in zip(alone, actual[: len(alone)], strict=True):
         assert sorted(chain(*before)) == sorted(chain(*after))
 
@@ -109,10 +107,13 @@ def test_update_of_every_index():
 
 def test_deal_takes_the_longest_first():
     work = [1, 7, 3, 5, 2, 6]
-    assert deal(work, [3, 3]) == [[1, 2, 4], [5, 3, 0]]  # 7 + 3 + 2, 6 + 5 + 1
-    assert deal(work, [1, 5]) == [[1], [5, 3, 2, 4, 0]]
-    assert deal(work, [6, 0]) == [[1, 5, 3, 2, 4, 0], []]
-    assert deal([1, 1, 1], [2, 1]) == [[0, 2], [1]]
+    loads = [0, 0]
+    assert deal(work, [3, 3], loads) == [[1, 2, 4], [5, 3, 0]]
+    assert loads == [7 + 3 + 2, 6 + 5 + 1]
+    assert deal(work, [1, 5], [0, 0]) == [[1], [5, 3, 2, 4, 0]]
+    assert deal(work, [6, 0], [0, 0]) == [[1, 5, 3, 2, 4, 0], []]
+    assert deal([1, 1, 1], [2, 1], [0, 0]) == [[0, 2], [1]]
+    assert deal([3, 1], [1, 1], [3, 1]) == [[1], [0]]
 
 
 def test_work_counts_tokens_and_visible_pairs():
