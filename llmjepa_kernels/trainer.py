@@ -327,7 +327,7 @@ class LLMJEPATrainer(Trainer):
     def _save(self, output_dir=None, state_dict=None):
         """Saves a checkpoint's weights, and the collator's example format beside them."""
         super()._save(output_dir, state_dict)
-        if isinstance(self.data_collator, LLMJEPACollator):
+        if self.args.should_save and isinstance(self.data_collator, LLMJEPACollator):
             self.data_collator.example_format.save(output_dir or self.args.output_dir)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):

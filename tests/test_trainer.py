@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("transformers")
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from llmjepa_kernels.chat import without_views
@@ -511,49 +507,3 @@ def test_trainer_refuses_what_it_would_ignore(tokenizer, tmp_path, name, make):
     options = make(args) or {}
     with pytest.raises(ValueError, match=f"LLMJEPATrainer does not support {name}"):
         LLMJEPATrainer(tiny_llama(tokenizer), args, processing_class=tokenizer, **options)
-
-
-def train_and_evaluate(directory, processes: int):
-    """One update of 8 examples in all, two batches per process; parameters, log and metrics."""
-    model, collator = build(train_tokenizer(ROWS, vocab_size=300))
-    data = [collator.example(row) for row in ROWS[:8]]
-    data = [without_views(data[0]), without_views(data[1]), *data[2:]]
-    args = arguments(
-        directory,
-        per_device_train_batch_size=4 // processes,
-        gradient_accumulation_steps=2,
-        train_sampling_strategy="sequential",
-        per_device_eval_batch_size=2,
-    )
-    stream = IterableDataset.from_generator(lambda: iter(ROWS[:8]))
-    trainer = LLMJEPATrainer(model, args, collator, train_dataset=data, eval_dataset=stream)
-    trainer.train()
-    metrics = trainer.evaluate()
-    if trainer.is_world_process_zero():
-        log = trainer.state.log_history[0]
-        torch.save((parameters(model), log, metrics), f"{directory}/{processes}.pt")
-
-
-@pytest.mark.slow
-def test_two_processes_give_the_update_of_one(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import sys\n"
-        "from tests.test_trainer import train_and_evaluate\n"
-        "train_and_evaluate(sys.argv[1], 2)\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    root = str(Path(__file__).parent.parent)
-    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, script, tmp_path], check=True, env=environment, timeout=300)
-    train_and_evaluate(tmp_path, 1)
-
-    (one, log_1, eval_1), (two, log_2, eval_2) = (
-        torch.load(tmp_path / f"{n}.pt", weights_only=False) for n in (1, 2)
-    )
-    start = parameters(build(train_tokenizer(ROWS, vocab_size=300))[0])
-    assert relative(two - start, one - start) <= 1e-6
-    for name in ("loss", "ntp_loss", "jepa_loss", "cosine"):
-        assert log_2[name] == pytest.approx(log_1[name], rel=1e-5)
-        assert eval_2[f"eval_{name}"] == pytest.approx(eval_1[f"eval_{name}"], rel=1e-5)
-    assert log_2["relative_cost"] > log_1["relative_cost"]  # shorter rows share less
