@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from llmjepa_kernels.block_mask import BlockMask, check_window
+from llmjepa_kernels.block_mask import BlockMask, check_window, int32_positions
 
 BACKENDS = {
     "triton": "llmjepa_kernels.attention_triton",
@@ -45,7 +45,8 @@ def view_attention(
         k: (batch, num_kv_heads, seq, head_dim); num_kv_heads divides num_heads.
         v: Like k.
         visible_until: (batch, seq) int32, as in `PackedBatch`.
-        position_ids: (batch, seq) int; needed with `window`.
+        position_ids: (batch, seq) int that fits in int32; needed with `window`. Passed as int32
+            it need not be checked and copied in every call.
         window: Sliding window: also require ``position[i] - position[j] < window``.
         softcap: Replaces each score s by ``softcap * tanh(s / softcap)``.
         softmax_scale: Multiplies q·k. Default: ``head_dim ** -0.5``.
@@ -173,7 +174,7 @@ def _attention_forward(
         k,
         v,
         BlockMask(mask[0], tuple(block_size), *mask[1:], mask_window),
-        position_ids=position_ids,
+        position_ids=None if position_ids is None else int32_positions(position_ids),
         window=window,
         softcap=softcap,
         softmax_scale=softmax_scale,
@@ -213,7 +214,7 @@ def _attention_backward(
         out,
         lse,
         BlockMask(mask[0], tuple(block_size), *mask[1:], mask_window),
-        position_ids=position_ids,
+        position_ids=None if position_ids is None else int32_positions(position_ids),
         window=window,
         softcap=softcap,
         softmax_scale=softmax_scale,

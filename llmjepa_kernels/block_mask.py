@@ -294,6 +294,25 @@ def check_window(window: int, position_ids: Tensor | None, visible_until: Tensor
         )
 
 
+def int32_positions(position_ids: Tensor) -> Tensor:
+    """Positions as the kernels compare them; int32 ones cost nothing.
+
+    Raises:
+        ValueError: One does not fit (asserted, without waiting for the device, on a GPU).
+    """
+    if position_ids.dtype == torch.int32:
+        return position_ids
+    narrow = position_ids.int()
+    if torch.compiler.is_compiling():  # the answer depends on data
+        return narrow
+    fits = narrow == position_ids
+    if position_ids.device.type != "cpu":
+        torch._assert_async(fits.all(), "position_ids must fit in int32")
+    elif not fits.all():
+        raise ValueError(f"position_ids must fit in int32, got {int(position_ids[~fits][0])}")
+    return narrow
+
+
 def _block_extreme(values: Tensor, block: int, extreme: str) -> Tensor:
     """(batch, seq) -> (batch, ceil(seq / block)): the largest or smallest value of each block."""
     missing = -values.shape[1] % block

@@ -235,7 +235,7 @@ class _AttentionCall:
             kv_indices=kv_indices,
         )
         if window is not None:
-            self.set(positions=position_ids.to(torch.int32).contiguous())
+            self.set(positions=position_ids.contiguous())
         if sinks is not None:
             self.sinks = sinks.to(self.stats_dtype).contiguous()
             self.set(sinks=self.sinks)

@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llmjepa_kernels import hf_openelm
 from llmjepa_kernels.attention import BACKENDS, view_attention
-from llmjepa_kernels.block_mask import SCHEDULE_KEYS, BlockMask
+from llmjepa_kernels.block_mask import SCHEDULE_KEYS, BlockMask, int32_positions
 from llmjepa_kernels.reference import dense_attention, visible
 
 NAME = "view_attention"  # of the attention implementation, as in `config._attn_implementation`
@@ -199,6 +199,8 @@ def _prepare(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | 
     else:
         missing = [key for key in SCHEDULE_KEYS if key not in given]
         raise ValueError(f"the schedule of visible_until is incomplete, it lacks {missing}")
+    if kwargs.get("position_ids") is not None:  # for windows; once, not in every layer
+        schedule["window_positions"] = int32_positions(kwargs["position_ids"])
     # Transformers hands a 4D mask to every layer untouched instead of building one. Nothing can
     # apply an empty mask unnoticed, should a layer not attend through view_attention.
     empty = visible_until.new_empty((len(visible_until), 1, 0, 0), dtype=torch.bool)
@@ -341,7 +343,7 @@ def _attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    position_ids: Tensor | None = None,
+    window_positions: Tensor | None = None,
     visible_until: Tensor | None = None,
     ignore_window: bool = False,
     **kwargs: Any,
@@ -379,7 +381,7 @@ def _attention(
         key,
         value,
         visible_until,
-        position_ids=position_ids if window is not None else None,
+        position_ids=window_positions if window is not None else None,
         window=window,
         softcap=softcap,
         softmax_scale=scaling,

@@ -202,6 +202,13 @@ def test_schedule_is_built_once_per_forward(batch, monkeypatch, sparse_calls):
     assert len(sparse_calls) == 6
 
 
+def test_positions_reach_the_layers_narrow(batch, sparse_calls):
+    """So that none of them has to check and copy what its window needs."""
+    patch_model(tiny_model("gemma3"))(**batch)
+    given = [call["position_ids"] for call in sparse_calls]
+    assert {x.dtype for x in given if x is not None} == {torch.int32}
+
+
 def test_no_mask_is_built(batch, monkeypatch):
     """Neither by Transformers nor here."""
     model = patch_model(tiny_model("gemma3"))
@@ -227,6 +234,8 @@ def test_packed_batch_needs_what_belongs_to_it(batch):
         call(position_ids=None)
     with pytest.raises(ValueError, match=r"position_ids must have the shape \(\d, \d+\)"):
         call(position_ids=batch["position_ids"][:, 1:])
+    with pytest.raises(ValueError, match="position_ids must fit in int32, got 2147483648"):
+        call(position_ids=batch["position_ids"] + 2**31)
     with pytest.raises(ValueError, match=r"visible_until must be int32 .* torch.int64"):
         call(visible_until=batch["visible_until"].long())
     with pytest.raises(ValueError, match="visible_until must be int32 of shape"):
