@@ -16,6 +16,7 @@ from llmjepa_kernels.sql_answers import SpiderDatabases
 Sample = Mapping[str, Any]
 
 RULES = ("exact", "number", "sql", "any", "choice")
+RULE_OF_RECIPE = {"gsm8k": "number", "hellaswag": "choice", "nq_open": "any", "spider": "sql"}
 CHOICES = ("A", "B", "C", "D")
 _NUMBER = re.compile(
     r"####[ \t]*([-+\u2212]?)[ \t]*[$€£¥]?[ \t]*([-+\u2212]?)"

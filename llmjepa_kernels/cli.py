@@ -10,7 +10,7 @@ from pathlib import Path
 
 from llmjepa_kernels.answers import RULES
 from llmjepa_kernels.data import RECIPES
-from llmjepa_kernels.train import EVAL_SAMPLES, FINE_TUNE, SCRATCH, TRAIN_SAMPLES
+from llmjepa_kernels.training_options import EVAL_SAMPLES, FINE_TUNE, SCRATCH, TRAIN_SAMPLES
 
 # Transformers takes seconds to import: a subcommand imports what needs it when it runs, so that
 # --help and mistakes in the options answer at once.
@@ -30,6 +30,7 @@ examples:
   llmjepa train
   llmjepa train --model meta-llama/Llama-3.2-1B-Instruct --data train.jsonl --eval-data test.jsonl
   llmjepa train --model SmolLM2-135M-Instruct.Q4_1.gguf --data train.jsonl --lora-rank 64
+  llmjepa train --seeds 1 2 3 --split depth:2
   torchrun --nproc-per-node 8 -m llmjepa_kernels train --model Qwen/Qwen3-1.7B --data a.jsonl
 """
 EVALUATE_DESCRIPTION = """\
@@ -134,6 +135,19 @@ def add_train_arguments(commands) -> None:
         "random weights, with a tokenizer trained on the data)",
     )
     data.add_argument(
+        "--from-scratch",
+        action="store_true",
+        help="take the architecture of --model, or of a config.json, with random weights",
+    )
+    data.add_argument("--hidden-size", type=int, metavar="N", help="of the small Llama (192)")
+    data.add_argument("--num-layers", type=int, metavar="N", help="of the small Llama (4)")
+    data.add_argument(
+        "--vocab-size",
+        type=int,
+        metavar="N",
+        help="train a tokenizer of N tokens on the data (default: the one of --model, else 512)",
+    )
+    data.add_argument(
         "--data",
         metavar="FILE",
         help='JSONL, a line being {"messages": [{"role": "system", "content": …}, user, '
@@ -141,7 +155,15 @@ def add_train_arguments(commands) -> None:
         'further ones, which Text predicts too unless "pairs": [["text", "name"], …] says which '
         "view predicts which (default: built-in pairs of English and regular expressions)",
     )
+    data.add_argument(
+        "--recipe",
+        choices=RECIPES,
+        help="makes chats of data with the columns of this dataset (default: they are chats)",
+    )
     data.add_argument("--eval-data", metavar="FILE", help="the same, held out")
+    _add_judgement(
+        data, "train without the samples out of distribution, and evaluate on them apart"
+    )
     data.add_argument(
         "--train-samples",
         type=int,
@@ -162,6 +184,14 @@ def add_train_arguments(commands) -> None:
         help="tokens in a packed row at most (default: one row per batch, without padding)",
     )
     data.add_argument(
+        "--skip-bad-lines", action="store_true", help="leave malformed lines out and count them"
+    )
+    data.add_argument(
+        "--skip-too-long",
+        action="store_true",
+        help="leave samples longer than --max-length or the model's positions out and count them",
+    )
+    data.add_argument(
         "--no-share-prefixes",
         dest="share_prefixes",
         action="store_false",
@@ -169,6 +199,26 @@ def add_train_arguments(commands) -> None:
     )
 
     objective = parser.add_argument_group("objective")
+    objective.add_argument(
+        "--format",
+        dest="template",
+        choices=("chat", "plain"),
+        default="chat",
+        help="chat: the tokenizer's chat template; plain: user content, a separator token, "
+        "assistant content (default: %(default)s)",
+    )
+    objective.add_argument(
+        "--separator",
+        metavar="TOKEN",
+        help="of --format plain, added to the tokenizer if it is none of its tokens "
+        "(default: <|separator|>)",
+    )
+    objective.add_argument(
+        "--supervise",
+        choices=("assistant", "all"),
+        default="assistant",
+        help="next-token loss on the assistant's answer, or on all tokens (default: %(default)s)",
+    )
     objective.add_argument(
         "--layout",
         choices=("shared", "official"),
@@ -238,7 +288,7 @@ def add_train_arguments(commands) -> None:
     objective.add_argument(
         "--compare",
         action=argparse.BooleanOptionalAction,
-        help="train with next-token loss alone as well (default: only without --model)",
+        help="train with next-token loss alone as well (default: without --model or with --seeds)",
     )
 
     training = parser.add_argument_group("training")
@@ -280,9 +330,17 @@ def add_train_arguments(commands) -> None:
         help="of weights, data order and built-in data (default: %(default)s)",
     )
     training.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        metavar="SEED",
+        help="train once for each of these, on the same data, and report mean ± standard deviation",
+    )
+    training.add_argument(
         "--resume",
         action="store_true",
-        help="go on from the last checkpoints in --output-dir (see --save-steps), if there are any",
+        help="go on from the last checkpoints in --output-dir (see --save-steps), if there are "
+        "any, and keep the results of runs that are finished",
     )
     training.add_argument(
         "--output-dir",
@@ -294,13 +352,34 @@ def add_train_arguments(commands) -> None:
     )
 
 
-def _train(args: argparse.Namespace, rest: list[str]) -> None:
-    from llmjepa_kernels.train import Job
+def _add_judgement(parser, what_a_split_does: str) -> None:
+    """The options of how answers are judged."""
+    parser.add_argument(
+        "--rule",
+        choices=RULES,
+        help="which answers are correct (default: that of the --recipe's dataset, else exact)",
+    )
+    parser.add_argument(
+        "--databases",
+        metavar="DIR",
+        help="of Spider, with DB_ID/DB_ID.sqlite; for --rule sql",
+    )
+    parser.add_argument(
+        "--split",
+        metavar="SPEC",
+        help=f"{what_a_split_does}: depth:N, regexes nested deeper than N; length:N, answers of "
+        "more than N characters; pairs:F, regexes with one of the fraction F of all operator "
+        "pairs, or 'pairs:outer>inner,…', with one of these",
+    )
 
+
+def _train(args: argparse.Namespace, rest: list[str]) -> None:
     packages = ["transformers", "accelerate", "tokenizers", "matplotlib", "rich"]
     packages += ["peft"] * (args.lora_rank is not None)
     packages += ["gguf"] * (args.model or "").endswith(".gguf")
     require(*packages)
+    from llmjepa_kernels.train import Job
+
     Job(args, rest).run()
 
 
@@ -330,23 +409,7 @@ def add_evaluate_arguments(commands) -> None:
         choices=sorted(RECIPES),
         help="makes chats of the columns that this dataset has on the Hugging Face hub",
     )
-    parser.add_argument(
-        "--rule",
-        choices=RULES,
-        help="which answers are correct (default: that of the --recipe's dataset, else exact)",
-    )
-    parser.add_argument(
-        "--databases",
-        metavar="DIR",
-        help="of Spider, with DB_ID/DB_ID.sqlite; for --rule sql",
-    )
-    parser.add_argument(
-        "--split",
-        metavar="SPEC",
-        help="report samples out of distribution apart: depth:N, regexes nested deeper than N; "
-        "length:N, answers of more than N characters; pairs:F, regexes with one of the fraction F "
-        "of all operator pairs, or 'pairs:outer>inner,…', with one of these",
-    )
+    _add_judgement(parser, "report samples out of distribution apart")
     parser.add_argument(
         "--samples",
         type=int,

@@ -48,6 +48,16 @@ def read_chats(
         FileNotFoundError: A path does not exist; raised before anything is yielded if ``source``
             is a single path.
     """
+    return (sample for _, sample in located_chats(source, recipe=recipe, on_error=on_error))
+
+
+def located_chats(
+    source: Source,
+    *,
+    recipe: str | Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
+    on_error: Callable[[ValueError], None] | None = None,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The same, each sample behind the place that it is from: ``file:line`` or ``row index``."""
     if isinstance(recipe, str):
         if recipe not in RECIPES:
             raise ValueError(f"recipe must be one of {sorted(RECIPES)}, got {recipe!r}")
@@ -61,7 +71,7 @@ def read_chats(
     return _stream(source, recipe, on_error)
 
 
-def _stream(source, recipe, on_error) -> Iterator[dict[str, Any]]:
+def _stream(source, recipe, on_error) -> Iterator[tuple[str, dict[str, Any]]]:
     for place, load in _rows(source):
         try:
             row = load()
@@ -77,7 +87,7 @@ def _stream(source, recipe, on_error) -> Iterator[dict[str, Any]]:
                 raise located from error
             on_error(located)
         else:
-            yield sample
+            yield place, sample
 
 
 def _rows(source: Iterable[Any]) -> Iterator[tuple[str, Callable[[], Any]]]:

@@ -16,6 +16,7 @@ from rich.table import Table
 from transformers.utils import logging
 
 from llmjepa_kernels import grammar
+from llmjepa_kernels.answers import RULE_OF_RECIPE
 from llmjepa_kernels.answers import rule as answer_rule
 from llmjepa_kernels.data import read_chats
 from llmjepa_kernels.evaluate import Accuracy, Prediction, accuracies, predict
@@ -27,9 +28,7 @@ from llmjepa_kernels.prediction_file import (
     weights_fingerprint,
 )
 from llmjepa_kernels.splits import Split
-from llmjepa_kernels.train import EVAL_SAMPLES
-
-RULE_OF_RECIPE = {"gsm8k": "number", "hellaswag": "choice", "nq_open": "any", "spider": "sql"}
+from llmjepa_kernels.training_options import EVAL_SAMPLES
 
 
 class EvaluateJob:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
@@ -29,32 +30,59 @@ def load_pretrained(name: str):
     Raises:
         FileNotFoundError: There is no such ``.gguf`` file.
     """
-    source, options = name, {}
-    if name.endswith(".gguf"):
-        path = Path(name)
-        if not path.is_file():
-            raise FileNotFoundError(f"no file {name!r}")
-        name, options = str(path.parent), {"gguf_file": path.name}
-    elif find_adapter_config_file(name) is not None:
+    if not name.endswith(".gguf") and find_adapter_config_file(name) is not None:
         return _load_adapter(name)
-    tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = load_tokenizer(name)
+    path, options = _location(name)
     if options:  # quantised weights cannot be trained
         options["quantization_config"] = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
-    model.name_or_path = source  # which an adapter's configuration then gives as its base model
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
+    model.name_or_path = name  # which an adapter's configuration then gives as its base model
     return model, tokenizer
 
 
-def _load_adapter(name: str):
+def load_tokenizer(name: str):
+    """The tokenizer of a model, with a padding token; `name` as in `load_pretrained`."""
+    path, options = _location(name)
+    tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def from_scratch(name: str, tokenizer):
+    """A model of a given architecture, with random weights from torch's global generator.
+
+    Args:
+        name: As in `load_pretrained`, or a ``config.json``; only the configuration is read.
+        tokenizer: Gives the vocabulary and the special tokens.
+    """
+    path, options = _location(name)
+    config = AutoConfig.from_pretrained(path, **options)
+    config.vocab_size = len(tokenizer)
+    for role in ("bos", "eos", "pad"):
+        setattr(config, f"{role}_token_id", getattr(tokenizer, f"{role}_token_id"))
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def _location(name: str) -> tuple[str, dict[str, str]]:
+    """What ``from_pretrained`` takes for a name."""
+    if not name.endswith(".gguf"):
+        return name, {}
+    path = Path(name)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {name!r}")
+    return str(path.parent), {"gguf_file": path.name}
+
+
+def _load_adapter(directory: str):
     from peft import PeftConfig, PeftModel
 
-    model, _ = load_pretrained(PeftConfig.from_pretrained(name).base_model_name_or_path)
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:  # by [PRED] tokens
+    tokenizer = load_tokenizer(directory)
+    model, _ = load_pretrained(PeftConfig.from_pretrained(directory).base_model_name_or_path)
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:  # it has [PRED] tokens
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    return PeftModel.from_pretrained(model, name).merge_and_unload(), tokenizer
+    return PeftModel.from_pretrained(model, directory).merge_and_unload(), tokenizer
 
 
 def small_llama(tokenizer, *, hidden_size: int = 192, num_layers: int = 4) -> LlamaForCausalLM:
@@ -81,15 +109,15 @@ def small_llama(tokenizer, *, hidden_size: int = 192, num_layers: int = 4) -> Ll
     return LlamaForCausalLM(config)
 
 
-def add_lora(model, rank: int, *, pred_ids: Sequence[int] = ()):
+def add_lora(model, rank: int, *, new_ids: Sequence[int] = ()):
     """Freezes a model and adds LoRA as in the paper: all attention and MLP projections, α = 2r.
 
-    The embedding rows of [PRED] tokens are trained, and tied weights stay tied.
+    The embedding rows of new tokens are trained, and tied weights stay tied.
 
     Args:
         model: A causal language model of Transformers.
         rank: r ≥ 1.
-        pred_ids: From `add_predictor_tokens`.
+        new_ids: From `add_predictor_tokens`, and a separator if it is new.
 
     Returns:
         A PEFT model around `model`.
@@ -104,6 +132,6 @@ def add_lora(model, rank: int, *, pred_ids: Sequence[int] = ()):
         lora_alpha=2 * rank,
         lora_dropout=0.1,
         target_modules="all-linear",
-        trainable_token_indices=list(pred_ids) or None,
+        trainable_token_indices=list(new_ids) or None,
     )
     return get_peft_model(model, config)

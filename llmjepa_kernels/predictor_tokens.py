@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -19,9 +21,28 @@ def known_predictor_tokens(tokenizer) -> list[int]:
     return ids
 
 
-@torch.no_grad()
 def add_predictor_tokens(model, tokenizer, num_tokens: int, *, seed: int = 0) -> list[int]:
     """Adds [PRED] tokens to a tokenizer and their rows to a model's embeddings.
+
+    Args:
+        model, tokenizer, seed: As in `add_tokens`.
+        num_tokens: k ≥ 0.
+
+    Returns:
+        The token ids, in order.
+
+    Raises:
+        ValueError: `num_tokens` is negative, or the embeddings lack rows of the tokenizer.
+    """
+    if num_tokens < 0:
+        raise ValueError(f"num_tokens must be 0 or more, got {num_tokens}")
+    tokens = [predictor_token(i + 1) for i in range(num_tokens)]
+    return add_tokens(model, tokenizer, tokens, seed=seed)
+
+
+@torch.no_grad()
+def add_tokens(model, tokenizer, tokens: Sequence[str], *, seed: int = 0) -> list[int]:
+    """Adds special tokens to a tokenizer and their rows to a model's embeddings.
 
     A new row is the mean of the embeddings plus a tenth of their standard deviation in noise of
     its own: equal rows would make the tokens one token, and rows far from the others would
@@ -33,25 +54,22 @@ def add_predictor_tokens(model, tokenizer, num_tokens: int, *, seed: int = 0) ->
         model: A causal language model of Transformers, tied or untied. For PEFT, call this on the
             base model first and train the rows with ``trainable_token_indices``.
         tokenizer: Changed in place.
-        num_tokens: k ≥ 0.
+        tokens: Their names.
         seed: Of the noise.
 
     Returns:
         The token ids, in order.
 
     Raises:
-        ValueError: `num_tokens` is negative, or the embeddings lack rows of the tokenizer.
+        ValueError: The embeddings lack rows of the tokenizer.
     """
-    if num_tokens < 0:
-        raise ValueError(f"num_tokens must be 0 or more, got {num_tokens}")
     known = len(tokenizer)
     rows = model.get_input_embeddings().weight.shape[0]
     if known > rows:
         raise ValueError(
             f"the tokenizer has {known} tokens, but the model has embeddings for {rows} only"
         )
-    tokens = [predictor_token(i + 1) for i in range(num_tokens)]
-    tokenizer.add_tokens(tokens, special_tokens=True)
+    tokenizer.add_tokens(list(tokens), special_tokens=True)
     if len(tokenizer) > rows:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     if len(tokenizer) > known:
@@ -61,7 +79,7 @@ def add_predictor_tokens(model, tokenizer, num_tokens: int, *, seed: int = 0) ->
             embeddings.append(head.weight)
         for weight in embeddings:
             _init_rows(weight, known, len(tokenizer), seed)
-    return tokenizer.convert_tokens_to_ids(tokens)
+    return tokenizer.convert_tokens_to_ids(list(tokens))
 
 
 def _init_rows(weight: Tensor, start: int, stop: int, seed: int) -> None:

@@ -2,46 +2,38 @@
 
 from __future__ import annotations
 
-import argparse
+from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+import torch
+from torch.nn.functional import cosine_similarity
+from transformers import HfArgumentParser, TrainingArguments, set_seed
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 
-    from llmjepa_kernels.example_format import ExampleFormat
-    from llmjepa_kernels.packing import Example
+from llmjepa_kernels import models
+from llmjepa_kernels.analysis import view_states
+from llmjepa_kernels.answers import RULE_OF_RECIPE, Rule
+from llmjepa_kernels.answers import rule as answer_rule
+from llmjepa_kernels.data import train_tokenizer
+from llmjepa_kernels.evaluate import evaluate
+from llmjepa_kernels.example_format import ExampleFormat
+from llmjepa_kernels.loss_dropout import LossDropout
+from llmjepa_kernels.predictor_tokens import add_tokens, predictor_token
+from llmjepa_kernels.report import write_report
+from llmjepa_kernels.run_record import RunRecord
+from llmjepa_kernels.trainer import LLMJEPACollator, LLMJEPATrainer, ProgressBar, chat_tokens
+from llmjepa_kernels.training_data import TrainingData
+from llmjepa_kernels.training_options import COMMON, FINE_TUNE, SCRATCH
 
-# Transformers takes seconds to import: everything that needs it is imported when it is needed,
-# so that --help and mistakes in the options answer at once.
-
-# Options of TrainingArguments that differ from its own defaults.
-COMMON = {
-    "lr_scheduler_type": "cosine",
-    "logging_steps": 0.02,  # 50 points, however long the training
-    "report_to": "none",
-    "logging_nan_inf_filter": False,  # which would log a mean in place of NaN
-    "use_cache": True,  # of the saved checkpoint; training never uses it
-}
-SCRATCH = {
-    "learning_rate": 2e-3,
-    "num_train_epochs": 5.0,
-    "per_device_train_batch_size": 32,
-    "per_device_eval_batch_size": 64,
-    "warmup_steps": 0.05,
-    "save_strategy": "no",  # of intermediate checkpoints
-}
-FINE_TUNE = {
-    "learning_rate": 2e-5,
-    "num_train_epochs": 4.0,
-    "per_device_train_batch_size": 16,
-    "per_device_eval_batch_size": 16,
-    "warmup_steps": 0.03,
-}
-TRAIN_SAMPLES, EVAL_SAMPLES = 4000, 200
+OBJECTIVES = {"NTP only": "ntp-only", "LLM-JEPA": "llm-jepa"}  # and their directories
+# Options that change neither the weights that a run ends with nor what is measured of them.
+UNRECORDED = {"command", "run", "traceback", "resume", "output_dir", "seeds", "compare"}
 
 
 class Job:
@@ -52,56 +44,83 @@ class Job:
         OSError: A file or a model is not there.
     """
 
-    def __init__(self, args: argparse.Namespace, rest: list[str]):
+    def __init__(self, args: Namespace, rest: list[str]):
         self.args, self.rest = args, rest
         self._check_options()
-        self._training_arguments("check")
-        self.train_samples, self.eval_samples = self._samples()
-        self._built = self._build()
-        self.train_examples = self._examples(self.train_samples, args.data)
-        self.eval_examples = self._examples(self.eval_samples, args.eval_data)
+        self.seeds = args.seeds or [args.seed]
+        self._training_arguments("check", self.seeds[0])
+        self.data = TrainingData(args)
+        self._built = model, tokenizer, example_format = self._build(self.seeds[0])
+        self.data.tokenize(example_format, tokenizer, _max_positions(model))
+        self.rule = self._rule()
+        names = list(OBJECTIVES) if args.compare else ["LLM-JEPA"]
+        self.records = [self._record(name, seed) for seed in self.seeds for name in names]
+        for record in self.records:
+            record.check(resume=args.resume)
 
     def run(self) -> None:
         """Trains, evaluates and saves each model, and reports on them together."""
-        from transformers.utils import logging
-
-        from llmjepa_kernels.report import write_report
-
         logging.disable_progress_bar()  # of reading and writing weights
-        names = ["NTP only", "LLM-JEPA"] if self.args.compare else ["LLM-JEPA"]
-        runs = []
-        for name in names:
-            runs.append(self._run(name, views=name == "LLM-JEPA"))
-        if None not in runs:  # in the main process
+        if self._is_main:
+            for kind, count in self.data.left_out.items():
+                print(f"left out {count} samples: {kind}")
+        for record in self.records:
+            if record.result is None:
+                record.result = self._run(record)
+            elif self._is_main:
+                print(f"\n{record.title}: finished before, kept")
+        if self._is_main:
+            runs = [record.result for record in self.records]
             print("\n" + write_report(runs, self.args.output_dir))
             print(f"Checkpoints, report.txt, report.json and report.png: {self.args.output_dir}/")
 
     def _check_options(self) -> None:
         args = self.args
-        for name in ("train_samples", "eval_samples", "max_length", "lora_rank"):
+        for name in (
+            "train_samples",
+            "eval_samples",
+            "max_length",
+            "lora_rank",
+            "hidden_size",
+            "num_layers",
+        ):
             value = getattr(args, name)
             if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+                raise ValueError(f"{_option(name)} must be at least 1, got {value}")
         if args.num_pred_tokens < 0:
             raise ValueError(f"--num-pred-tokens must be 0 or more, got {args.num_pred_tokens}")
         if not 0 <= args.loss_dropout <= 1:
             raise ValueError(f"--loss-dropout must be from 0 to 1, got {args.loss_dropout}")
+        if args.from_scratch and args.model is None:
+            raise ValueError("--from-scratch needs --model, whose architecture it takes")
+        args.from_scratch |= args.model is None
+        for name in ("hidden_size", "num_layers"):
+            if args.model is not None and getattr(args, name) is not None:
+                raise ValueError(f"{_option(name)} is for the small Llama, without --model")
+        if args.vocab_size is not None and not args.from_scratch:
+            raise ValueError("--vocab-size is for a model --from-scratch")
+        if args.lora_rank is not None and args.from_scratch:
+            raise ValueError("--lora-rank adapts a trained --model, not random weights")
+        if args.template == "plain" and args.layout != "shared":
+            raise ValueError(f"--format plain has the shared --layout only, got {args.layout}")
+        if args.separator is not None and args.template != "plain":
+            raise ValueError("--separator is for --format plain")
+        if args.seeds and len(set(args.seeds)) < len(args.seeds):
+            raise ValueError(f"--seeds must differ, got {args.seeds}")
         if args.compare is None:
-            args.compare = args.model is None
+            args.compare = args.model is None or args.seeds is not None
 
-    def _training_arguments(self, directory: str):
+    def _training_arguments(self, directory: str, seed: int) -> TrainingArguments:
         """Transformers' options of one run: this module's defaults, its options, all others."""
-        import torch
-        from transformers import HfArgumentParser, TrainingArguments
-
         args = self.args
         parser = HfArgumentParser(TrainingArguments, allow_abbrev=False)
         parser.error = _refuse  # instead of the usage of all its options
-        parser.set_defaults(**COMMON, **(FINE_TUNE if args.model else SCRATCH))
+        parser.set_defaults(**COMMON, **(SCRATCH if args.from_scratch else FINE_TUNE))
         parser.set_defaults(use_cpu=not (torch.cuda.is_available() or torch.xpu.is_available()))
         known = {action.dest for action in parser._actions}
         given = {k: v for k, v in vars(args).items() if k in known and v is not None}
-        parser.set_defaults(**given | {"output_dir": str(args.output_dir / directory)})
+        given |= {"output_dir": str(args.output_dir / directory), "seed": seed}
+        parser.set_defaults(**given)
         parsed, unknown = parser.parse_args_into_dataclasses(
             self.rest, return_remaining_strings=True, look_for_args_file=False
         )
@@ -109,157 +128,170 @@ class Job:
             raise ValueError(f"unknown options {' '.join(unknown)}: see llmjepa train --help")
         if parsed.resume_from_checkpoint is not None:
             raise ValueError("--resume-from-checkpoint is not supported: use --resume")
+        self._is_main = parsed.process_index == 0
         return parsed
 
-    def _samples(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """The chats to train on and to evaluate with."""
-        from llmjepa_kernels import data, grammar
+    def _rule(self) -> Rule | None:
+        """What judges the held-out answers, after a look at each of them."""
+        args, data = self.args, self.data
+        if not data.held_out.samples:
+            return None
+        name = args.rule or RULE_OF_RECIPE.get(args.recipe, "exact")
+        rule = answer_rule(name, databases=args.databases)
+        for part in (data.held_out, data.out_of_distribution):
+            for place, sample in zip(part.places, part.samples, strict=True):
+                try:
+                    rule.check(sample)
+                except ValueError as error:
+                    raise ValueError(f"{place}: {error}") from error
+        return rule
 
+    def _record(self, name: str, seed: int) -> RunRecord:
+        """What is kept of one run: every option that its numbers depend on, and the data."""
         args = self.args
-        if args.data is not None:
-            train = list(islice(data.read_chats(args.data), args.train_samples))
-        else:
-            train = grammar.generate(args.train_samples or TRAIN_SAMPLES, seed=args.seed)
-        if not train:
-            raise ValueError(f"--data {args.data} has no samples")
-        held_out = []
-        if args.eval_data is not None:
-            held_out = list(islice(data.read_chats(args.eval_data), args.eval_samples))
-        elif args.data is None:
-            held_out = grammar.generate(args.eval_samples, seed=args.seed, split="heldout")
-        return train, held_out
+        directory = Path(f"seed-{seed}" if args.seeds else "") / OBJECTIVES[name]
+        options = {k: v for k, v in vars(args).items() if k not in UNRECORDED}
+        options |= {"seed": seed, "data_seed": args.seed, "other": self.rest}
+        options["samples"] = self.data.digest()
+        return RunRecord(args.output_dir / directory, name, seed, options)
 
-    def _build(self):
-        """The model before training, its tokenizer and format: the same at every call."""
-        from transformers import set_seed
-
-        from llmjepa_kernels import models
-        from llmjepa_kernels.data import train_tokenizer
-        from llmjepa_kernels.predictor_tokens import add_predictor_tokens
-
+    def _build(self, seed: int) -> tuple[Any, Any, ExampleFormat]:
+        """The model before training, its tokenizer and format: the same for the same seed."""
         args = self.args
-        set_seed(args.seed)
-        if args.model is not None:
+        set_seed(seed)
+        if not args.from_scratch:
             model, tokenizer = models.load_pretrained(args.model)
         else:
-            tokenizer = train_tokenizer(self.train_samples)
-            model = models.small_llama(tokenizer)
-        pred_ids = add_predictor_tokens(model, tokenizer, args.num_pred_tokens, seed=args.seed)
+            if args.model is None or args.vocab_size is not None:
+                size = {} if args.vocab_size is None else {"vocab_size": args.vocab_size}
+                tokenizer = train_tokenizer(self.data.train.samples, **size)
+            else:
+                tokenizer = models.load_tokenizer(args.model)
+            if args.model is None:
+                size = {"hidden_size": args.hidden_size, "num_layers": args.num_layers}
+                given = {name: n for name, n in size.items() if n is not None}
+                model = models.small_llama(tokenizer, **given)
+            else:
+                model = models.from_scratch(args.model, tokenizer)
+        if args.template == "chat" and not tokenizer.chat_template:
+            raise ValueError(
+                f"the tokenizer of --model {args.model} has no chat template: train with "
+                "--format plain, or give it one"
+            )
+        example_format, new_ids = self._format(model, tokenizer, seed)
         if args.lora_rank is not None:
-            model = models.add_lora(model, args.lora_rank, pred_ids=pred_ids)
-        return model, tokenizer, self._format(pred_ids)
+            model = models.add_lora(model, args.lora_rank, new_ids=new_ids)
+        return model, tokenizer, example_format
 
-    def _examples(self, samples: list[dict[str, Any]], source: str | None) -> list[Example]:
-        """Tokenized once, and checked before hours of training depend on it."""
-        from llmjepa_kernels.packing import pack
-
-        _, tokenizer, example_format = self._built
-        limit = self.args.max_length
-        examples = []
-        for index, sample in enumerate(samples):
-            try:
-                example = example_format.example(sample, tokenizer)
-                if limit and sum(len(s.input_ids) for s in example.segments) > limit:
-                    row = pack([example], share_prefixes=self.args.share_prefixes)
-                    size = row["input_ids"].shape[1]
-                    if size > limit:
-                        raise ValueError(f"it takes {size} tokens, more than --max-length {limit}")
-            except ValueError as error:
-                raise ValueError(f"{_place(source, index)}: {error}") from error
-            examples.append(example)
-        return examples
-
-    def _format(self, pred_ids: Sequence[int]) -> ExampleFormat:
-        from llmjepa_kernels.example_format import ExampleFormat
-
+    def _format(self, model, tokenizer, seed: int) -> tuple[ExampleFormat, list[int]]:
+        """The format, and the tokens that were added for it."""
         args = self.args
-        return ExampleFormat(
+        tokens = [predictor_token(i + 1) for i in range(args.num_pred_tokens)]
+        separator_id = None
+        if args.template == "plain":
+            separator = args.separator or "<|separator|>"
+            known = tokenizer(separator, add_special_tokens=False)["input_ids"]
+            if len(known) == 1:
+                separator_id = known[0]
+            else:
+                tokens.append(separator)
+        new_ids = add_tokens(model, tokenizer, tokens, seed=seed)
+        example_format = ExampleFormat(
+            template=args.template,
             layout=args.layout,
             direction=args.direction,
             pred_position=args.pred_position,
-            pred_ids=pred_ids,
+            pred_ids=new_ids[: args.num_pred_tokens],
+            separator_id=new_ids[-1] if len(tokens) > args.num_pred_tokens else separator_id,
+            supervise=args.supervise,
         )
+        return example_format, new_ids
 
-    def _run(self, name: str, *, views: bool) -> dict[str, Any] | None:
-        """Trains one model; what there is to report in the main process, None in others."""
-        from transformers.trainer_callback import ProgressCallback
-        from transformers.trainer_utils import get_last_checkpoint
-
-        from llmjepa_kernels.evaluate import evaluate
-        from llmjepa_kernels.loss_dropout import LossDropout
-        from llmjepa_kernels.trainer import LLMJEPACollator, LLMJEPATrainer, ProgressBar
-
-        args = self.args
-        model, tokenizer, example_format = self._built or self._build()
-        self._built = None
-        collator = LLMJEPACollator(
-            tokenizer,
-            example_format,
-            max_length=args.max_length,
-            # Next-token loss alone stands for plain fine-tuning, which shares nothing.
-            share_prefixes=args.share_prefixes and views,
-            views=views,
+    def _run(self, record: RunRecord) -> dict[str, Any]:
+        """Trains one model; what there is to report, in full in the main process only."""
+        args, data = self.args, self.data
+        views = record.name == "LLM-JEPA"
+        built, self._built = self._built, None
+        if built is None or record.seed != self.seeds[0]:
+            built = self._build(record.seed)
+        model, tokenizer, example_format = built
+        directory = str(record.directory)
+        resumed = (
+            get_last_checkpoint(directory) if args.resume and Path(directory).is_dir() else None
         )
         trainer = LLMJEPATrainer(
             model,
-            self._training_arguments(name.lower().replace(" ", "-")),
-            collator,
+            self._training_arguments(
+                str(record.directory.relative_to(args.output_dir)), record.seed
+            ),
+            LLMJEPACollator(
+                tokenizer,
+                example_format,
+                max_length=args.max_length,
+                # Next-token loss alone stands for plain fine-tuning, which shares nothing.
+                share_prefixes=args.share_prefixes and views,
+                views=views,
+            ),
             train_dataset=LossDropout(
-                self.train_examples,
+                data.train.examples,
                 args.loss_dropout,
                 per=args.loss_dropout_per,
-                seed=args.seed,
+                seed=record.seed,
             ),
-            eval_dataset=self.eval_examples or None,
+            eval_dataset=data.held_out.examples or None,
             processing_class=tokenizer,
             jepa_weight=args.jepa_weight,
             metric=args.metric,
             temperature=args.temperature,
             detach_target=args.detach_target,
         )
-        if trainer.is_world_process_zero():
+        if self._is_main:
+            record.begin()
             parameters, trained = (n / 1e6 for n in _count_parameters(model))
             print(
-                f"\n{name}: {len(self.train_examples)} examples, {parameters:.1f} M parameters, "
+                f"\n{record.title}: {len(data.train)} examples, {parameters:.1f} M parameters, "
                 f"{trained:.1f} M of them trained",
                 flush=True,
             )
         if trainer.pop_callback(ProgressCallback):
             trainer.add_callback(ProgressBar)
-        directory = trainer.args.output_dir
-        resumed = self.args.resume and Path(directory).is_dir() and get_last_checkpoint(directory)
-        metrics = trainer.train(resume_from_checkpoint=resumed or None).metrics
-        if self.eval_examples:
+        metrics = trainer.train(resume_from_checkpoint=resumed).metrics
+        if data.held_out.examples:
             metrics |= trainer.evaluate()
+        if data.out_of_distribution.examples:
+            examples = data.out_of_distribution.examples
+            metrics |= trainer.evaluate(examples, metric_key_prefix="ood")
         self._save(trainer)
-        if not trainer.is_world_process_zero():
-            return None
+        if not self._is_main:
+            return {}
         history = trainer.state.log_history
         metrics |= self._summary([log for log in history if "tokens_per_step" in log])
-        if rate := metrics["train_samples_per_second"]:  # 0 where a finished run was resumed
-            metrics["seconds_per_example"] = 1 / rate
         cosines = []
-        if self.eval_examples:
-            model = trainer.accelerator.unwrap_model(trainer.model)
-            cosines = self._view_cosines(model, LLMJEPACollator(tokenizer, example_format))
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if data.held_out.samples:
+            collator = LLMJEPACollator(tokenizer, example_format)
+            cosines = _pair_cosines(model, collator, data.held_out.samples)
             metrics["pair_cosine"] = mean(cosines)
-            without_pred = LLMJEPACollator(tokenizer, replace(example_format, pred_ids=()))
-            metrics["view_cosine"] = mean(self._view_cosines(model, without_pred))
-            predictions = evaluate(model, tokenizer, self.eval_samples, example_format)
-            metrics["exact_match"] = mean(prediction.correct for prediction in predictions)
-        return {"name": name, "metrics": metrics, "history": history, "cosines": cosines}
+            collator = LLMJEPACollator(tokenizer, replace(example_format, pred_ids=()))
+            metrics["view_cosine"] = mean(_pair_cosines(model, collator, data.held_out.samples))
+        for part, key in ((data.held_out, "accuracy"), (data.out_of_distribution, "ood_accuracy")):
+            if part.samples:
+                predictions = evaluate(model, tokenizer, part.samples, example_format, self.rule)
+                metrics[key] = mean(prediction.correct for prediction in predictions)
+        return record.finish({"metrics": metrics, "history": history, "cosines": cosines})
 
     def _summary(self, logs: list[dict[str, float]]) -> dict[str, float]:
         """The last losses, and what an example costs."""
-        from llmjepa_kernels.trainer import chat_tokens
-
         tokens = sum(log["tokens_per_step"] for log in logs)
+        seconds = sum(log["tokens_per_step"] / log["tokens_per_second"] for log in logs)
         cost = tokens / sum(log["tokens_per_step"] / log["relative_cost"] for log in logs)
+        tokens_per_example = cost * mean(map(chat_tokens, self.data.train.examples))
         return {
             "loss": logs[-1]["loss"],
             "ntp_loss": logs[-1]["ntp_loss"],
             "relative_cost": cost,
-            "tokens_per_example": cost * mean(map(chat_tokens, self.train_examples)),
+            "tokens_per_example": tokens_per_example,
+            "seconds_per_example": tokens_per_example * seconds / tokens,
         }
 
     def _save(self, trainer) -> None:
@@ -276,14 +308,15 @@ class Job:
             trainer.data_collator.example_format.save(directory)
             trainer.model = merged
 
-    def _view_cosines(self, model, collator) -> list[float]:
-        """The cosine of every held-out pair as `collator` makes them."""
-        from torch.nn.functional import cosine_similarity
 
-        from llmjepa_kernels.analysis import view_states
+def _pair_cosines(model, collator: LLMJEPACollator, samples: list[dict]) -> list[float]:
+    """The cosine of every pair of views as `collator` makes them."""
+    batches = (collator(chunk) for chunk in _chunks(samples, 64))
+    return cosine_similarity(*view_states(model, batches)).tolist()
 
-        batches = (collator(chunk) for chunk in _chunks(self.eval_samples, 64))
-        return cosine_similarity(*view_states(model, batches)).tolist()
+
+def _max_positions(model) -> int | None:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _count_parameters(model) -> tuple[int, int]:
@@ -291,13 +324,8 @@ def _count_parameters(model) -> tuple[int, int]:
     return sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
 
 
-def _place(source: str | None, index: int) -> str:
-    """Where a sample is from: the file and line, blank lines not being samples."""
-    if source is None:
-        return f"built-in sample {index}"
-    with open(source, "rb") as file:
-        lines = (number for number, line in enumerate(file, start=1) if line.strip())
-        return f"{source}:{next(islice(lines, index, None))}"
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _refuse(message: str) -> NoReturn:

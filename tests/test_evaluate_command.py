@@ -194,7 +194,7 @@ def test_corrupt_files_are_named(command):
 def test_a_lora_adapter_answers_as_the_model_it_is_merged_into(checkpoint, tmp_path, data, capsys):
     model, tokenizer = models.load_pretrained(str(checkpoint))
     pred_ids = add_predictor_tokens(model, tokenizer, 2)
-    model = models.add_lora(model, 4, pred_ids=pred_ids)
+    model = models.add_lora(model, 4, new_ids=pred_ids)
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

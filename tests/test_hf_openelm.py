@@ -206,7 +206,7 @@ def test_trainer(lora, tmp_path):
     """Under Accelerate's own changes to forward, with autocast and checkpointing."""
     model = tiny_model("openelm")
     if lora:
-        model = add_lora(model, 4, pred_ids=[2])
+        model = add_lora(model, 4, new_ids=[2])
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     args = TrainingArguments(
         str(tmp_path),

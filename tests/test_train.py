@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from statistics import mean, stdev
 
 import pytest
 import torch
@@ -16,7 +17,6 @@ from llmjepa_kernels import cli, grammar
 from llmjepa_kernels.evaluate import greedy_completions
 from llmjepa_kernels.example_format import ExampleFormat
 from llmjepa_kernels.hf import patch_model
-from llmjepa_kernels.report import format_table
 
 MINIATURE = ["--train-samples", "40", "--eval-samples", "6", "--batch-size", "8"]
 
@@ -34,7 +34,8 @@ def miniature(tmp_path_factory):
 
 
 def report(directory) -> dict[str, dict]:
-    return {run["name"]: run for run in json.loads((directory / "report.json").read_text())}
+    runs = json.loads((directory / "report.json").read_text())["runs"]
+    return {run["name"]: run for run in runs}
 
 
 def losses(run: dict) -> list[float]:
@@ -45,12 +46,12 @@ def test_default_run_reports_both_models(miniature):
     runs = report(miniature)
     assert list(runs) == ["NTP only", "LLM-JEPA"]
     table = (miniature / "report.txt").read_text()
-    assert [line.split("  ")[1] for line in table.splitlines()[-2:]] == list(runs)
+    assert table.split()[:4] == ["NTP", "only", "LLM-JEPA", "difference"]
     assert (miniature / "report.png").read_bytes().startswith(b"\x89PNG")
     for name, cost in (("NTP only", 1.0), ("LLM-JEPA", None)):
         metrics = runs[name]["metrics"]
         assert losses(runs[name])[-1] == metrics["loss"] < losses(runs[name])[0]
-        assert metrics["exact_match"] == 0.0  # after three updates
+        assert metrics["accuracy"] == 0.0  # after three updates
         cosines = runs[name]["cosines"]
         assert len(cosines) == 6
         assert metrics["pair_cosine"] == pytest.approx(sum(cosines) / 6) != metrics["view_cosine"]
@@ -96,6 +97,7 @@ def test_resume_ends_where_the_uninterrupted_run_ends(tmp_path):
     weights = (checkpoint / "model.safetensors").read_bytes()
     expected = losses(report(tmp_path)["LLM-JEPA"])
     (checkpoint / "model.safetensors").unlink()
+    (checkpoint / "run.json").unlink()
     shutil.rmtree(checkpoint / "checkpoint-4")
 
     assert run(*options, "--resume") == 0
@@ -179,6 +181,14 @@ def test_overlong_example_is_named_by_line(tmp_path, capsys):
         (["--resume-from-checkpoint", "x"], "use --resume"),
         (["--weight-decay", "much"], "--weight-decay: invalid float value: 'much'"),
         (["--weight-decoy", "1"], "unknown options --weight-decoy 1"),
+        (["--from-scratch"], "--from-scratch needs --model, whose architecture it takes"),
+        (["--model", "x", "--hidden-size", "64"], "--hidden-size is for the small Llama"),
+        (["--model", "x", "--vocab-size", "300"], "--vocab-size is for a model --from-scratch"),
+        (["--lora-rank", "4"], "--lora-rank adapts a trained --model, not random weights"),
+        (["--format", "plain", "--layout", "official"], "has the shared --layout only"),
+        (["--separator", ";"], "--separator is for --format plain"),
+        (["--seeds", "1", "2", "1"], "--seeds must differ, got [1, 2, 1]"),
+        (["--split", "depth"], "split must be depth:N"),
     ],
 )
 def test_mistakes_are_named_before_training(tmp_path, capsys, options, message):
@@ -189,6 +199,87 @@ def test_mistakes_are_named_before_training(tmp_path, capsys, options, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_table_shows_a_dash_for_what_was_not_measured():
-    table = format_table([("LLM-JEPA", {"loss": 1.5, "ntp_loss": 1.25})])
-    assert table.splitlines()[-1].split()[1:] == ["1.5000", "1.2500"] + ["-"] * 7
+def test_seeds_and_a_split(tmp_path):
+    """Three times in one directory: to the end, resumed for a third seed, and with changes."""
+    options = [*MINIATURE, "--max-steps", 2, "--split", "depth:1", "--hidden-size", 64]
+    options += ["--num-layers", 1, "--output-dir", tmp_path]
+    assert run(*options, "--seeds", 1, 2) == 0
+    full = json.loads((tmp_path / "report.json").read_text())
+    names = [(r["seed"], r["name"]) for r in full["runs"]]
+    assert names == [(1, "NTP only"), (1, "LLM-JEPA"), (2, "NTP only"), (2, "LLM-JEPA")]
+    ntp_1, jepa_1, ntp_2, jepa_2 = (r["metrics"] for r in full["runs"])
+    assert ntp_1["eval_ntp_loss"] != ntp_2["eval_ntp_loss"]
+    assert {"ood_ntp_loss", "ood_accuracy", "accuracy"} <= ntp_1.keys()
+    found = full["summary"]["LLM-JEPA"]["ood_ntp_loss"]
+    values = [jepa_1["ood_ntp_loss"], jepa_2["ood_ntp_loss"]]
+    assert found == {"mean": mean(values), "std": stdev(values), "seeds": 2}
+    differences = [b["loss"] - a["loss"] for a, b in ((ntp_1, jepa_1), (ntp_2, jepa_2))]
+    assert full["summary"]["difference"]["loss"]["mean"] == pytest.approx(mean(differences))
+    assert f"{mean(values):.4f} ± {stdev(values):.4f}" in (tmp_path / "report.txt").read_text()
+    # The same first batch for both objectives of a seed.
+    first = [r["history"][0]["ntp_loss"] for r in full["runs"]]
+    assert first[0] == pytest.approx(first[1], rel=1e-5)
+    assert first[0] != pytest.approx(first[2], rel=1e-5)
+
+    kept = tmp_path / "seed-1" / "ntp-only" / "model.safetensors"
+    kept.unlink()  # a run that were trained again would write it
+    record = tmp_path / "seed-2" / "llm-jepa" / "run.json"
+    interrupted = json.loads(record.read_text()) | {"result": None}
+    record.write_text(json.dumps(interrupted))
+    assert run(*options, "--seeds", 1, 2, "--resume") == 0
+    again = json.loads((tmp_path / "report.json").read_text())
+    assert not kept.exists()
+    assert losses(again["runs"][3]) == losses(full["runs"][3])
+    assert again["runs"][:3] == full["runs"][:3]
+
+
+def test_resume_refuses_other_options(miniature, capsys):
+    options = [*MINIATURE, "--max-steps", 3, "--output-dir", miniature, "--resume"]
+    assert run(*options, "--jepa-weight", 2) == 2
+    assert "had other options: jepa_weight 1.0, now 2.0" in capsys.readouterr().err
+    assert run(*options, "--seed", 3) == 2
+    assert "data_seed 42, now 3" in capsys.readouterr().err
+
+
+def test_plain_format_with_loss_on_all_tokens(tmp_path):
+    options = [*MINIATURE, "--format", "plain", "--supervise", "all", "--max-steps", 2]
+    options += ["--no-compare", "--vocab-size", 300, "--output-dir", tmp_path]
+    assert run(*options) == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "llm-jepa")
+    saved = ExampleFormat.load(tmp_path / "llm-jepa")
+    ids = tokenizer.convert_tokens_to_ids(["<|predictor_1|>", "<|separator|>"])
+    assert saved == ExampleFormat("plain", pred_ids=[300], separator_id=301, supervise="all")
+    assert ids == [300, 301]
+    assert set(losses(report(tmp_path)["LLM-JEPA"])) != {0.0}
+
+
+def test_architecture_of_a_model_with_random_weights(miniature, tmp_path):
+    options = [*MINIATURE, "--model", miniature / "llm-jepa", "--from-scratch", "--max-steps", 1]
+    assert run(*options, "--no-compare", "--output-dir", tmp_path) == 0
+    before = AutoModelForCausalLM.from_pretrained(miniature / "llm-jepa")
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "llm-jepa")
+    assert {n: p.shape for n, p in before.named_parameters()} == {
+        n: p.shape for n, p in after.named_parameters()
+    }
+    name = "model.layers.0.self_attn.q_proj.weight"
+    cosine = torch.cosine_similarity(*(m.state_dict()[name].flatten() for m in (before, after)), 0)
+    assert cosine.abs() < 0.1
+
+
+def test_bad_lines_and_long_samples_can_be_left_out_and_are_counted(tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    rows = grammar.generate(8)
+    rows[2]["messages"][1]["content"] *= 40
+    lines = [json.dumps(row) for row in rows]
+    lines.insert(1, '{"messages": []}')
+    data.write_text("\n".join(lines))
+    options = ["--data", data, "--max-length", 150, "--no-compare", "--max-steps", 1]
+    options += ["--hidden-size", 64, "--num-layers", 1, "--output-dir", tmp_path / "out"]
+    assert run(*options, "--skip-bad-lines") == 2
+    assert "data.jsonl:4: it takes" in capsys.readouterr().err
+    assert run(*options, "--skip-bad-lines", "--skip-too-long") == 0
+    captured = capsys.readouterr()
+    assert "left out 1 samples: bad lines" in captured.out
+    assert "left out 1 samples: too long" in captured.out
+    assert "data.jsonl:2: messages must have the roles" in captured.err
+    assert "LLM-JEPA, seed 42: 7 examples" in captured.out

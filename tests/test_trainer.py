@@ -237,7 +237,7 @@ def test_lora_trains_adapters_and_predictor_rows_only(tokenizer, tmp_path, tied)
     model, collator = build(tokenizer, tied=tied)
     ids = list(collator.example_format.pred_ids)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    lora = add_lora(model, 4, pred_ids=ids)
+    lora = add_lora(model, 4, new_ids=ids)
     args = arguments(tmp_path, max_steps=3, activation_checkpointing=True)
     LLMJEPATrainer(lora, args, collator, train_dataset=ROWS).train()
 
