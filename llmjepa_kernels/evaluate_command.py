@@ -49,7 +49,7 @@ class EvaluateJob:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
         if repeated := {name for name in args.checkpoints if args.checkpoints.count(name) > 1}:
             raise ValueError(f"checkpoints must differ, got {', '.join(repeated)} more than once")
-        self.device = torch.device(args.device or _default_device())
+        self.device = _device(args.device)
         self.rule = answer_rule(
             args.rule or RULE_OF_RECIPE.get(args.recipe, "exact"), databases=args.databases
         )
@@ -198,7 +198,12 @@ def _plain_values(values: dict[str, Any]) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
-def _default_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "xpu" if torch.xpu.is_available() else "cpu"
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator or torch.device("cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} cannot be used: {reason}") from error

@@ -99,21 +99,23 @@ def execute(
     Raises:
         ValueError: The query is malformed, not authorised, no query at all, or took too long.
     """
-    deadline = time.monotonic() + time_limit
     uri = f"{Path(path).absolute().as_uri()}?mode=ro"
-    with closing(sqlite3.connect(uri, uri=True)) as connection:
-        connection.text_factory = lambda text: text.decode("utf-8", errors="replace")
-        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_VALUE_BYTES)
-        connection.set_authorizer(_authorize)
-        connection.set_progress_handler(lambda: time.monotonic() > deadline, _STEPS_BETWEEN_CHECKS)
-        try:
+    try:
+        with closing(sqlite3.connect(uri, uri=True)) as connection:
+            connection.text_factory = lambda text: text.decode("utf-8", errors="replace")
+            connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_VALUE_BYTES)
+            connection.set_authorizer(_authorize)
+            deadline = time.monotonic() + time_limit
+            connection.set_progress_handler(
+                lambda: time.monotonic() > deadline, _STEPS_BETWEEN_CHECKS
+            )
             cursor = connection.execute(query)
             if cursor.description is None:
                 raise ValueError("it returns no table")
             return cursor.fetchall() if max_rows < 0 else cursor.fetchmany(max_rows)
-        except (sqlite3.Error, sqlite3.Warning, ValueError, MemoryError) as error:
-            reason = f"it took over {time_limit:g} s" if "interrupted" in str(error) else error
-            raise ValueError(f"query {query!r} failed on {Path(path).name}: {reason}") from error
+    except (sqlite3.Error, sqlite3.Warning, ValueError, MemoryError) as error:
+        reason = f"it took over {time_limit:g} s" if "interrupted" in str(error) else error
+        raise ValueError(f"query {query!r} failed on {Path(path).name}: {reason}") from error
 
 
 def same_rows(expected: Rows, got: Rows, *, ordered: bool) -> bool:
@@ -144,8 +146,5 @@ def _reference(sample: Mapping[str, Any]) -> str:
     return sample["messages"][-1]["content"]
 
 
-def _authorize(action: int, argument: str | None, name: str | None, *_: str | None) -> int:
-    """Denies everything but reading. An error in here would deny as well."""
-    if action == sqlite3.SQLITE_FUNCTION and (name or "").lower() == "load_extension":
-        return sqlite3.SQLITE_DENY
+def _authorize(action: int, *_: str | None) -> int:
     return sqlite3.SQLITE_OK if action in _READING else sqlite3.SQLITE_DENY

@@ -229,6 +229,7 @@ def test_a_lora_adapter_answers_as_the_model_it_is_merged_into(checkpoint, tmp_p
         (["--rule", "choice"], "sample 0 of the built-in data: expected A, B, C or D"),
         (["none.gguf"], "no file 'none.gguf'"),
         (["same", "same"], "checkpoints must differ, got same more than once"),
+        (["--device", "toaster"], "--device toaster cannot be used: Expected one of cpu, cuda"),
         (["--nonsense"], "unknown options --nonsense"),
     ],
 )

@@ -115,6 +115,12 @@ def test_nothing_but_reading_is_authorised(databases, tmp_path, query):
     assert hashlib.sha256(path.read_bytes()).digest() == before
 
 
+def test_a_missing_database_is_not_made(tmp_path):
+    with pytest.raises(ValueError, match="unable to open database file"):
+        execute(tmp_path / "none.sqlite", "SELECT 1", time_limit=5)
+    assert list(tmp_path.iterdir()) == []
+
+
 ENDLESS = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT {} FROM n"
 
 
