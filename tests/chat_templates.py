@@ -1,6 +1,14 @@
 """The public chat templates, written from their published text without tool calls, and the
 spans that each must give, found by hand."""
 
+LLAMA3_0 = (
+    "{% set loop_messages = messages %}{% for message in loop_messages %}"
+    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
+    "+ message['content'] | trim + '<|eot_id|>' %}"
+    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}"
+    "{{ content }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
 LLAMA3 = """{{- bos_token }}
 {%- if not date_string is defined %}
     {%- if strftime_now is defined %}
@@ -144,9 +152,30 @@ LLAMA2 = (
     "{% elif message['role'] == 'assistant' %}{{ ' ' + content.strip() + ' ' + eos_token }}"
     "{% endif %}{% endfor %}"
 )
+# OpenELM has no template and the tokenizer of Llama 2; the authors' release gives it Zephyr's.
+OPENELM = """{% for message in messages %}
+{% if message['role'] == 'user' %}
+{{ '<|user|>\n' + message['content'] + eos_token }}
+{% elif message['role'] == 'system' %}
+{{ '<|system|>\n' + message['content'] + eos_token }}
+{% elif message['role'] == 'assistant' %}
+{{ '<|assistant|>\n'  + message['content'] + eos_token }}
+{% endif %}
+{% if loop.last and add_generation_prompt %}
+{{ '<|assistant|>' }}
+{% endif %}
+{% endfor %}"""
 
 # Text, the rest of the chat, what of it is supervised, Code: by hand, for SYS / ASK? / ANS.
 SPANS = {
+    "llama3.0": (
+        LLAMA3_0,
+        "<s><|start_header_id|>system<|end_header_id|>\n\nSYS<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nASK?",
+        "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nANS<|eot_id|>",
+        "ANS<|eot_id|>",
+        "<s><|start_header_id|>assistant<|end_header_id|>\n\nANS",
+    ),
     "llama3": (
         LLAMA3,
         "<s><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
@@ -214,8 +243,16 @@ SPANS = {
         " ANS </s>",
         "<s>[INST] ANS",
     ),
+    "openelm": (
+        OPENELM,
+        "<|system|>\nSYS</s>\n<|user|>\nASK?",
+        "</s>\n<|assistant|>\nANS</s>\n",
+        "ANS</s>",
+        "<|assistant|>\nANS",
+    ),
 }
 USER_ALONE = {
+    "llama3.0": "<s><|start_header_id|>user<|end_header_id|>\n\nASK?",
     "llama3": SPANS["llama3"][4].replace("assistant", "user").replace("ANS", "ASK?"),
     "gemma2": "<s><start_of_turn>user\nASK?",
     "gemma3": "<s><start_of_turn>user\nASK?",
@@ -227,5 +264,6 @@ USER_ALONE = {
     "smollm2": "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging"
     " Face<|im_end|>\n<|im_start|>user\nASK?",
     "llama2": "<s>[INST] ASK?",
+    "openelm": "<|user|>\nASK?",
 }
 KWARGS = {"llama3": {"date_string": "1 May 2025"}}

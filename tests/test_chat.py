@@ -105,6 +105,11 @@ def decode(tokenizer, ids):
     return tokenizer.decode([i for i in ids if i != -100])
 
 
+def decode_start(tokenizer, ids):
+    """Without the space that Llama-2's tokenizer puts before a text, and takes away again."""
+    return decode(tokenizer, ids).removeprefix(" ")
+
+
 PRED = 3 + SPECIAL.index("<|pred|>")
 CHAT = turns("SYS", "ASK?", "ANS")
 
@@ -118,11 +123,11 @@ def test_shared_layout(family, kind):
     prompt, completion, pred, target = example.segments
     if family == "olmo2" and kind == "punctuation_newline":
         text, rest = text + "\n", rest[1:]  # one token "?\n" holds the end of the content
-    assert decode(tokenizer, prompt.input_ids) == text
+    assert decode_start(tokenizer, prompt.input_ids) == text
     assert decode(tokenizer, completion.input_ids) == rest
     assert decode(tokenizer, completion.labels).removeprefix(" ") == supervised.removeprefix(" ")
     assert all(y in (-100, i) for i, y in zip(completion.input_ids, completion.labels, strict=True))
-    assert decode(tokenizer, target.input_ids) == code
+    assert decode_start(tokenizer, target.input_ids) == code
     expected = llm_jepa_example(
         prompt.input_ids,
         completion.input_ids,
@@ -147,13 +152,24 @@ def test_official_layout(family, kind):
         template_kwargs=KWARGS.get(family),
     )
     chat, user, pred, target = example.segments
-    assert decode(tokenizer, chat.input_ids) == text + rest
+    assert decode_start(tokenizer, chat.input_ids) == text + rest
     assert decode(tokenizer, chat.labels).strip() == supervised.strip()
-    assert decode(tokenizer, user.input_ids) == USER_ALONE[family]
-    assert decode(tokenizer, target.input_ids) == code
+    assert decode_start(tokenizer, user.input_ids) == USER_ALONE[family]
+    assert decode_start(tokenizer, target.input_ids) == code
     assert list(pred.input_ids) == [PRED, PRED + 1]
     assert [segment.parent for segment in example.segments] == [None, None, 1, None]
     assert example.pairs == [(2, 3)]
+
+
+def test_thinking_is_off_in_a_finished_turn():
+    """The authors' release turns it off for Qwen3, whose template has it in prompts alone."""
+    tokenizer = get_tokenizer(QWEN3)
+    for layout in ("shared", "official"):
+        plain, off = (
+            chat_example(CHAT, tokenizer, layout=layout, template_kwargs=kwargs)
+            for kwargs in ({}, {"enable_thinking": False})
+        )
+        assert plain == off
 
 
 AWKWARD = [
