@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llmjepa_kernels.block_mask import BlockMask, check_window, int32_positions
+from llmjepa_kernels.layout import empty_seq_major
 
 BACKENDS = {
     "triton": "llmjepa_kernels.attention_triton",
@@ -185,7 +186,7 @@ def _attention_forward(
 @torch.library.register_fake("llmjepa_kernels::attention_forward")
 def _(q, k, v, *arguments):
     lse_dtype = torch.promote_types(q.dtype, torch.float32)
-    return _empty_seq_major(q), q.new_empty(q.shape[:3], dtype=lse_dtype)
+    return empty_seq_major(q), q.new_empty(q.shape[:3], dtype=lse_dtype)
 
 
 @operation("llmjepa_kernels::attention_backward")
@@ -228,7 +229,7 @@ def _attention_backward(
 def _(dout, q, k, v, out, lse, mask, block_size, mask_window, *options):
     *_, sinks, _impl = options
     dsinks = q.new_empty(0) if sinks is None else torch.empty_like(sinks)
-    return _empty_seq_major(q), _empty_seq_major(k), _empty_seq_major(v), dsinks
+    return empty_seq_major(q), empty_seq_major(k), empty_seq_major(v), dsinks
 
 
 def _setup_context(ctx, inputs, output):
@@ -255,11 +256,6 @@ def _backward(ctx, dout, _dlse):
 torch.library.register_autograd(
     "llmjepa_kernels::attention_forward", _backward, setup_context=_setup_context
 )
-
-
-def _empty_seq_major(x: Tensor) -> Tensor:
-    batch, heads, seq, head_dim = x.shape
-    return x.new_empty(batch, seq, heads, head_dim).transpose(1, 2)
 
 
 def _check_tensors(

@@ -14,6 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from llmjepa_kernels import attention_triton_kernels as kernels
 from llmjepa_kernels import triton_configs
 from llmjepa_kernels.block_mask import BlockMask
+from llmjepa_kernels.layout import empty_seq_major
 from llmjepa_kernels.triton_configs import Config, head_dim_pieces
 
 MAX_HEAD_DIM = 256
@@ -37,7 +38,7 @@ def attention_forward(
     """out (batch, num_heads, seq, head_dim) and the natural-log lse (batch, num_heads, seq)."""
     _check(q)
     batch, num_heads, seq, head_dim = q.shape
-    out = _empty_seq_major(q)
+    out = empty_seq_major(q)
     lse = q.new_empty(batch, num_heads, seq, dtype=torch.float32)
 
     def launch(config: Config) -> None:
@@ -85,7 +86,7 @@ def attention_backward(
     _check(q)
     batch, num_heads, seq, head_dim = q.shape
     num_kv_heads = k.shape[1]
-    dq, dk, dv = _empty_seq_major(q), _empty_seq_major(k), _empty_seq_major(v)
+    dq, dk, dv = empty_seq_major(q), empty_seq_major(k), empty_seq_major(v)
     lse2, delta, dsinks = _row_statistics(dout, out, lse, sinks)
     padded = lse2.shape[-1]
 
@@ -249,11 +250,6 @@ def _aligned(x: Tensor) -> bool:
         n == 1 or (stride > 0 and stride * x.element_size() % 16 == 0)
         for n, stride in zip(x.shape[:3], x.stride()[:3], strict=True)
     )
-
-
-def _empty_seq_major(x: Tensor) -> Tensor:
-    batch, heads, seq, head_dim = x.shape
-    return x.new_empty(batch, seq, heads, head_dim).transpose(1, 2)
 
 
 def _check(q: Tensor) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llmjepa_kernels.block_mask import BlockMask
+from llmjepa_kernels.layout import empty_seq_major
 from llmjepa_kernels.pairs import check_pairs
 
 # Another library, as built with sanitizers, and another instruction set than the best.
@@ -55,7 +56,7 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """out, stored as (batch, seq, num_heads, head_dim), and lse (batch, num_heads, seq)."""
     call = _AttentionCall(q, k, v, mask, position_ids, window, softcap, softmax_scale, sinks)
-    out, lse = _empty_seq_major(q), call.stats()
+    out, lse = empty_seq_major(q), call.stats()
     call.set(out=out, lse=lse)
     call.run("lk_attention_forward")
     return out, lse
@@ -78,7 +79,7 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv, stored like out, and dsinks (None without sinks)."""
     call = _AttentionCall(q, k, v, mask, position_ids, window, softcap, softmax_scale, sinks)
-    dq, dk, dv = (_empty_seq_major(x) for x in (q, k, v))
+    dq, dk, dv = (empty_seq_major(x) for x in (q, k, v))
     call.set(dout=dout, out=out, lse=lse.contiguous(), dq=dq, dk=dk, dv=dv)
     dsinks = None
     if sinks is not None:
@@ -291,11 +292,6 @@ def _dtype(x: Tensor) -> int:
     if x.dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {list(DTYPES)}, got {x.dtype}")
     return DTYPES[x.dtype]
-
-
-def _empty_seq_major(x: Tensor) -> Tensor:
-    batch, heads, seq, dim = x.shape
-    return x.new_empty(batch, seq, heads, dim).transpose(1, 2)
 
 
 def _isa() -> int:
