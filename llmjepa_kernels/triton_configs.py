@@ -1,18 +1,16 @@
-"""Tile configurations of the Triton attention kernels: a table, and a timer that picks from it."""
+"""Tile configurations of the Triton attention kernels: a table, and the choice from it."""
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from functools import cache
-from pathlib import Path
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import triton
+
+from llmjepa_kernels import autotune
 
 MIN_TILE = 16  # the smallest side of a matrix product
 
@@ -225,16 +223,16 @@ def launch(
     """Runs a kernel in its best configuration.
 
     That is the first candidate or, with ``LLMJEPA_AUTOTUNE=1``, the one that was fastest on this
-    device when first met; the choice is kept in ``$XDG_CACHE_HOME/llmjepa_kernels``.
+    device when first met, see `autotune`.
     """
     arch = current_arch()
     kind = {"head_dim": head_dim, "dtype": dtype, "block_size": block_size, "allow_tma": allow_tma}
-    options = candidates(direction, arch=arch, **kind)
-    best = options[0]
-    if len(options) > 1 and os.environ.get("LLMJEPA_AUTOTUNE") == "1":
-        names = (direction, *map(str, kind.values()), triton.__version__)
-        best = _fastest(f"{_device_name()} {' '.join(names)}", options, run)
-    run(best)
+    options = {str(config): config for config in candidates(direction, arch=arch, **kind)}
+    best = next(iter(options))
+    if len(options) > 1 and autotune.is_enabled():
+        runs = {name: partial(run, config) for name, config in options.items()}
+        best = autotune.fastest(" ".join([direction, *map(str, kind.values())]), runs)
+    run(options[best])
 
 
 def head_dim_pieces(head_dim: int, halves: bool = False) -> tuple[int, int]:
@@ -280,36 +278,3 @@ def _family(arch: str) -> str | None:
         if 100 <= version < 110:
             return "sm_100"
     return "gfx942" if arch in ("gfx942", "gfx950") else None
-
-
-_chosen: dict[str, Config] = {}
-
-
-def _fastest(key: str, options: list[Config], run: Callable[[Config], None]) -> Config:
-    if key not in _chosen:
-        path = _cache_path()
-        stored = json.loads(path.read_text()) if path.exists() else {}
-        known = [config for config in options if asdict(config) == stored.get(key)]
-        if not known:
-            known = [min(options, key=lambda config: _time(lambda: run(config)))]
-            stored[key] = asdict(known[0])
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-                json.dump(stored, file, indent=1)
-            os.replace(file.name, path)  # other processes may be reading
-        _chosen[key] = known[0]
-    return _chosen[key]
-
-
-def _time(run: Callable[[], None]) -> float:
-    return triton.testing.do_bench(run, return_mode="median")
-
-
-def _cache_path() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "llmjepa_kernels" / "autotune.json"
-
-
-@cache
-def _device_name() -> str:
-    return getattr(torch, torch.accelerator.current_accelerator().type).get_device_name()
