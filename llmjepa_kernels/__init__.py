@@ -8,6 +8,7 @@ import importlib
 
 from llmjepa_kernels.attention import view_attention
 from llmjepa_kernels.block_mask import BlockMask
+from llmjepa_kernels.flash_plan import FlashPlan
 from llmjepa_kernels.loss import last_token_loss
 from llmjepa_kernels.packing import Example, PackedBatch, Segment, llm_jepa_example, pack
 
@@ -30,6 +31,7 @@ __all__ = [
     "BlockMask",
     "Example",
     "ExampleFormat",
+    "FlashPlan",
     "LLMJEPACollator",
     "LLMJEPAOutput",
     "LLMJEPATrainer",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import importlib
+import importlib.util
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
@@ -11,7 +11,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from llmjepa_kernels import autotune
 from llmjepa_kernels.block_mask import BlockMask, check_window, int32_positions
+from llmjepa_kernels.flash_plan import FlashPlan
 from llmjepa_kernels.layout import empty_seq_major
 
 BACKENDS = {
@@ -34,6 +36,7 @@ def view_attention(
     softmax_scale: float | None = None,
     sinks: Tensor | None = None,
     block_mask: BlockMask | None = None,
+    flash_plan: FlashPlan | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """Attention in which a token sees its own segment and the segments above it.
@@ -55,9 +58,13 @@ def view_attention(
             no value (gpt-oss).
         block_mask: The tiles to visit. Default: built here from `visible_until`, which costs
             about as much as a small kernel; pass it when several layers share one mask.
+        flash_plan: The calls of ``impl="flash"``. Default: made here where they are needed, which
+            waits for the device; pass it when several layers share one mask.
         impl: "triton", "cpu", "reference" or "flash" (flash-attn's kernels; CUDA only, installed
-            with the extra `flash`). Default: by the device of q, never "flash". An explicit choice
-            never falls back to another.
+            with the extra `flash`). An explicit choice never falls back to another. Default: by
+            the device of q. That is never "flash", unless ``LLMJEPA_AUTOTUNE=1`` is set and a
+            `flash_plan` given: then it is taken where a forward and backward in it were faster
+            than in Triton when such shapes were first met.
 
     Returns:
         out: Like q, stored as a contiguous (batch, seq, num_heads, head_dim) buffer.
@@ -73,19 +80,23 @@ def view_attention(
         check_window(window, position_ids, visible_until)
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, got {softcap}")
-    if block_mask is None:
+    flash_plan = _fitting_plan(flash_plan, visible_until, position_ids, window, impl)
+    if impl == "flash":
+        block_mask = None
+    elif block_mask is None:
         block_mask = BlockMask.from_visible_until(
             visible_until, position_ids=position_ids, window=window
         )
-    else:
+    if block_mask is not None:
         _check_block_mask(block_mask, visible_until, window)
     out, _ = torch.ops.llmjepa_kernels.attention_forward(
         q,
         k,
         v,
-        _mask_tensors(block_mask),
-        block_mask.block_size,
-        block_mask.window,
+        [] if block_mask is None else _mask_tensors(block_mask),
+        (0, 0) if block_mask is None else block_mask.block_size,
+        None if block_mask is None else block_mask.window,
+        [] if flash_plan is None else flash_plan.tensors(),
         position_ids if window is not None else None,
         window,
         softcap,
@@ -105,6 +116,13 @@ def default_impl(device: torch.device) -> str:
             return "cpu"
         _warn_of_reference()
     return "reference"
+
+
+def may_choose_flash() -> bool:
+    """Whether ``impl=None`` may come to mean "flash", for batches that have a `FlashPlan`."""
+    return autotune.is_enabled() and any(
+        importlib.util.find_spec(name) for name in ("flash_attn", "flash_attn_3")
+    )
 
 
 @functools.cache
@@ -148,11 +166,63 @@ def operation(name: str) -> Callable[[Callable], Callable]:
     return register
 
 
-# The operation as torch sees it. A BlockMask travels as its tensors and two plain values.
+# The operation as torch sees it. A BlockMask travels as its tensors and two plain values, a
+# FlashPlan as its tensors; one that is not needed, as no tensors.
 
 
 def _mask_tensors(mask: BlockMask) -> list[Tensor]:
     return [mask.visible_until, *mask.schedule_tensors()]
+
+
+def _resolve(
+    impl: str | None,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    mask: Sequence[Tensor],
+    block_size: Sequence[int],
+    mask_window: int | None,
+    plan: Sequence[Tensor],
+    options: dict,
+) -> tuple[ModuleType, BlockMask | FlashPlan]:
+    """The back end, and the mask in the form that it takes."""
+    device = qkv[0].device
+    if impl == "flash":
+        return load_backend(BACKENDS, impl, device), FlashPlan.from_tensors(plan)
+    block_mask = BlockMask(mask[0], tuple(block_size), *mask[1:], mask_window)
+    if impl is None and plan and autotune.is_enabled():
+        flash_plan = FlashPlan.from_tensors(plan)
+        if _flash_is_faster(*qkv, block_mask, flash_plan, options):
+            return load_backend(BACKENDS, "flash", device), flash_plan
+    return load_backend(BACKENDS, impl, device), block_mask
+
+
+def _flash_is_faster(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, plan: FlashPlan, options: dict
+) -> bool:
+    """Whether flash-attn can do it, and did such forwards and backwards faster than the default."""
+    flash = importlib.import_module(BACKENDS["flash"])
+    try:
+        kernels = flash.check(q, plan, options["softmax_scale"])
+    except (ValueError, RuntimeError):
+        return False
+
+    def run(impl: str, mask: BlockMask | FlashPlan) -> None:
+        backend = load_backend(BACKENDS, impl, q.device)
+        out, lse = backend.attention_forward(q, k, v, mask, **options)
+        backend.attention_backward(out, q, k, v, out, lse, mask, **options)
+
+    default = default_impl(q.device)
+    candidates = {
+        default: functools.partial(run, default, mask),
+        "flash": functools.partial(run, "flash", plan),
+    }
+    # Tokens, and how they fall into sequences and calls: to a power of two.
+    sizes = (len(q) * n for n in (q.shape[2], plan.calls[0].bounds.shape[2], plan.rows.shape[1]))
+    kind = (
+        *("attention", type(kernels).__name__, q.dtype, q.shape[1], k.shape[1], q.shape[3]),
+        *(len(plan.calls), *(size.bit_length() for size in sizes)),
+        *(name for name, value in options.items() if value is not None),
+    )
+    return autotune.fastest(" ".join(map(str, kind)), candidates) == "flash"
 
 
 @operation("llmjepa_kernels::attention_forward")
@@ -163,6 +233,7 @@ def _attention_forward(
     mask: Sequence[Tensor],
     block_size: Sequence[int],
     mask_window: int | None,
+    plan: Sequence[Tensor],
     position_ids: Tensor | None,
     window: int | None,
     softcap: float | None,
@@ -170,17 +241,15 @@ def _attention_forward(
     sinks: Tensor | None,
     impl: str | None,
 ) -> tuple[Tensor, Tensor]:
-    return load_backend(BACKENDS, impl, q.device).attention_forward(
-        q,
-        k,
-        v,
-        BlockMask(mask[0], tuple(block_size), *mask[1:], mask_window),
-        position_ids=None if position_ids is None else int32_positions(position_ids),
-        window=window,
-        softcap=softcap,
-        softmax_scale=softmax_scale,
-        sinks=sinks,
-    )
+    options = {
+        "position_ids": None if position_ids is None else int32_positions(position_ids),
+        "window": window,
+        "softcap": softcap,
+        "softmax_scale": softmax_scale,
+        "sinks": sinks,
+    }
+    backend, mask = _resolve(impl, (q, k, v), mask, block_size, mask_window, plan, options)
+    return backend.attention_forward(q, k, v, mask, **options)
 
 
 @torch.library.register_fake("llmjepa_kernels::attention_forward")
@@ -200,6 +269,7 @@ def _attention_backward(
     mask: Sequence[Tensor],
     block_size: Sequence[int],
     mask_window: int | None,
+    plan: Sequence[Tensor],
     position_ids: Tensor | None,
     window: int | None,
     softcap: float | None,
@@ -207,50 +277,47 @@ def _attention_backward(
     sinks: Tensor | None,
     impl: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv, dsinks = load_backend(BACKENDS, impl, q.device).attention_backward(
-        dout,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        BlockMask(mask[0], tuple(block_size), *mask[1:], mask_window),
-        position_ids=None if position_ids is None else int32_positions(position_ids),
-        window=window,
-        softcap=softcap,
-        softmax_scale=softmax_scale,
-        sinks=sinks,
-    )
+    options = {
+        "position_ids": None if position_ids is None else int32_positions(position_ids),
+        "window": window,
+        "softcap": softcap,
+        "softmax_scale": softmax_scale,
+        "sinks": sinks,
+    }
+    backend, mask = _resolve(impl, (q, k, v), mask, block_size, mask_window, plan, options)
+    dq, dk, dv, dsinks = backend.attention_backward(dout, q, k, v, out, lse, mask, **options)
     # An operation cannot return None.
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 
 
 @torch.library.register_fake("llmjepa_kernels::attention_backward")
-def _(dout, q, k, v, out, lse, mask, block_size, mask_window, *options):
-    *_, sinks, _impl = options
+def _(dout, q, k, v, out, lse, *arguments):
+    *_, sinks, _impl = arguments
     dsinks = q.new_empty(0) if sinks is None else torch.empty_like(sinks)
     return empty_seq_major(q), empty_seq_major(k), empty_seq_major(v), dsinks
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, mask, block_size, mask_window, position_ids, *options, sinks, impl = inputs
-    ctx.save_for_backward(q, k, v, *output, position_ids, sinks, *mask)
+    q, k, v, mask, block_size, mask_window, plan, position_ids, *options, sinks, impl = inputs
+    ctx.save_for_backward(q, k, v, *output, position_ids, sinks, *mask, *plan)
     ctx.mark_non_differentiable(output[1])
-    ctx.arguments = (tuple(block_size), mask_window, options, impl)
+    ctx.arguments = (len(mask), tuple(block_size), mask_window, options, impl)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dout, _dlse):
-    q, k, v, out, lse, position_ids, sinks, *mask = ctx.saved_tensors
+    q, k, v, out, lse, position_ids, sinks, *tensors = ctx.saved_tensors
+    size, block_size, mask_window, options, impl = ctx.arguments
+    mask, plan = tensors[:size], tensors[size:]
+    nothing = ([None] * len(mask), None, None, [None] * len(plan), *[None] * 4)
     if dout is None:
-        return None, None, None, [None] * len(mask), *[None] * 8
-    block_size, mask_window, options, impl = ctx.arguments
+        return None, None, None, *nothing, None, None
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
     dq, dk, dv, dsinks = torch.ops.llmjepa_kernels.attention_backward(
-        dout, q, k, v, out, lse, mask, block_size, mask_window, position_ids, *options, sinks, impl
+        *(dout, q, k, v, out, lse, mask, block_size, mask_window, plan, position_ids, *options),
+        *(sinks, impl),
     )
-    dsinks = None if sinks is None else dsinks
-    return dq, dk, dv, [None] * len(mask), None, None, None, None, None, None, dsinks, None
+    return dq, dk, dv, *nothing, None if sinks is None else dsinks, None
 
 
 torch.library.register_autograd(
@@ -323,3 +390,31 @@ def _check_block_mask(mask: BlockMask, visible_until: Tensor, window: int | None
         raise ValueError(
             f"block_mask was built for window={mask.window}, but window={window} was given"
         )
+
+
+def _fitting_plan(
+    plan: FlashPlan | None,
+    visible_until: Tensor,
+    position_ids: Tensor | None,
+    window: int | None,
+    impl: str | None,
+) -> FlashPlan | None:
+    """A plan of this mask and window, if `impl` may need one."""
+    if impl not in (None, "flash"):
+        return None
+    if plan is not None:
+        if plan.rows.shape[0] != visible_until.shape[0] or plan.rows.device != visible_until.device:
+            raise ValueError(
+                "flash_plan must be made from this visible_until: expected "
+                f"{visible_until.shape[0]} rows on {visible_until.device}, got "
+                f"{plan.rows.shape[0]} on {plan.rows.device}"
+            )
+        if plan.window is not None and plan.window != window:
+            raise ValueError(
+                f"flash_plan was made for window={plan.window}, but window={window} was given"
+            )
+        if window == plan.window or (plan.reach is not None and plan.reach <= window):
+            return plan  # else one for this window is made, or says why there is none
+    if impl is None:
+        return None
+    return FlashPlan.from_visible_until(visible_until, position_ids=position_ids, window=window)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-from llmjepa_kernels.block_mask import BlockMask
-from llmjepa_kernels.flash_plan import FlashPlan, VarlenCall, plan_calls
+from llmjepa_kernels.flash_plan import FlashPlan, VarlenCall
 
 MAX_SEQUENCES = 65535  # sequences are the second dimension of a CUDA grid
 
@@ -24,7 +24,7 @@ def attention_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: BlockMask,
+    plan: FlashPlan,
     *,
     position_ids: Tensor | None,
     window: int | None,
@@ -32,27 +32,25 @@ def attention_forward(
     softmax_scale: float,
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    kernels = _checked_kernels(q, softmax_scale)
-    plan = _plan(mask.visible_until, position_ids, window)
+    kernels = check(q, plan, softmax_scale)
     batch = len(q)
     q, k, v = _by_token(q), _by_token(k), _by_token(v)
     attend = functools.partial(
         kernels.forward, k=k, v=v, softmax_scale=softmax_scale, softcap=softcap
     )
+    causal, *further = _calls(plan, len(q), window)
 
-    out, lse = attend(q, call=plan.causal)
-    if plan.solitary is not None:
-        rows = plan.solitary.rows
-        out[rows], lse[:, rows] = attend(q[rows], call=plan.solitary)
-    if plan.levels:
-        rows = plan.levels[0].rows
+    out, lse = attend(q, call=causal)
+    if further:
+        rows = _flat(plan.rows, len(q) // batch).long()
         merged, merged_lse = out[rows].to(lse.dtype), lse[:, rows]
-        for call, slot in zip(plan.levels, plan.slots, strict=True):
-            part, part_lse = attend(q[call.rows], call=call)
-            before = merged_lse[:, slot]
+        for call in further:
+            slots = call.slots
+            part, part_lse = attend(q[rows[slots]], call=call)
+            before = merged_lse[:, slots]
             after = torch.logaddexp(before, part_lse)
-            merged[slot] = merged[slot] * _weight(before, after) + part * _weight(part_lse, after)
-            merged_lse[:, slot] = after
+            merged[slots] = merged[slots] * _weight(before, after) + part * _weight(part_lse, after)
+            merged_lse[:, slots] = after
         out[rows], lse[:, rows] = merged.to(out.dtype), merged_lse
     if sinks is not None:
         after = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
@@ -68,7 +66,7 @@ def attention_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    mask: BlockMask,
+    plan: FlashPlan,
     *,
     position_ids: Tensor | None,
     window: int | None,
@@ -76,41 +74,32 @@ def attention_backward(
     softmax_scale: float,
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    kernels = _checked_kernels(q, softmax_scale)
-    plan = _plan(mask.visible_until, position_ids, window)
+    kernels = check(q, plan, softmax_scale)
     batch = len(q)
     dout, q, k, v, out = (_by_token(x) for x in (dout, q, k, v, out))
     lse = lse.transpose(0, 1).flatten(1).contiguous()
+    causal, *further = _calls(plan, len(q), window)
 
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     options = {"softmax_scale": softmax_scale, "softcap": softcap}
-    kernels.backward(dout, q, k, v, out, lse, dq, dk, dv, call=plan.causal, **options)
-    dk_part, dv_part = (torch.empty_like(dk), torch.empty_like(dv)) if plan.calls[1:] else (dk, dv)
-
-    def share_of(call: VarlenCall) -> Tensor:
-        """The call's share of dq at its rows; of dk and dv in dk_part, dv_part at its keys."""
-        rows = call.rows
-        dq_part = dq.new_empty(len(rows), *dq.shape[1:])
-        kernels.backward(
-            *(dout[rows], q[rows], k, v, out[rows], lse.index_select(1, rows)),
-            *(dq_part, dk_part, dv_part),
-            call=call,
-            **options,
-        )
-        return dq_part
-
-    if plan.solitary is not None:
-        rows, keys = plan.solitary.rows, plan.solitary.keys
-        dq[rows] = share_of(plan.solitary)
-        dk[keys], dv[keys] = dk_part[keys], dv_part[keys]
-    if plan.levels:
-        rows = plan.levels[0].rows
+    kernels.backward(dout, q, k, v, out, lse, dq, dk, dv, call=causal, **options)
+    if further:
+        rows = _flat(plan.rows, len(q) // batch).long()
         merged = dq[rows].to(lse.dtype)
-        for call, slot in zip(plan.levels, plan.slots, strict=True):
-            merged[slot] += share_of(call)
-            # A key is in one level at most: nothing to gain from a wider accumulator.
-            dk[call.keys] += dk_part[call.keys]
-            dv[call.keys] += dv_part[call.keys]
+        dk_part, dv_part = torch.empty_like(dk), torch.empty_like(dv)
+        for call in further:
+            queries = rows[call.slots]
+            dq_part = dq.new_empty(len(queries), *dq.shape[1:])
+            kernels.backward(
+                *(dout[queries], q[queries], k, v, out[queries], lse.index_select(1, queries)),
+                *(dq_part, dk_part, dv_part),
+                call=call,
+                **options,
+            )
+            merged[call.slots] = merged[call.slots] + dq_part
+            # A key has queries in one of these calls at most: a wider accumulator gains nothing.
+            dk += dk_part
+            dv += dv_part
         dq[rows] = merged.to(dq.dtype)
 
     dsinks = None
@@ -134,35 +123,61 @@ def _weight(lse: Tensor, total: Tensor) -> Tensor:
     return (lse - total).exp().T[..., None]
 
 
-# The plan of a batch, made when its first layer asks for it
-
-_plans = WeakTensorKeyDictionary()  # visible_until -> {window: (what it was made from, plan)}
+# From the rows of a plan to sequences laid end to end
 
 
-def _plan(visible_until: Tensor, position_ids: Tensor | None, window: int | None) -> FlashPlan:
-    """The plan of this very tensor, made again if it or the positions were written to since."""
-    inputs = [visible_until] if window is None else [visible_until, position_ids]
-    # Writes to inference tensors go unnoticed.
-    lasting = not any(x.is_inference() for x in inputs)
-    if lasting and visible_until in _plans and window in _plans[visible_until]:
-        sources, plan = _plans[visible_until][window]
-        if all(
-            ref() is x and version == x._version
-            for (ref, version), x in zip(sources, inputs, strict=True)
-        ):
-            return plan
-    on_host = (x.cpu() for x in inputs)
-    plan = plan_calls(*on_host, window=window).to(visible_until.device)
-    if lasting:
-        sources = [(TensorWeakRef(x), x._version) for x in inputs]
-        _plans.setdefault(visible_until, {})[window] = (sources, plan)
-    return plan
+@dataclass(frozen=True)
+class _Call:
+    cu_seqlens_q: Tensor  # (sequences + 1,) int32, like the next
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+    slots: Tensor  # (queries,) int64, where they are in the plan's rows
+    causal: bool
+    window: int | None
+
+
+def _calls(plan: FlashPlan, tokens: int, window: int | None) -> list[_Call]:
+    """The calls to make: the causal one, and those of the others that have queries."""
+    seq = tokens // len(plan.rows)
+
+    def call(planned: VarlenCall, causal: bool, window: int | None) -> _Call:
+        return _Call(
+            # The end of a row and the start of the next are a sequence of nothing.
+            _flat(planned.bounds[:, 0], planned.slots.shape[1] or seq),
+            _flat(planned.bounds[:, 1], seq),
+            planned.max_seqlen_q,
+            planned.max_seqlen_k,
+            _flat(planned.slots, plan.rows.shape[1]).long(),
+            causal,
+            window,
+        )
+
+    first, solitary, *levels = plan.calls
+    calls = [call(first, True, window)]
+    if solitary.slots.shape[1]:
+        calls.append(call(solitary, True, 1))
+    return calls + [call(level, False, None) for level in levels]
+
+
+def _flat(index: Tensor, length: int) -> Tensor:
+    """(batch, n) -> (batch * n,): indices into rows of a length, as indices into all rows."""
+    if len(index) == 1:
+        return index[0]
+    row = torch.arange(len(index), dtype=index.dtype, device=index.device)
+    return (index + row[:, None] * length).flatten()
 
 
 # The kernels
 
 
-def _checked_kernels(q: Tensor, softmax_scale: float) -> FlashAttention2 | FlashAttention3:
+def check(q: Tensor, plan: FlashPlan, softmax_scale: float) -> FlashAttention2 | FlashAttention3:
+    """The kernels to run.
+
+    Raises:
+        ValueError: They do not take such inputs; says why.
+        RuntimeError: There are none.
+    """
     head_dim = q.shape[-1]
     if head_dim % 8 or head_dim > 256:
         raise ValueError(
@@ -170,6 +185,12 @@ def _checked_kernels(q: Tensor, softmax_scale: float) -> FlashAttention2 | Flash
         )
     if softmax_scale <= 0:
         raise ValueError(f"softmax_scale must be positive for impl='flash', got {softmax_scale}")
+    sequences = max(len(call.bounds) * call.bounds.shape[2] for call in plan.calls)
+    if sequences > MAX_SEQUENCES:
+        raise ValueError(
+            f"impl='flash' takes at most {MAX_SEQUENCES} sequences in a call, and "
+            f"visible_until has {sequences}; use impl='triton'"
+        )
     kernels = find_kernels(q.device, head_dim)
     if q.dtype not in kernels.dtypes:
         raise ValueError(f"q must be float16 or bfloat16 for impl='flash', got {q.dtype}")
@@ -205,8 +226,8 @@ class FlashAttention2:
     """flash-attn 2. Read in 2.8.0.post2 to 2.8.3.post2: interface, flash_api.cpp and kernels.
 
     out is (queries, heads, head_dim), lse (heads, queries) float32. A query without keys gets
-    out 0 and lse +inf; keys without queries get dk = dv = 0. Causal masks align the last query
-    with the last key. Only `dq`, `dk` and `dv` are written to.
+    out 0, dq 0 and lse +inf, here turned into -inf; keys without queries get dk = dv = 0. Causal
+    masks align the last query with the last key. Only `dq`, `dk` and `dv` are written to.
     """
 
     dtypes = (torch.float16, torch.bfloat16)
@@ -219,7 +240,7 @@ class FlashAttention2:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        call: VarlenCall,
+        call: _Call,
         *,
         softmax_scale: float,
         softcap: float | None,
@@ -234,12 +255,12 @@ class FlashAttention2:
             window_size_right=window_right,
             softcap=softcap or 0.0,
         )
-        return out, lse
+        return out, lse.masked_fill_(lse == math.inf, -math.inf)
 
     def backward(
         self,
         *tensors: Tensor,  # dout, q, k, v, out, lse, dq, dk, dv
-        call: VarlenCall,
+        call: _Call,
         softmax_scale: float,
         softcap: float | None,
     ) -> None:
@@ -261,7 +282,7 @@ class FlashAttention3:
     """flash-attn 3, by its operators, whose arguments outlast those of its Python functions.
 
     Read in flash-attention's hopper/ at 3.0.0b1 and at the move to the stable ABI of PyTorch.
-    Like version 2, but a query without keys gets lse -inf.
+    Like version 2, but a query without keys gets lse -inf itself.
     """
 
     dtypes = FlashAttention2.dtypes
@@ -274,7 +295,7 @@ class FlashAttention3:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        call: VarlenCall,
+        call: _Call,
         *,
         softmax_scale: float,
         softcap: float | None,
@@ -302,7 +323,7 @@ class FlashAttention3:
     def backward(
         self,
         *tensors: Tensor,  # dout, q, k, v, out, lse, dq, dk, dv
-        call: VarlenCall,
+        call: _Call,
         softmax_scale: float,
         softcap: float | None,
     ) -> None:
@@ -322,16 +343,11 @@ class FlashAttention3:
         )
 
 
-def _seqlens(call: VarlenCall) -> tuple[Tensor, Tensor, int, int]:
-    if len(call.cu_seqlens_q) - 1 > MAX_SEQUENCES:
-        raise ValueError(
-            f"impl='flash' takes at most {MAX_SEQUENCES} sequences in a call, and "
-            f"visible_until has {len(call.cu_seqlens_q) - 1}; use impl='triton'"
-        )
+def _seqlens(call: _Call) -> tuple[Tensor, Tensor, int, int]:
     # At a maximum of 1, version 2 takes it that every sequence has one query, none being empty
     # (Dao-AILab/flash-attention#1537). The maximum only bounds the grid.
     return call.cu_seqlens_q, call.cu_seqlens_k, max(call.max_seqlen_q, 2), call.max_seqlen_k
 
 
-def _window_sizes(call: VarlenCall) -> tuple[int, int]:
+def _window_sizes(call: _Call) -> tuple[int, int]:
     return (-1, -1) if call.window is None else (call.window - 1, 0)

@@ -22,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from llmjepa_kernels import hf_openelm
 from llmjepa_kernels.attention import BACKENDS, view_attention
 from llmjepa_kernels.block_mask import SCHEDULE_KEYS, BlockMask, int32_positions
+from llmjepa_kernels.flash_plan import FlashPlan, is_plan_key
 from llmjepa_kernels.reference import dense_attention, visible
 
 NAME = "view_attention"  # of the attention implementation, as in `config._attn_implementation`
@@ -47,7 +48,9 @@ def patch_model(model: nn.Module, *, impl: str | None = None) -> nn.Module:
 
     Args:
         model: A Transformers model, or a wrapper of one such as PEFT's.
-        impl: Back end of `view_attention`. Default: by the device of the activations.
+        impl: Back end of `view_attention`. Default: by the device of the activations. For "flash",
+            let the data loader make the plan (``pack(..., flash_plan=True)``, or the same option of
+            `LLMJEPACollator`): else each forward waits for the device to make it.
 
     Returns:
         The same model.
@@ -105,19 +108,22 @@ def unpatch_model(model: nn.Module) -> nn.Module:
 def patched_impl(model: nn.Module) -> str | None:
     """The `impl` that a model was patched with; raises RuntimeError if it was not patched."""
     pretrained = _pretrained(model)
-    if hf_openelm.is_openelm(pretrained):
-        attend = hf_openelm.attend_of(pretrained)
-    else:
-        parts = [part for part in _innermost(pretrained) if _has_hook(part)]
-        names = {part.config._attn_implementation for part in parts}
-        patched = len(names) == 1 and next(iter(names)).startswith(NAME)
-        attend = ALL_ATTENTION_FUNCTIONS[names.pop()] if patched else None
+    attends = {_attend_of(part) for part in _innermost(pretrained) if _has_hook(part)}
+    attend = attends.pop() if len(attends) == 1 else None
     if attend is None:
         raise RuntimeError(
             f"{type(pretrained).__name__} is not patched, so it cannot keep the views of a packed "
             "row apart: call patch_model(model) first"
         )
     return attend.keywords["impl"]
+
+
+def _attend_of(part: PreTrainedModel) -> functools.partial | None:
+    """The `_attention` that a model without models in it was patched with, or None."""
+    if (attend := hf_openelm.attend_of(part)) is not None:
+        return attend
+    name = part.config._attn_implementation
+    return ALL_ATTENTION_FUNCTIONS[name] if name.startswith(NAME) else None
 
 
 def _pretrained(model: nn.Module) -> PreTrainedModel:
@@ -189,22 +195,36 @@ def _prepare(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | 
             return None
         kwargs = {**kwargs, **recognised}
         visible_until = kwargs["visible_until"]
-    given = [key for key in SCHEDULE_KEYS if kwargs.get(key) is not None]
-    if not given:
-        schedule = BlockMask.from_visible_until(visible_until).schedule()
-    elif len(given) == len(SCHEDULE_KEYS):
-        schedule = {}
-        if not torch.compiler.is_compiling():  # the answer depends on data
-            BlockMask.from_schedule(visible_until, kwargs).check()
-    else:
-        missing = [key for key in SCHEDULE_KEYS if key not in given]
-        raise ValueError(f"the schedule of visible_until is incomplete, it lacks {missing}")
+    schedule = _schedule(module, visible_until, kwargs)
     if kwargs.get("position_ids") is not None:  # for windows; once, not in every layer
         schedule["window_positions"] = int32_positions(kwargs["position_ids"])
     # Transformers hands a 4D mask to every layer untouched instead of building one. Nothing can
     # apply an empty mask unnoticed, should a layer not attend through view_attention.
     empty = visible_until.new_empty((len(visible_until), 1, 0, 0), dtype=torch.bool)
     return args, {**kwargs, **schedule, "attention_mask": empty}
+
+
+def _schedule(
+    module: nn.Module, visible_until: Tensor, kwargs: dict[str, Any]
+) -> dict[str, Tensor]:
+    """What the layers need besides the mask itself, if it is not among the arguments."""
+    if _attend_of(module).keywords["impl"] == "flash":
+        if any(map(is_plan_key, kwargs)):
+            return {}
+        positions = kwargs.get("position_ids")
+        if positions is None:  # with a recognised dense mask
+            positions = torch.arange(visible_until.shape[1])
+        positions = positions.expand_as(visible_until)
+        return FlashPlan.from_visible_until(visible_until, position_ids=positions).schedule()
+    given = [key for key in SCHEDULE_KEYS if kwargs.get(key) is not None]
+    if not given:
+        return BlockMask.from_visible_until(visible_until).schedule()
+    if len(given) < len(SCHEDULE_KEYS):
+        missing = [key for key in SCHEDULE_KEYS if key not in given]
+        raise ValueError(f"the schedule of visible_until is incomplete, it lacks {missing}")
+    if not torch.compiler.is_compiling():  # the answer depends on data
+        BlockMask.from_schedule(visible_until, kwargs).check()
+    return {}
 
 
 def _check_packed(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -374,8 +394,13 @@ def _attention(
         )
         return out, None
 
+    has_plan = impl in (None, "flash") and any(map(is_plan_key, kwargs))
+    if not has_plan and SCHEDULE_KEYS[0] not in kwargs:
+        name = type(module).__name__
+        raise RuntimeError(f"the model around {name} is not patched: call patch_model(model) first")
     _check_layer(module, query, key, dropout, sliding_window, kwargs)
     window = None if ignore_window else sliding_window
+    block_mask = None if impl == "flash" else BlockMask.from_schedule(visible_until, kwargs)
     out = view_attention(
         query,
         key,
@@ -386,7 +411,8 @@ def _attention(
         softcap=softcap,
         softmax_scale=scaling,
         sinks=s_aux,
-        block_mask=BlockMask.from_schedule(visible_until, kwargs),
+        block_mask=block_mask,
+        flash_plan=FlashPlan.from_schedule(visible_until, kwargs) if has_plan else None,
         impl=impl,
     )
     return out.transpose(1, 2), None
@@ -402,8 +428,6 @@ def _check_layer(
 ) -> None:
     """Refuses what view_attention would otherwise leave out."""
     name = type(module).__name__
-    if SCHEDULE_KEYS[0] not in kwargs:
-        raise RuntimeError(f"the model around {name} is not patched: call patch_model(model) first")
     if key.shape[2] != query.shape[2]:
         raise ValueError(
             f"a packed row cannot continue a KV cache: {name} got {query.shape[2]} queries and "

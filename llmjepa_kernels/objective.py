@@ -11,11 +11,10 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional
 from transformers.utils import ModelOutput
 
-from llmjepa_kernels.block_mask import SCHEDULE_KEYS
 from llmjepa_kernels.hf import patched_impl
 from llmjepa_kernels.loss import BACKENDS as LOSS_BACKENDS
 from llmjepa_kernels.loss import last_token_loss
-from llmjepa_kernels.packing import IGNORE
+from llmjepa_kernels.packing import IGNORE, schedule_of
 from llmjepa_kernels.pairs import count_pairs
 
 if TYPE_CHECKING:  # builds of torch without distributed lack it
@@ -98,7 +97,7 @@ def llm_jepa_loss(
         input_ids=batch["input_ids"],
         position_ids=batch["position_ids"],
         visible_until=batch["visible_until"],
-        **{key: batch[key] for key in SCHEDULE_KEYS if batch.get(key) is not None},
+        **schedule_of(batch),
         logits_to_keep=positions,
         output_hidden_states=-1,  # only the last one is kept
         use_cache=False,

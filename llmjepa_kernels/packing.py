@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
-from llmjepa_kernels.block_mask import BlockMask
+from llmjepa_kernels.block_mask import SCHEDULE_KEYS, BlockMask
+from llmjepa_kernels.flash_plan import FlashPlan, is_plan_key
 
 IGNORE = -100  # the label of a token that nobody supervises, as in Hugging Face
 
@@ -54,6 +56,7 @@ class PackedBatch(dict):
         view_pairs: (batch, num_pairs, 2) int64; row-local indices of the (predictor, target)
             last tokens, padded with −1.
         kv_offsets, …, q_indices: The tiles that attention visits, see `BlockMask.schedule`.
+        flash_reach, …: The calls of ``impl="flash"``, see `FlashPlan.schedule`; if asked for.
         attention_mask: (batch, 1, 0, 0) bool, empty: a model that is not patched, and would let
             views see each other, fails on its shape; a patched one needs none.
     """
@@ -63,6 +66,11 @@ class PackedBatch(dict):
         """The tiles that attention visits."""
         return BlockMask.from_schedule(self["visible_until"], self)
 
+    @property
+    def flash_plan(self) -> FlashPlan:
+        """The calls of ``impl="flash"``."""
+        return FlashPlan.from_schedule(self["visible_until"], self)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """The same batch on another device."""
         return PackedBatch({k: v.to(device, non_blocking=non_blocking) for k, v in self.items()})
@@ -70,6 +78,15 @@ class PackedBatch(dict):
     def pin_memory(self) -> PackedBatch:
         """The same batch in page-locked memory, for asynchronous copies to a GPU."""
         return PackedBatch({k: v.pin_memory() for k, v in self.items()})
+
+
+def schedule_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What attention needs precomputed, of the tensors of a batch."""
+    return {
+        key: value
+        for key, value in batch.items()
+        if value is not None and (key in SCHEDULE_KEYS or is_plan_key(key))
+    }
 
 
 def llm_jepa_example(
@@ -108,6 +125,7 @@ def pack(
     pad_token_id: int = 0,
     pad_to_multiple_of: int | None = None,
     block_size: int | None = None,
+    flash_plan: bool = False,
 ) -> PackedBatch:
     """Packs examples into as few rows as best-fit decreasing finds; none is ever split.
 
@@ -123,6 +141,7 @@ def pack(
         pad_token_id: Fills shorter rows; a padding token sees nothing but itself.
         pad_to_multiple_of: Pads rows to a multiple of this, for fewer different shapes.
         block_size: Tile size of the attention schedule, a power of two. Default: 64.
+        flash_plan: Also plan the calls of ``impl="flash"``.
 
     Raises:
         ValueError: An example is malformed or longer than `max_length`; names it.
@@ -166,6 +185,11 @@ def pack(
     ).view(len(rows), num_pairs, 2)
     mask = BlockMask.from_visible_until(batch["visible_until"], (size, size))
     batch.update(mask.schedule())
+    if flash_plan:
+        plan = FlashPlan.from_visible_until(
+            batch["visible_until"], position_ids=batch["position_ids"]
+        )
+        batch.update(plan.schedule())
     batch["attention_mask"] = torch.empty(len(rows), 1, 0, 0, dtype=torch.bool)
     return batch
 

@@ -14,6 +14,7 @@ from torch.utils.data import RandomSampler, SequentialSampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
+from llmjepa_kernels.attention import may_choose_flash
 from llmjepa_kernels.chat import without_views
 from llmjepa_kernels.example_format import ExampleFormat
 from llmjepa_kernels.hf import patch_model, patched_impl
@@ -42,6 +43,8 @@ class LLMJEPACollator:
         share_prefixes: Store equal prefixes once per row.
         views: False leaves the views out: next-token loss alone, plain fine-tuning.
         pad_to_multiple_of: Pads rows to a multiple of this, for fewer different shapes.
+        flash_plan: Also plan the calls of ``impl="flash"``. Default: where ``LLMJEPA_AUTOTUNE=1``
+            is to choose between the back ends and flash-attn is installed.
 
     Raises:
         ValueError: An example is malformed or longer than `max_length`; names it by its index in
@@ -55,6 +58,7 @@ class LLMJEPACollator:
     share_prefixes: bool = True
     views: bool = True
     pad_to_multiple_of: int | None = None
+    flash_plan: bool | None = None
 
     def __post_init__(self):
         if self.packing_strategy != "bfd":
@@ -75,6 +79,7 @@ class LLMJEPACollator:
             share_prefixes=self.share_prefixes,
             pad_token_id=getattr(self.tokenizer, "pad_token_id", None) or 0,
             pad_to_multiple_of=self.pad_to_multiple_of,
+            flash_plan=may_choose_flash() if self.flash_plan is None else self.flash_plan,
         )
         batch["supervised"] = supervised_positions(batch["labels"])
         batch["sft_tokens"] = torch.zeros(len(batch["input_ids"]), dtype=torch.int64)

@@ -93,6 +93,7 @@ def test_opcheck(options):
             [mask.visible_until, *mask.schedule_tensors()],
             mask.block_size,
             None,
+            [],
             case.position_ids,
             case.window,
             case.softcap,

@@ -8,13 +8,15 @@ import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from llmjepa_kernels import pack
+from llmjepa_kernels import attention_flash, pack
 from llmjepa_kernels.hf import patch_model
 from llmjepa_kernels.objective import llm_jepa_loss
 from tests.helpers import random_examples
 from tests.models import tiny_model
+from tests.varlen_stand_in import FlashAttention2StandIn
 
 WORLD = 2
+FAMILIES = {"gemma3": None, "openelm": None, "llama": "flash"}
 
 
 def wrap(model, kind):
@@ -33,16 +35,20 @@ def process(rank, kinds, store):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
     examples = random_examples(6, seed=1)
     # Mixed precision of FSDP casts what floats on its way into the model.
-    assert not any(tensor.is_floating_point() for tensor in pack(examples).values())
-    for family, (kind, tolerance) in product(("gemma3", "openelm"), kinds.items()):
-        model = patch_model(tiny_model(family))
+    assert not any(
+        tensor.is_floating_point() for tensor in pack(examples, flash_plan=True).values()
+    )
+    attention_flash.find_kernels = lambda device, head_dim: FlashAttention2StandIn()
+    for (family, impl), (kind, tolerance) in product(FAMILIES.items(), kinds.items()):
+        model = patch_model(tiny_model(family), impl=impl)
         whole = llm_jepa_loss(model, pack(examples))
         whole.loss.backward()
         expected = {name: p.grad for name, p in model.named_parameters()}
         model.zero_grad(set_to_none=True)
 
         counts = {"num_items_in_batch": whole.num_items, "num_pairs_in_batch": whole.num_pairs}
-        part = pack(examples[:2] if rank == 0 else examples[2:], 64)
+        part = examples[:2] if rank == 0 else examples[2:]
+        part = pack(part, 64, flash_plan=impl == "flash")
         wrapped = wrap(model, kind)  # DDP reduces gradients as long as it lives
         output = llm_jepa_loss(wrapped, part, **counts)
         (output.loss * WORLD).backward()  # gradients are averaged over the processes
