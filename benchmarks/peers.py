@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.workload import Case, runs
-from llmjepa_kernels import view_attention
+from llmjepa_kernels import FlashPlan, view_attention
 from llmjepa_kernels.reference import dense_attention, visible
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -28,6 +29,19 @@ class UnavailableError(Exception):
 def ours(case: Case) -> Attention:
     mask = case.block_mask
     return lambda q, k, v: view_attention(q, k, v, case.visible_until, block_mask=mask)
+
+
+def ours_flash_attn(case: Case) -> Attention:
+    """Our cascade of flash-attn's calls: no copy of keys."""
+    _needs_cuda(case, "flash-attn")
+    plan = FlashPlan.from_visible_until(case.visible_until)
+    options = {"flash_plan": plan, "impl": "flash"}
+    attend = partial(view_attention, visible_until=case.visible_until, **options)
+    try:
+        attend(*case.tensors)
+    except RuntimeError as error:
+        raise UnavailableError(str(error)) from None
+    return attend
 
 
 def sdpa_dense_mask(case: Case) -> Attention:
@@ -126,6 +140,7 @@ def flash_attn_varlen(case: Case) -> Attention:
 
 PEERS: dict[str, Callable[[Case], Attention]] = {
     "ours": ours,
+    "ours, flash-attn": ours_flash_attn,
     "SDPA, dense mask": sdpa_dense_mask,
     "SDPA, per run": sdpa_per_run,
     "FlexAttention": flex_attention,

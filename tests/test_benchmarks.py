@@ -11,6 +11,7 @@ from benchmarks import (
     baselines,
     bench_block_mask,
     bench_packing,
+    flash_calls,
     peers,
     scaling,
     timing,
@@ -18,7 +19,7 @@ from benchmarks import (
     workload,
 )
 from benchmarks.baselines import Baseline, Sequences
-from llmjepa_kernels import BlockMask, Example, Segment, llm_jepa_example, pack
+from llmjepa_kernels import BlockMask, Example, FlashPlan, Segment, llm_jepa_example, pack
 from llmjepa_kernels.hf import patch_model, unpatch_model
 from llmjepa_kernels.objective import llm_jepa_loss
 from llmjepa_kernels.reference import visible
@@ -217,7 +218,9 @@ def test_peers_compute_the_same(peer):
         )
 
 
-@pytest.mark.parametrize("peer", ["torch varlen, gathered", "flash-attn varlen, gathered"])
+@pytest.mark.parametrize(
+    "peer", ["ours, flash-attn", "torch varlen, gathered", "flash-attn varlen, gathered"]
+)
 def test_peers_say_why_they_cannot_run(peer):
     with pytest.raises(peers.UnavailableError, match="CUDA"):
         peers.PEERS[peer](workload.Case("", seq=70, mean_length=6))
@@ -229,6 +232,37 @@ def test_block_masks_are_verified():
         bench_block_mask.verify(mask, row)
         with pytest.raises(AssertionError):
             bench_block_mask.verify(mask, workload.random_row(700, 200, seed=1)["visible_until"])
+
+
+def test_area_of_flash_attn_calls():
+    """Tile by tile, over each sequence from its first query and key on."""
+    visible_until = torch.cat([row[0] for row in (random_forest(90, 4, 3), random_forest(90, 5))])
+    visible_until[0, 40:] = torch.arange(41, 91)
+    visible_until[0, :40].clamp_(max=40)
+    plan = FlashPlan.from_visible_until(visible_until)
+    assert plan.calls[1].slots.shape[1] > 0
+    tile, tiles = (8, 4), 0
+    for number, call in enumerate(plan.calls):
+        for q, k in call.bounds.diff().transpose(1, 2).flatten(0, 1).tolist():
+            if not q or not k:
+                continue
+            seen = torch.zeros(q + -q % tile[0], k + -k % tile[1], dtype=torch.bool)
+            seen[:q, :k] = True
+            if number < 2:
+                assert q == k
+                seen = seen.tril().triu() if number else seen.tril()
+            grid = seen.unfold(0, tile[0], tile[0]).unfold(1, tile[1], tile[1])
+            tiles += int(grid.flatten(2).any(-1).sum())
+    assert flash_calls.cascade_area(plan, tile) == tiles * 8 * 4
+
+
+def test_flash_calls_command(capsys):
+    flash_calls.main(["--tokens", "300", "--block", "16", "16", "--tile", "16", "16"])
+    header, _, short, long = capsys.readouterr().out.splitlines()[:4]
+    assert header.startswith("| segments | tokens | calls |")
+    assert short.startswith("| about 32 tokens | 300 | 2 |")
+    ratios = [float(row.split("|")[-2]) for row in (short, long)]
+    assert ratios[0] > ratios[1] >= 1
 
 
 def test_packing_is_verified():
