@@ -149,18 +149,20 @@ def add_train_arguments(commands) -> None:
     )
     data.add_argument(
         "--data",
-        metavar="FILE",
+        metavar="SOURCE",
         help='JSONL, a line being {"messages": [{"role": "system", "content": …}, user, '
         'assistant]}; "text" and "code" may give other views, "views": {"name": "content", …} '
         'further ones, which Text predicts too unless "pairs": [["text", "name"], …] says which '
-        "view predicts which (default: built-in pairs of English and regular expressions)",
+        "view predicts which. Also a directory of src.txt and targ.txt or saved by the datasets "
+        "library, or hub:NAME:SPLIT, see --recipe (default: built-in pairs of English and regular "
+        "expressions)",
     )
     data.add_argument(
         "--recipe",
         choices=RECIPES,
         help="makes chats of data with the columns of this dataset (default: they are chats)",
     )
-    data.add_argument("--eval-data", metavar="FILE", help="the same, held out")
+    data.add_argument("--eval-data", metavar="SOURCE", help="the same, held out")
     _add_judgement(
         data, "train without the samples out of distribution, and evaluate on them apart"
     )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from os import PathLike, fspath
-from pathlib import Path
+from itertools import pairwise
 from typing import Any
 
 from llmjepa_kernels.chat import check_content, check_messages, check_views
+from llmjepa_kernels.grammar import SYSTEM_PROMPT as REGEX_PROMPT
+from llmjepa_kernels.sources import Rows, Source, open_rows
 
-Source = str | PathLike[str] | Iterable["str | PathLike[str] | Mapping[str, Any]"]
+Recipe = Callable[[Mapping[str, Any]], "Mapping[str, Any] | list[Mapping[str, Any]]"]
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
@@ -24,7 +25,7 @@ CHAT_TEMPLATE = (
 def read_chats(
     source: Source,
     *,
-    recipe: str | Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
+    recipe: str | Recipe | None = None,
     on_error: Callable[[ValueError], None] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Streams checked samples; at no time is more than one in memory.
@@ -37,9 +38,10 @@ def read_chats(
     at the end of a file or between samples are no samples.
 
     Args:
-        source: A JSONL path, or an iterable of paths and of mappings, such as a ``Dataset`` or
-            ``IterableDataset`` of the datasets library.
-        recipe: Makes a sample of a row with other columns: a key of ``RECIPES`` or a function.
+        source: A JSONL path, a directory, a data set of the hub, or an iterable of paths and of
+            mappings, such as a ``Dataset`` or ``IterableDataset``: see `open_rows`.
+        recipe: Makes a sample, or a list of some, of a row with other columns: a key of
+            ``RECIPES`` or a function.
         on_error: Called with the error of a bad sample, which is then left out. Default: raise.
     Yields:
         A new dictionary per sample, in order.
@@ -47,6 +49,7 @@ def read_chats(
         ValueError: A sample is malformed; begins with file and line, or with the row's index.
         FileNotFoundError: A path does not exist; raised before anything is yielded if ``source``
             is a single path.
+        ImportError: The package datasets is needed and missing.
     """
     return (sample for _, sample in located_chats(source, recipe=recipe, on_error=on_error))
 
@@ -54,7 +57,7 @@ def read_chats(
 def located_chats(
     source: Source,
     *,
-    recipe: str | Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
+    recipe: str | Recipe | None = None,
     on_error: Callable[[ValueError], None] | None = None,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """The same, each sample behind the place that it is from: ``file:line`` or ``row index``."""
@@ -62,20 +65,15 @@ def located_chats(
         if recipe not in RECIPES:
             raise ValueError(f"recipe must be one of {sorted(RECIPES)}, got {recipe!r}")
         recipe = RECIPES[recipe]
-    if isinstance(source, Mapping):
-        raise ValueError(f"source must be one split or sample stream, got all of {list(source)}")
-    if isinstance(source, (str, PathLike)):
-        if not Path(source).is_file():
-            raise FileNotFoundError(f"no file {fspath(source)!r}")
-        source = [source]
-    return _stream(source, recipe, on_error)
+    return _stream(open_rows(source), recipe, on_error)
 
 
-def _stream(source, recipe, on_error) -> Iterator[tuple[str, dict[str, Any]]]:
-    for place, load in _rows(source):
+def _stream(rows: Rows, recipe, on_error) -> Iterator[tuple[str, dict[str, Any]]]:
+    for place, load in rows:
         try:
             row = load()
-            sample = _sample(recipe(row) if recipe else row)
+            made = recipe(row) if recipe else [row]
+            samples = [_sample(each) for each in (made if isinstance(made, list) else [made])]
         except (ValueError, LookupError, TypeError) as error:
             reason = str(error)
             if isinstance(error, json.JSONDecodeError):
@@ -87,19 +85,7 @@ def _stream(source, recipe, on_error) -> Iterator[tuple[str, dict[str, Any]]]:
                 raise located from error
             on_error(located)
         else:
-            yield place, sample
-
-
-def _rows(source: Iterable[Any]) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Every row as where it is from and a function that reads it, which may raise."""
-    for index, item in enumerate(source):
-        if not isinstance(item, (str, PathLike)):
-            yield f"row {index}", lambda item=item: item
-            continue
-        with open(item, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield f"{fspath(item)}:{number}", lambda line=line: json.loads(line.rstrip())
+            yield from ((place, sample) for sample in samples)
 
 
 def _sample(row: Any) -> dict[str, Any]:
@@ -160,6 +146,32 @@ def _sentiment(*labels: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
     return lambda row: _chat(system, row["text"], labels[_label(row, len(labels))])
 
 
+PARAPHRASE_COLUMNS = (
+    ("sentence1", "sentence2"),  # GLUE's MRPC, PAWS
+    ("question1", "question2"),  # Quora
+    ("text", "paraphrase"),
+)
+
+
+def _paraphrases(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Each paraphrase of a group followed by the next one, as in the paper; no system prompt."""
+    group = row.get("paraphrases")
+    if group is None:
+        columns = next((pair for pair in PARAPHRASE_COLUMNS if row.keys() >= set(pair)), None)
+        if columns is None:
+            known = ["paraphrases", *map(" and ".join, PARAPHRASE_COLUMNS)]
+            raise ValueError(f"expected the columns {' or '.join(known)}, got {sorted(row)}")
+        group = [row[column] for column in columns]
+    if row.get("label", 1) != 1:
+        raise ValueError(f"its label says that these are no paraphrases: {row['label']!r}")
+    if not isinstance(group, list) or len(group) < 2:
+        raise ValueError(f"paraphrases must be a list of at least two, got {group!r}")
+    return [
+        {"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]}
+        for a, b in pairwise(group)
+    ]
+
+
 # The columns of the datasets on the Hugging Face hub → the chats of the LLM-JEPA authors.
 RECIPES: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "gsm8k": lambda row: _chat(
@@ -169,6 +181,8 @@ RECIPES: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "nq_open": lambda row: _chat(
         "Answer the question below.", row["question"], "; ".join(row["answer"])
     ),
+    "nl_rx": lambda row: _chat(REGEX_PROMPT, row["src"], row["targ"]),  # SYNTH and TURK
+    "paraphrase": _paraphrases,
     "rotten_tomatoes": _sentiment("Bad", "Good"),
     "spider": lambda row: _chat(
         "Convert natural language to SQL.",

@@ -129,6 +129,7 @@ def test_datasets_in_and_out(tmp_path):
 ROWS = {
     "gsm8k": ({"question": "1 + 1?", "answer": "2\n#### 2"}, "1 + 1?", "2\n#### 2"),
     "nq_open": ({"question": "who", "answer": ["A. B.", "B"]}, "who", "A. B.; B"),
+    "nl_rx": ({"src": "lines with a vowel", "targ": "[aeiou]"}, "lines with a vowel", "[aeiou]"),
     "spider": (
         {"db_id": "store", "question": "How many?", "query": "SELECT 1"},
         "For db_id:[store]\n\nHow many?",
@@ -144,7 +145,11 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_tested():
+    assert ROWS.keys() | {"paraphrase"} == RECIPES.keys()
+
+
+@pytest.mark.parametrize("name", ROWS)
 def test_recipes(name):
     row, user, assistant = ROWS[name]
     (sample,) = read_chats([row], recipe=name)
@@ -154,6 +159,70 @@ def test_recipes(name):
     missing = next(iter(row))
     with pytest.raises(ValueError, match=rf"row 0: expected the column '{missing}', got"):
         list(read_chats([{k: v for k, v in row.items() if k != missing}], recipe=name))
+
+
+def test_paraphrases():
+    def contents(row):
+        samples = read_chats([row], recipe="paraphrase")
+        return [[turn["content"] for turn in sample["messages"]] for sample in samples]
+
+    assert contents({"paraphrases": ["a", "b", "c"]}) == [["a", "b"], ["b", "c"]]
+    assert contents({"sentence1": "a", "sentence2": "b", "label": 1}) == [["a", "b"]]
+    assert contents({"text": "a", "paraphrase": "b"}) == [["a", "b"]]
+    for row, message in (
+        ({"sentence1": "a", "sentence2": "b", "label": 0}, "these are no paraphrases: 0"),
+        ({"paraphrases": ["a"]}, "must be a list of at least two"),
+        ({"paraphrases": ["a", " "]}, "must not be empty"),
+        ({"question1": "a"}, r"expected the columns paraphrases or sentence1 and sentence2"),
+    ):
+        with pytest.raises(ValueError, match=f"row 0: .*{message}"):
+            contents(row)
+
+
+def test_pairs_of_lines(tmp_path):
+    write(tmp_path / "src.txt", "lines with a vowel", "é")
+    write(tmp_path / "targ.txt", r".*[aeiou].*", r"\b(é)\b")
+    samples = list(read_chats(tmp_path, recipe="nl_rx"))
+    turns = [[turn["content"] for turn in sample["messages"]] for sample in samples]
+    assert turns == [
+        [grammar.SYSTEM_PROMPT, "lines with a vowel", ".*[aeiou].*"],
+        [grammar.SYSTEM_PROMPT, "é", r"\b(é)\b"],
+    ]
+    write(tmp_path / "targ.txt", ".")
+    with pytest.raises(ValueError, match=r":2: src.txt and targ.txt must have equally many lines"):
+        list(read_chats(tmp_path, recipe="nl_rx"))
+
+
+def test_saved_datasets(tmp_path):
+    samples = grammar.generate(5)
+    table = datasets.Dataset.from_list(samples)
+    table.save_to_disk(tmp_path / "one")
+    assert list(read_chats(tmp_path / "one")) == samples
+    datasets.DatasetDict(train=table, test=table).save_to_disk(tmp_path / "both")
+    with pytest.raises(ValueError, match=r"several splits: give one, such as .*both/train"):
+        read_chats(tmp_path / "both")
+    assert list(read_chats(str(tmp_path / "both" / "test"))) == samples
+    with pytest.raises(ValueError, match=r"neither of src.txt and targ.txt nor a saved dataset"):
+        read_chats(tmp_path)
+
+
+def test_datasets_of_the_hub(monkeypatch):
+    asked = []
+
+    def load_dataset(*path, **options):
+        asked.append((path, options))
+        return datasets.Dataset.from_list([ROWS["gsm8k"][0]])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    (sample,) = read_chats("hub:openai/gsm8k:main:test", recipe="gsm8k")
+    assert sample["messages"][1]["content"] == "1 + 1?"
+    list(read_chats("hub:nq_open:train", recipe="gsm8k"))
+    assert asked == [
+        (("openai/gsm8k", "main"), {"split": "test", "streaming": True}),
+        (("nq_open",), {"split": "train", "streaming": True}),
+    ]
+    with pytest.raises(ValueError, match=r"expected hub:NAME:SPLIT .*, got 'hub:nq_open'"):
+        read_chats("hub:nq_open")
 
 
 @pytest.mark.parametrize("name", ["rotten_tomatoes", "yelp", "hellaswag"])

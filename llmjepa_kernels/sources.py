@@ -1,0 +1,103 @@
+"""Where rows of data come from: JSONL files, pairs of lines, and the datasets library."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import zip_longest
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+Source = str | PathLike[str] | Iterable["str | PathLike[str] | Mapping[str, Any]"]
+Rows = Iterator[tuple[str, Callable[[], Any]]]
+HUB = "hub:"
+
+
+def open_rows(source: Source) -> Rows:
+    """Every row as where it is from, and a function that reads it, which may raise.
+
+    Args:
+        source: One of
+
+            - the path of a JSONL file;
+            - a directory with ``src.txt`` and ``targ.txt``, as NL-RX is distributed: row i has
+              line i of each, as ``src`` and ``targ``;
+            - a directory that ``Dataset.save_to_disk`` wrote;
+            - ``hub:NAME:SPLIT`` or ``hub:NAME:CONFIG:SPLIT``, of the Hugging Face hub, read as a
+              stream;
+            - an iterable of JSONL paths and of mappings, such as a ``Dataset``.
+
+    Raises:
+        FileNotFoundError: A path does not exist; raised at once if ``source`` is a single path.
+        ValueError: It is a directory of something else, or holds several splits.
+        ImportError: The package datasets is needed and missing.
+    """
+    if isinstance(source, Mapping):
+        raise ValueError(f"source must be one split or sample stream, got all of {list(source)}")
+    if not isinstance(source, (str, PathLike)):
+        return _items(source)
+    name = fspath(source)
+    if name.startswith(HUB):
+        return _hub(name)
+    path = Path(name)
+    if path.is_file():
+        return _items([name])
+    if not path.is_dir():
+        raise FileNotFoundError(f"no file {name!r}")
+    if (path / "src.txt").is_file() and (path / "targ.txt").is_file():
+        return _line_pairs(path)
+    if (path / "dataset_dict.json").is_file():
+        splits = json.loads((path / "dataset_dict.json").read_bytes())["splits"]
+        raise ValueError(f"{name} has several splits: give one, such as {path / splits[0]}")
+    if (path / "dataset_info.json").is_file():
+        return _dataset(name, _datasets().load_from_disk(name))
+    raise ValueError(
+        f"{name} is a directory, but neither of src.txt and targ.txt nor a saved dataset"
+    )
+
+
+def _items(source: Iterable[Any]) -> Rows:
+    for index, item in enumerate(source):
+        if not isinstance(item, (str, PathLike)):
+            yield f"row {index}", lambda item=item: item
+            continue
+        with open(item, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield f"{fspath(item)}:{number}", lambda line=line: json.loads(line.rstrip())
+
+
+def _line_pairs(directory: Path) -> Rows:
+    with open(directory / "src.txt", "rb") as src, open(directory / "targ.txt", "rb") as targ:
+        for number, lines in enumerate(zip_longest(src, targ), start=1):
+            yield f"{directory}:{number}", lambda lines=lines: _pair(*lines)
+
+
+def _pair(src: bytes | None, targ: bytes | None) -> dict[str, str]:
+    if src is None or targ is None:
+        raise ValueError("src.txt and targ.txt must have equally many lines")
+    return {"src": src.decode().strip(), "targ": targ.decode().strip()}
+
+
+def _dataset(name: str, dataset: Iterable[Any]) -> Rows:
+    for index, row in enumerate(dataset):
+        yield f"{name} row {index}", lambda row=row: row
+
+
+def _hub(name: str) -> Rows:
+    parts = name.removeprefix(HUB).split(":")
+    if len(parts) not in (2, 3) or not all(parts):
+        raise ValueError(f"expected hub:NAME:SPLIT or hub:NAME:CONFIG:SPLIT, got {name!r}")
+    *path, split = parts
+    return _dataset(name, _datasets().load_dataset(*path, split=split, streaming=True))
+
+
+def _datasets():
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            "the package datasets is missing: pip install 'llmjepa_kernels[data]'"
+        ) from error
+    return datasets
