@@ -18,7 +18,8 @@ FLAGS += ["-Wall", "-Wextra", "-Wno-psabi"]
 FLAGS += os.environ.get("LLMJEPA_CPU_FLAGS", "").split()  # for sanitizers
 
 # Instruction sets of each machine: namespace, bytes and number of vector registers, flags.
-# Which of them runs is decided when the library is loaded.
+# Which of them runs is decided when the library is loaded. To compile for another machine, name it
+# in LLMJEPA_CPU_MACHINE and its compiler in CC, CXX, LDSHARED and LDCXXSHARED.
 X86 = (
     ("avx512", 64, 32, ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]),
     ("avx2", 32, 16, ["-mavx2", "-mfma"]),
@@ -48,7 +49,7 @@ class BuildKernels(build_ext):
             )
 
     def build_extension(self, ext):
-        machine = platform.machine().lower()
+        machine = os.environ.get("LLMJEPA_CPU_MACHINE") or platform.machine().lower()
         isas = INSTRUCTION_SETS.get(machine, (("portable", 16, 16, []),))
         defines = [f"-DLK_WITH_{name.upper()}" for name, *_ in isas]
         common = [source for source in ext.sources if not source.endswith("kernels.cpp")]

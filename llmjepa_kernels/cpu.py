@@ -105,7 +105,7 @@ def distance_forward(
         reduction=REDUCTIONS[reduction],
         distance=distance.data_ptr(),
         stats=stats.data_ptr(),
-        loss=loss.data_ptr(),
+        loss=None if reduction == "none" else loss.data_ptr(),
     )
     return loss, stats
 
