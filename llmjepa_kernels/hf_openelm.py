@@ -112,9 +112,7 @@ def _causal_lm_forward(
         **kwargs,
     )
     hidden = outputs.last_hidden_state
-    # The head may be the input embeddings themselves.
-    head = self.base_model.token_embeddings if self.lm_head is None else self.lm_head
-    logits = functional.linear(slice_logits_to_keep(hidden, logits_to_keep), head.weight)
+    logits = _head(self, slice_logits_to_keep(hidden, logits_to_keep))
     loss = None
     if labels is not None:
         loss = self.loss_function(
@@ -125,6 +123,17 @@ def _causal_lm_forward(
         logits=logits,
         hidden_states=(hidden,) if last_only else outputs.hidden_states,
     )
+
+
+def _head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    if model.lm_head is not None:
+        return model.lm_head(hidden)
+    embeddings = model.base_model.token_embeddings
+    if hasattr(
+        embeddings, "unshard"
+    ):  # sharded by FSDP2 on their own, and anew since their forward
+        embeddings.unshard()
+    return functional.linear(hidden, embeddings.weight)
 
 
 def _schedule_as_mask(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:

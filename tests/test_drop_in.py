@@ -88,7 +88,7 @@ def train(model, directory):
     return trainer.losses
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "olmo2", "gemma3"])
 def test_one_line_turns_dense_masks_into_tiles(family, tmp_path, monkeypatch):
     plain = tiny_model(family)
     plain.set_attn_implementation("sdpa")

@@ -27,6 +27,8 @@ def wrap(model, kind):
     dtype = torch.bfloat16 if kind == "fsdp bfloat16" else None
     for layer in model.base_model.layers:
         fully_shard(layer, mp_policy=MixedPrecisionPolicy(param_dtype=dtype))
+    if model.get_output_embeddings() is None:  # as Accelerate does, which takes them for untied
+        fully_shard(model.get_input_embeddings(), mp_policy=MixedPrecisionPolicy(param_dtype=dtype))
     return fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=dtype))
 
 

@@ -109,6 +109,14 @@ def test_gradient_checkpointing_and_two_forwards(reentrant):
         torch.testing.assert_close(parameter.grad, a[name] + b[name], rtol=1e-4, atol=1e-5)
 
 
+def test_compiles_as_one_graph():
+    batch = packed()
+    model = patch_model(tiny_model("openelm"))
+    expected = loss_and_gradients(model, batch)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert_same(loss_and_gradients(model, batch, compiled), expected, 1e-5)
+
+
 def test_autocast():
     batch = packed()
     model = patch_model(tiny_model("openelm"))
