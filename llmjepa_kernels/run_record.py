@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import get_last_checkpoint
-
+from llmjepa_kernels.checkpoints import checkpoints, why_incomplete
 from llmjepa_kernels.whole_file import write_whole
 
 FILE_NAME = "run.json"
@@ -44,7 +43,7 @@ class RunRecord:
                 run had other options, or its record is corrupt.
         """
         if not resume:
-            if self.directory.is_dir() and get_last_checkpoint(str(self.directory)):
+            if checkpoints(self.directory):
                 raise ValueError(
                     f"{self.directory} holds checkpoints of an earlier run: go on with it by "
                     "--resume, or choose another --output-dir"
@@ -67,6 +66,16 @@ class RunRecord:
                 + "; choose another --output-dir"
             )
         self.result = result
+
+    def checkpoint(self) -> tuple[Path | None, list[str]]:
+        """The last complete checkpoint, and what is wrong with later ones."""
+        faults = []
+        for checkpoint in checkpoints(self.directory):
+            fault = why_incomplete(checkpoint)
+            if fault is None:
+                return checkpoint, faults
+            faults.append(f"{checkpoint} is incomplete: {fault}")
+        return None, faults
 
     def begin(self) -> None:
         """Writes the options; an earlier result is gone."""

@@ -13,13 +13,13 @@ import torch
 from torch.nn.functional import cosine_similarity
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from llmjepa_kernels import models
 from llmjepa_kernels.analysis import view_states
 from llmjepa_kernels.answers import RULE_OF_RECIPE, Rule
 from llmjepa_kernels.answers import rule as answer_rule
+from llmjepa_kernels.checkpoints import saving
 from llmjepa_kernels.data import train_tokenizer
 from llmjepa_kernels.evaluate import evaluate
 from llmjepa_kernels.example_format import ExampleFormat
@@ -215,10 +215,7 @@ class Job:
         if built is None or record.seed != self.seeds[0]:
             built = self._build(record.seed)
         model, tokenizer, example_format = built
-        directory = str(record.directory)
-        resumed = (
-            get_last_checkpoint(directory) if args.resume and Path(directory).is_dir() else None
-        )
+        checkpoint, faults = record.checkpoint() if args.resume else (None, [])
         trainer = LLMJEPATrainer(
             model,
             self._training_arguments(
@@ -247,6 +244,10 @@ class Job:
         )
         if self._is_main:
             record.begin()
+            for fault in faults:
+                print(fault)
+            if args.resume:
+                print(f"resuming from {checkpoint or 'the beginning: there is no checkpoint'}")
             parameters, trained = (n / 1e6 for n in _count_parameters(model))
             print(
                 f"\n{record.title}: {len(data.train)} examples, {parameters:.1f} M parameters, "
@@ -255,13 +256,14 @@ class Job:
             )
         if trainer.pop_callback(ProgressCallback):
             trainer.add_callback(ProgressBar)
-        metrics = trainer.train(resume_from_checkpoint=resumed).metrics
+        metrics = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
         if data.held_out.examples:
             metrics |= trainer.evaluate()
         if data.out_of_distribution.examples:
             examples = data.out_of_distribution.examples
             metrics |= trainer.evaluate(examples, metric_key_prefix="ood")
-        self._save(trainer)
+        with saving(record.directory):
+            self._save(trainer)
         if not self._is_main:
             return {}
         history = trainer.state.log_history

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,9 +14,12 @@ from torch import Tensor
 from torch.utils.data import RandomSampler, SequentialSampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import rotate_checkpoints
 
 from llmjepa_kernels.attention import may_choose_flash
 from llmjepa_kernels.chat import without_views
+from llmjepa_kernels.checkpoints import FILE_NAME as COMPLETE
+from llmjepa_kernels.checkpoints import mark_complete, saving
 from llmjepa_kernels.example_format import ExampleFormat
 from llmjepa_kernels.hf import patch_model, patched_impl
 from llmjepa_kernels.loss_dropout import LossDropout
@@ -334,6 +338,29 @@ class LLMJEPATrainer(Trainer):
         super()._save(output_dir, state_dict)
         if self.args.should_save and isinstance(self.data_collator, LLMJEPACollator):
             self.data_collator.example_format.save(output_dir or self.args.output_dir)
+
+    def _save_checkpoint(self, model, trial):
+        """Saves a checkpoint, marks it as complete, and only then deletes older ones."""
+        run_directory = self._get_output_dir(trial)
+        directory = Path(run_directory, f"checkpoint-{self.state.global_step}")
+        if self.args.should_save:  # an interrupted run may have left it there
+            (directory / COMPLETE).unlink(missing_ok=True)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            with saving(directory):
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    mark_complete(directory)
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=run_directory,
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The loss of one batch; there are no predictions."""

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
+import os
+import signal
+import subprocess
+import sys
+import time
 from statistics import mean, stdev
 
 import pytest
@@ -14,6 +18,7 @@ pytest.importorskip("transformers")
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmjepa_kernels import cli, grammar
+from llmjepa_kernels.checkpoints import checkpoints, why_incomplete
 from llmjepa_kernels.evaluate import greedy_completions
 from llmjepa_kernels.example_format import ExampleFormat
 from llmjepa_kernels.hf import patch_model
@@ -88,21 +93,45 @@ def test_same_seed_same_numbers(miniature, tmp_path):
     assert losses(again["LLM-JEPA"]) == losses(report(miniature)["LLM-JEPA"])
 
 
-def test_resume_ends_where_the_uninterrupted_run_ends(tmp_path):
-    options = [*MINIATURE, "--no-compare", "--max-steps", 4]
-    options += ["--loss-dropout", 0.5, "--loss-dropout-per", "step"]
-    options += ["--batch-size", 20, "--output-dir", tmp_path]  # two updates an epoch
-    assert run(*options, "--save-strategy", "steps", "--save-steps", 3) == 0
-    checkpoint = tmp_path / "llm-jepa"
-    weights = (checkpoint / "model.safetensors").read_bytes()
-    expected = losses(report(tmp_path)["LLM-JEPA"])
-    (checkpoint / "model.safetensors").unlink()
-    (checkpoint / "run.json").unlink()
-    shutil.rmtree(checkpoint / "checkpoint-4")
+@pytest.mark.slow
+def test_killed_and_resumed_it_ends_where_the_uninterrupted_run_ends(tmp_path, capsys):
+    options = [*MINIATURE, "--no-compare", "--max-steps", 12]
+    options += [
+        "--loss-dropout",
+        0.5,
+        "--loss-dropout-per",
+        "step",
+        "--lr-scheduler-type",
+        "linear",
+    ]
+    options += ["--hidden-size", 64, "--num-layers", 1, "--save-strategy", "steps"]
+    options += ["--save-steps", 1, "--logging-steps", 1, "--batch-size", 16]  # 3 updates an epoch
+    assert run(*options, "--output-dir", tmp_path / "whole") == 0
+    killed = [*options, "--output-dir", tmp_path / "killed"]
+    command = [sys.executable, "-m", "llmjepa_kernels", "train", *map(str, killed)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    checkpoint = tmp_path / "killed" / "llm-jepa"
+    while process.poll() is None and not (checkpoint / "checkpoint-5" / "complete.json").exists():
+        time.sleep(0.001)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert json.loads((checkpoint / "run.json").read_text())["result"] is None
+    assert run(*killed) == 2
+    assert "holds checkpoints of an earlier run: go on with it by" in capsys.readouterr().err
 
-    assert run(*options, "--resume") == 0
-    assert (checkpoint / "model.safetensors").read_bytes() == weights
-    assert losses(report(tmp_path)["LLM-JEPA"]) == expected
+    last = next(path for path in checkpoints(checkpoint) if why_incomplete(path) is None)
+    with open(last / "optimizer.pt", "r+b") as file:
+        file.truncate(1000)
+    assert run(*killed, "--resume") == 0
+    output = capsys.readouterr().out
+    assert f"{last} is incomplete: optimizer.pt has 1000 bytes instead of" in output
+    before = int(last.name.split("-")[1]) - 1
+    assert f"resuming from {last.with_name(f'checkpoint-{before}')}" in output
+    whole, resumed = tmp_path / "whole", tmp_path / "killed"
+    weights = [(path / "llm-jepa/model.safetensors").read_bytes() for path in (whole, resumed)]
+    assert weights[0] == weights[1]
+    assert losses(report(whole)["LLM-JEPA"]) == losses(report(resumed)["LLM-JEPA"])
 
 
 def test_lora_from_a_directory_on_jsonl(miniature, tmp_path):
