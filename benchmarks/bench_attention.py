@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.peers import PEERS, UnavailableError, verify
 from benchmarks.timing import synchronize
-from benchmarks.workload import Case, real_row
+from benchmarks.workload import Case, name_of, real_row
 
 BASE = Case("", seq=2048, mean_length=64)
 FULL = Case("", seq=16384, mean_length=64)
@@ -38,30 +38,25 @@ def sweep(full):
 
 def pytest_generate_tests(metafunc):
     option = metafunc.config.option
-    cases = [replace(case, device=option.device) for case in sweep(option.full)]
-    if option.data:
-        cases += [
-            replace(
-                BASE,
-                name=f"{option.data.stem}-{count}-examples",
-                examples=count,
-                device=option.device,
-            )
-            for count in (32, 256)
-        ]
+    cases = sweep(option.full) + [
+        replace(BASE, name=f"{name_of(data)}-{count}-examples", data=data, examples=count)
+        for data in option.data or [None]
+        for count in ((32, 256) if option.full else (32,))
+    ]
+    cases = [replace(case, device=option.device) for case in cases]
     metafunc.parametrize("case", cases, ids=[case.name for case in cases])
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward", "both"])
 @pytest.mark.parametrize("peer", PEERS)
-def test_attention(benchmark, case, peer, direction, request):
+def test_attention(benchmark, case, peer, direction, load, request):
     if case.examples:
-        case = replace(case, row=real_row(request.getfixturevalue("examples"), case.examples))
+        case = replace(case, row=real_row(load(case.data), case.examples))
     if peer == "FlexAttention" and case.device == "cpu":
         if direction != "forward":
             pytest.skip(f"{peer}: no backward on a CPU")
-        if not request.config.option.full:
-            pytest.skip(f"{peer}: each shape compiles for a minute on a CPU, see --full")
+        if replace(case, name="") != BASE and not request.config.option.full:
+            pytest.skip(f"{peer}: each shape compiles for ten seconds on a CPU, see --full")
     try:
         attend = PEERS[peer](case)
         verify(case, attend, backward=direction != "forward")

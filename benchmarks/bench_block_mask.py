@@ -1,14 +1,21 @@
 """Construction of the tiles to visit, against FlexAttention's create_block_mask."""
 
-import pytest
-import torch
+from functools import partial
 
-from benchmarks.peers import flex_block_mask
+import pytest
+
+from benchmarks.peers import (
+    MAX_FLEX_TOKENS,
+    UnavailableError,
+    flex_block_mask,
+    verify_block_mask,
+)
 from benchmarks.timing import synchronize
 from benchmarks.workload import random_row
 from llmjepa_kernels import BlockMask
 
-MAX_DENSE_TOKENS = 8192  # create_block_mask evaluates every pair
+FLEX = "create_block_mask"
+MAX_COMPILED_TOKENS = 65536
 
 
 def pytest_generate_tests(metafunc):
@@ -18,16 +25,20 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize("seq", lengths)
 
 
-@pytest.mark.parametrize("maker", ["ours", "create_block_mask"])
+@pytest.mark.parametrize("maker", ["ours", FLEX, f"{FLEX} compiled"])
 def test_block_mask(benchmark, seq, maker, device):
-    if maker != "ours" and seq > MAX_DENSE_TOKENS:
-        pytest.skip(f"create_block_mask: evaluates {seq} x {seq} pairs")
+    compiled = maker == f"{FLEX} compiled"
+    if maker != "ours" and seq > (MAX_COMPILED_TOKENS if compiled else MAX_FLEX_TOKENS):
+        pytest.skip(f"{maker}: would evaluate {seq} x {seq} pairs")
     visible_until = random_row(seq, 64)["visible_until"].to(device)
-    make = {
-        "ours": lambda: BlockMask.from_visible_until(visible_until, (128, 128)),
-        "create_block_mask": lambda: flex_block_mask(visible_until),
-    }[maker]
-    verify(make(), visible_until)
+    if maker == "ours":
+        make = partial(BlockMask.from_visible_until, visible_until, (128, 128))
+    else:
+        make = flex_block_mask(visible_until, compiled=compiled)
+    try:
+        verify_block_mask(make(), visible_until)
+    except UnavailableError as reason:
+        pytest.skip(f"{maker}: {reason}")
 
     def run():
         make()
@@ -35,29 +46,3 @@ def test_block_mask(benchmark, seq, maker, device):
 
     benchmark.group = f"block mask: N={seq}"
     benchmark(run)
-
-
-def verify(mask, visible_until, block=128):
-    """Every visible tile of some query blocks is listed, and no other."""
-    seq = visible_until.shape[1]
-    key = torch.arange(seq, device=visible_until.device)
-    blocks = -(-seq // block)
-    for m in torch.linspace(0, blocks - 1, min(blocks, 8)).long().tolist():
-        query = key[m * block : (m + 1) * block, None]
-        seen = ((key <= query) & (query < visible_until)).any(dim=0)
-        padded = torch.nn.functional.pad(seen, (0, -seq % block))
-        expected = padded.view(-1, block).any(dim=1).nonzero().flatten().tolist()
-        assert sorted(tiles(mask, m)) == expected
-
-
-def tiles(mask, m):
-    if isinstance(mask, BlockMask):
-        low, high = mask.kv_offsets[0, m : m + 2].tolist()
-        return mask.kv_indices[0, low:high].tolist()
-    listed = []
-    for count, indices in (
-        (mask.kv_num_blocks, mask.kv_indices),
-        (mask.full_kv_num_blocks, mask.full_kv_indices),
-    ):
-        listed += indices[0, 0, m, : int(count[0, 0, m])].tolist()
-    return listed

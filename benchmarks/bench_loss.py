@@ -1,4 +1,4 @@
-"""The JEPA term, forward and backward, against plain PyTorch."""
+"""The JEPA term, forward, and with its backward, against plain PyTorch."""
 
 import pytest
 import torch
@@ -16,28 +16,45 @@ def plain(hidden, pairs):
 LOSSES = {"ours": last_token_loss, "plain PyTorch": plain}
 
 
+def pytest_generate_tests(metafunc):
+    shapes = [(2048, 32, 576), (2048, 32, 2048), (16384, 256, 2048)]
+    dtypes = ["float32"]
+    if metafunc.config.option.full:
+        shapes += [(65536, 1024, 2048), (65536, 1024, 4096)]
+        dtypes += ["bfloat16"]
+    metafunc.parametrize(("seq", "pairs", "hidden_size"), shapes)
+    metafunc.parametrize("dtype", dtypes)
+
+
+@pytest.mark.parametrize("direction", ["forward", "both"])
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize(
-    ("seq", "pairs", "hidden_size"), [(2048, 32, 576), (2048, 32, 2048), (16384, 256, 2048)]
-)
-def test_last_token_loss(benchmark, loss, seq, pairs, hidden_size, device):
+def test_last_token_loss(benchmark, loss, direction, seq, pairs, hidden_size, dtype, device):
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1, seq, hidden_size, generator=generator).to(device).requires_grad_()
+    hidden = torch.randn(1, seq, hidden_size, generator=generator)
+    hidden = hidden.to(device, getattr(torch, dtype)).requires_grad_()
     chosen = torch.randperm(seq, generator=generator)[: 2 * pairs].view(1, pairs, 2).to(device)
 
-    def run():
+    def forward():
+        with torch.no_grad():
+            LOSSES[loss](hidden, chosen)
+        synchronize(device)
+
+    def both():
         value = LOSSES[loss](hidden, chosen)
         (gradient,) = torch.autograd.grad(value, hidden)
         synchronize(device)
         return value, gradient
 
-    for result, expected in zip(run(), run_in_float64(hidden, chosen), strict=True):
-        torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=1e-6)
-    benchmark.group = f"last-token loss: N={seq} pairs={pairs} hidden={hidden_size}"
-    benchmark(run)
+    rtol = max(1e-4, 4 * torch.finfo(hidden.dtype).eps)
+    for result, expected in zip(both(), in_float64(hidden, chosen), strict=True):
+        torch.testing.assert_close(result.double(), expected, rtol=rtol, atol=1e-6)
+    benchmark.group = (
+        f"last-token loss {direction}: N={seq} pairs={pairs} hidden={hidden_size} {dtype}"
+    )
+    benchmark(forward if direction == "forward" else both)
 
 
-def run_in_float64(hidden, pairs):
+def in_float64(hidden, pairs):
     hidden = hidden.detach().double().requires_grad_()
     x, y = hidden[0, pairs[0]].unbind(1)
     value = (1 - cosine_similarity(x, y)).mean()

@@ -3,13 +3,19 @@
 import pytest
 
 from benchmarks.baselines import Sequences
+from benchmarks.workload import name_of
 from llmjepa_kernels import pack
+
+
+def pytest_generate_tests(metafunc):
+    metafunc.parametrize("data", metafunc.config.option.data or [None], ids=name_of)
 
 
 @pytest.mark.parametrize("max_length", [None, 4096])
 @pytest.mark.parametrize("share_prefixes", [False, True])
-def test_packing(benchmark, examples, max_length, share_prefixes):
-    benchmark.group = f"packing 1,000 examples: max_length={max_length}"
+def test_packing(benchmark, data, load, max_length, share_prefixes):
+    examples = load(data)
+    benchmark.group = f"packing 1,000 examples of {name_of(data)}: max_length={max_length}"
     batch = benchmark(pack, examples, max_length, share_prefixes=share_prefixes)
     verify(batch, examples)
     benchmark.extra_info["tokens"] = batch["input_ids"].numel()

@@ -20,10 +20,9 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, scaled_dot_product_attention
 
 from benchmarks import peers
-from benchmarks.conftest import load_examples
 from benchmarks.report import Table, show
 from benchmarks.timing import PeakMemory, interleaved, ratio
-from benchmarks.workload import Case
+from benchmarks.workload import Case, load_examples
 from llmjepa_kernels import PackedBatch, cpu, last_token_loss, pack, view_attention
 from llmjepa_kernels.reference import distance_backward
 

@@ -9,17 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from benchmarks.workload import Case, runs
-from llmjepa_kernels import FlashPlan, view_attention
+from llmjepa_kernels import BlockMask, FlashPlan, view_attention
 from llmjepa_kernels.reference import dense_attention, visible
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 MAX_DENSE_BYTES = 2**31
+MAX_FLEX_TOKENS = 16384  # of create_block_mask where it is not compiled: takes ten bytes a pair
 
 
 class UnavailableError(Exception):
@@ -53,31 +56,24 @@ def sdpa_dense_mask(case: Case) -> Attention:
 
 
 def sdpa_per_run(case: Case) -> Attention:
-    """A loop over runs; keys of earlier runs are gathered and get a mask."""
-    plan = runs(case.visible_until[0].cpu())
-    sizes = [end - start for start, end, _ in plan]
+    """A loop over runs; the keys of each are gathered, all at once, and get a mask if need be."""
     device = case.visible_until.device
-    gathered = [before.to(device) if len(before) else None for *_, before in plan]
+    q_sizes, k_sizes, keys = _gathered(runs(case.visible_until[0].cpu()))
+    keys = keys.to(device)
     masks = [
         None
-        if before is None
-        else torch.ones(size, len(before) + size, dtype=torch.bool, device=device).tril(len(before))
-        for before, size in zip(gathered, sizes, strict=True)
+        if q_size == k_size
+        else torch.ones(q_size, k_size, dtype=torch.bool, device=device).tril(k_size - q_size)
+        for q_size, k_size in zip(q_sizes, k_sizes, strict=True)
     ]
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        outs = []
-        for q_run, k_run, v_run, before, mask in zip(
-            *(x.split(sizes, dim=2) for x in (q, k, v)), gathered, masks, strict=True
-        ):
-            if before is not None:
-                k_run = torch.cat([k.index_select(2, before), k_run], dim=2)
-                v_run = torch.cat([v.index_select(2, before), v_run], dim=2)
-            outs.append(
-                scaled_dot_product_attention(
-                    q_run, k_run, v_run, mask, is_causal=mask is None, enable_gqa=True
-                )
-            )
+        # One gather has one backward; one for each run would add a gradient of the whole row.
+        k, v = (x.index_select(2, keys).split(k_sizes, dim=2) for x in (k, v))
+        outs = [
+            scaled_dot_product_attention(*parts, is_causal=mask is None, enable_gqa=True)
+            for *parts, mask in zip(q.split(q_sizes, dim=2), k, v, masks, masks, strict=True)
+        ]
         return torch.cat(outs, dim=2)
 
     return attend
@@ -87,13 +83,25 @@ def flex_attention(case: Case) -> Attention:
     """FlexAttention compiled, with the same mask; torch has no backward of it on a CPU."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    mask = flex_block_mask(case.visible_until)
+    mask = flex_block_mask(case.visible_until, compiled=True)()
     compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=True)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if q.device.type == "cpu":
+            if torch.is_grad_enabled():
+                raise UnavailableError("FlexAttention has no backward on a CPU")
+            q, k, v = q.detach(), k.detach(), v.detach()  # it refuses what requires gradients
+        return compiled(q, k, v, block_mask=mask, enable_gqa=True)
+
+    return attend
 
 
-def flex_block_mask(visible_until: Tensor):
-    """torch's BlockMask of the same mask."""
+def flex_block_mask(visible_until: Tensor, *, compiled: bool) -> Callable[[], FlexBlockMask]:
+    """Makes torch's BlockMask of the same mask.
+
+    Each one is compiled anew for its shape, and those before it are forgotten: beyond a few
+    shapes, torch would fall back to code for any shape, or to none.
+    """
     from torch.nn.attention.flex_attention import create_block_mask
 
     batch, seq = visible_until.shape
@@ -101,7 +109,43 @@ def flex_block_mask(visible_until: Tensor):
     def mask_mod(b, h, q, k):
         return (k <= q) & (q < visible_until[b, k])
 
-    return create_block_mask(mask_mod, batch, None, seq, seq, device=visible_until.device)
+    create = create_block_mask
+    if compiled:
+        torch.compiler.reset()
+        create = torch.compile(create_block_mask, dynamic=False)
+
+    def make() -> FlexBlockMask:
+        try:
+            return create(mask_mod, batch, None, seq, seq, device=visible_until.device)
+        except RuntimeError as error:  # without a compiler, or of memory
+            reason = str(error).strip().split("\n")[0]
+            raise UnavailableError(f"create_block_mask fails here: {reason}") from error
+
+    return make
+
+
+def verify_block_mask(mask: BlockMask | FlexBlockMask, visible_until: Tensor) -> None:
+    """Raises AssertionError unless some query blocks of 128 list their visible tiles, no other."""
+    seq = visible_until.shape[1]
+    key = torch.arange(seq, device=visible_until.device)
+    blocks = -(-seq // 128)
+    for m in torch.linspace(0, blocks - 1, min(blocks, 8)).long().tolist():
+        query = key[m * 128 : (m + 1) * 128, None]
+        seen = ((key <= query) & (query < visible_until)).any(dim=0)
+        visited = pad(seen, (0, -seq % 128)).view(-1, 128).any(dim=1)
+        expected, listed = visited.nonzero().flatten().tolist(), sorted(_key_blocks(mask, m))
+        assert listed == expected, f"query block {m} lists {listed}, and sees {expected}"
+
+
+def _key_blocks(mask: BlockMask | FlexBlockMask, m: int) -> list[int]:
+    if isinstance(mask, BlockMask):
+        low, high = mask.kv_offsets[0, m : m + 2].tolist()
+        return mask.kv_indices[0, low:high].tolist()
+    lists = (
+        (mask.kv_num_blocks, mask.kv_indices),
+        (mask.full_kv_num_blocks, mask.full_kv_indices),
+    )
+    return [n for count, ns in lists for n in ns[0, 0, m, : count[0, 0, m]].tolist()]
 
 
 def torch_varlen(case: Case) -> Attention:
@@ -120,19 +164,20 @@ def torch_varlen(case: Case) -> Attention:
     return attend
 
 
-def flash_attn_varlen(case: Case) -> Attention:
-    """The same with flash-attn's kernels."""
-    _needs_cuda(case, "flash-attn")
+def flash_attn_varlen(module: str, case: Case) -> Attention:
+    """The same with flash-attn's kernels, which FlashAttention-3 ships in a module of its own."""
+    _needs_cuda(case, module)
     try:
-        from flash_attn import flash_attn_varlen_func
+        varlen = import_module(module).flash_attn_varlen_func
     except ImportError as error:
-        raise UnavailableError(f"flash-attn cannot be imported: {error}") from None
+        raise UnavailableError(f"{module} cannot be imported: {error}") from None
     plan = _VarlenPlan.of(case)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = plan.inputs(q, k, v)
         lengths = (plan.cu_q, plan.cu_k, plan.max_q, plan.max_k)
-        out = flash_attn_varlen_func(q, k, v, *lengths, causal=True)
+        out = varlen(q, k, v, *lengths, causal=True)
+        out = out[0] if isinstance(out, tuple) else out  # FlashAttention-3 used to add the lse
         return out[None].transpose(1, 2)
 
     return attend
@@ -145,7 +190,8 @@ PEERS: dict[str, Callable[[Case], Attention]] = {
     "SDPA, per run": sdpa_per_run,
     "FlexAttention": flex_attention,
     "torch varlen, gathered": torch_varlen,
-    "flash-attn varlen, gathered": flash_attn_varlen,
+    "flash-attn 2 varlen, gathered": partial(flash_attn_varlen, "flash_attn"),
+    "flash-attn 3 varlen, gathered": partial(flash_attn_varlen, "flash_attn_interface"),
 }
 
 
@@ -204,17 +250,20 @@ class _VarlenPlan:
 
     @classmethod
     def of(cls, case: Case) -> _VarlenPlan:
-        plan = runs(case.visible_until[0].cpu())
         device = case.visible_until.device
-        keys = [torch.cat([before, torch.arange(start, end)]) for start, end, before in plan]
-        q_sizes = [end - start for start, end, _ in plan]
-        k_sizes = [len(k) for k in keys]
+        q_sizes, k_sizes, keys = _gathered(runs(case.visible_until[0].cpu()))
         cu_q, cu_k = (
             torch.tensor([0, *sizes]).cumsum(0).int().to(device) for sizes in (q_sizes, k_sizes)
         )
-        return cls(torch.cat(keys).to(device), cu_q, cu_k, max(q_sizes), max(k_sizes))
+        return cls(keys.to(device), cu_q, cu_k, max(q_sizes), max(k_sizes))
 
     def inputs(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(tokens, heads, head_dim) each."""
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
         return q, k.index_select(0, self.keys), v.index_select(0, self.keys)
+
+
+def _gathered(plan: list[tuple[int, int, Tensor]]) -> tuple[list[int], list[int], Tensor]:
+    """Queries and keys of each run, and the indices of the keys, one run after the other."""
+    keys = [torch.cat([before, torch.arange(start, end)]) for start, end, before in plan]
+    return [end - start for start, end, _ in plan], [len(x) for x in keys], torch.cat(keys)

@@ -6,7 +6,7 @@ python -m benchmarks.scaling --plot
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -14,15 +14,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
 
-from benchmarks.peers import PEERS, UnavailableError, flex_block_mask, verify
+from benchmarks.peers import (
+    MAX_FLEX_TOKENS,
+    PEERS,
+    UnavailableError,
+    flex_block_mask,
+    verify,
+    verify_block_mask,
+)
 from benchmarks.report import Table, progress, show
 from benchmarks.timing import copy_bandwidth, interleaved, matmul_rate, median_of
 from benchmarks.workload import Case, random_row
 from llmjepa_kernels import BlockMask
 
 RUN, DENSE = "SDPA, per run", "SDPA, dense mask"
-MAX_FLEX_PAIRS = 2**30
 
 COLUMNS = (
     ("seq", "tokens", "{:d}"),
@@ -42,17 +49,26 @@ MASK_COLUMNS = (
     ("milliseconds", "BlockMask\nms", "{:.3f}"),
     ("mib", "MiB", "{:.3f}"),
     ("bytes_per_token", "bytes /\ntoken", "{:.1f}"),
-    ("flex_milliseconds", "create_block_mask\nms", "{:.1f}"),
+    ("layer_share", "of a layer's\nattention", "{:.2%}"),
+    ("flex_milliseconds", "create_block_\nmask ms", "{:,.0f}"),
+    ("compiled_milliseconds", "compiled\nms", "{:,.1f}"),
+    ("flex_mib", "MiB", "{:,.2f}"),
     ("times", "times as\nfast", "{:,.0f}"),
 )
 
 
 class Roof:
-    """The least seconds that arithmetic and memory allow, both as measured here."""
+    """The least seconds that arithmetic and memory allow, both as measured here at their best."""
 
     def __init__(self, device: str, dtype: torch.dtype):
-        self.matmul = matmul_rate(device, dtype)
-        self.copy = copy_bandwidth(device)
+        self.device, self.dtype = device, dtype
+        self.matmul = self.copy = 0.0
+        self.measure()
+
+    def measure(self) -> None:
+        """Measures once more: what else runs on the machine may have slowed the last time."""
+        self.matmul = max(self.matmul, matmul_rate(self.device, self.dtype))
+        self.copy = max(self.copy, copy_bandwidth(self.device))
 
     def seconds(self, case: Case) -> float:
         """Forward and backward: each input and output, and their gradients, moved once."""
@@ -79,7 +95,8 @@ def attention_table(title: str, cases: Sequence[Case], rounds: int, roof: Roof) 
                 continue
             steps[index, peer] = _forward_and_backward(case, attend)
         progress(f"{case.seq} tokens, segments of {case.mean_length}: verified")
-    seconds = interleaved(steps, rounds=rounds, budget=5, device=cases[0].device)
+    seconds = interleaved(steps, rounds=rounds, budget=5, device=cases[0].device, report=progress)
+    roof.measure()
 
     table = Table(title, COLUMNS)
     for index, case in enumerate(cases):
@@ -132,36 +149,76 @@ def exponent(table: Table, x: str, y: str) -> float:
     return float(np.polyfit(*np.log(np.array(points)).T, 1)[0])
 
 
-def mask_table(lengths: Sequence[int], mean_length: int, device: str) -> Table:
-    """Time and size of our mask, and time of torch's where that is affordable."""
+def mask_table(
+    lengths: Sequence[int],
+    mean_length: int,
+    device: str,
+    *,
+    budget: float = 5,
+    attention: Mapping[int, float] | None = None,
+) -> Table:
+    """Time and size of our mask, and of torch's where that is affordable.
+
+    Args:
+        budget: Seconds that torch may take for one mask, as estimated from a shorter row.
+        attention: Milliseconds of attention of one layer, by tokens of the row.
+    """
     table = Table(f"Block masks (blocks of 128, segments of {mean_length})", MASK_COLUMNS)
-    for seq in lengths:
+    flex = {"flex_milliseconds": 0.0, "compiled_milliseconds": 0.0}  # per pair, as last measured
+    for seq in sorted(lengths):
         visible_until = random_row(seq, mean_length)["visible_until"].to(device)
         build = partial(BlockMask.from_visible_until, visible_until, (128, 128))
         mask = build()
+        verify_block_mask(mask, visible_until)
         size = sum(t.numel() * t.element_size() for t in mask.schedule_tensors())
         size += visible_until.numel() * visible_until.element_size()
-        seconds = median_of(build, device)
+        milliseconds = 1e3 * median_of(build, device)
         row = {
             "seq": seq,
             "tiles": mask.num_tiles,
-            "milliseconds": 1e3 * seconds,
+            "milliseconds": milliseconds,
             "mib": size / 2**20,
             "bytes_per_token": size / seq,
         }
-        if seq * seq <= MAX_FLEX_PAIRS:
-            flex = median_of(partial(flex_block_mask, visible_until), device)
-            row["flex_milliseconds"] = 1e3 * flex
-            row["times"] = flex / seconds
+        if attention and seq in attention:
+            row["layer_share"] = milliseconds / attention[seq]
+        for key, per_pair in flex.items():
+            compiled = key == "compiled_milliseconds"
+            if seq**2 * per_pair > 1e3 * budget or not (compiled or seq <= MAX_FLEX_TOKENS):
+                continue
+            make = flex_block_mask(visible_until, compiled=compiled)
+            try:
+                verify_block_mask(made := make(), visible_until)
+                row["flex_mib"] = _size(made) / 2**20
+                row[key] = 1e3 * median_of(make, device)
+            except UnavailableError as error:
+                table.notes.append(f"{seq} tokens: {error}")
+                flex[key] = float("inf")
+            else:
+                flex[key] = row[key] / seq**2
+        if took := [row[key] for key in flex if key in row]:
+            row["times"] = min(took) / milliseconds
         table.rows.append(row)
         progress(f"masks of {seq} tokens")
     table.notes.append(
-        "create_block_mask evaluates every pair: not run where that takes over 1 GiB"
+        "create_block_mask evaluates every pair: as it is up to "
+        f"{MAX_FLEX_TOKENS} tokens, since it takes ten bytes a pair, and compiled while one takes "
+        f"less than {budget:.0f} s (compilation not counted)."
     )
+    for name, key in (("BlockMask", "milliseconds"), *(("create_block_mask", key) for key in flex)):
+        if sum(key in row for row in table.rows) > 1:
+            compiled = ", compiled," if key == "compiled_milliseconds" else ""
+            power = exponent(table, "seq", key)
+            table.notes.append(f"{name}{compiled} grows with tokens to the power {power:.2f}")
     return table
 
 
-def plot(table: Table, path: Path) -> None:
+def _size(mask: FlexBlockMask) -> int:
+    tensors = (x for x in vars(mask).values() if isinstance(x, torch.Tensor))
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def plot(table: Table, roof: Roof, path: Path) -> None:
     """Throughput over visible pairs against segment length."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -173,6 +230,13 @@ def plot(table: Table, path: Path) -> None:
         rows = [row for row in table.rows if peer in row]
         rates = [row["gflops"] * row["ours"] / row[peer] for row in rows]
         axis.loglog([row["mean_length"] for row in rows], rates, "o-", color=color, label=peer)
+    axis.axhline(
+        roof.matmul / 1e9, color="black", linestyle=":", linewidth=0.8, label="matrix product"
+    )
+    axis.set_xticks([row["mean_length"] for row in table.rows])
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.minorticks_off()
     axis.set_title(table.title, fontsize=10, loc="left")
     axis.set_xlabel("mean segment length")
     axis.set_ylabel("GFLOP/s over visible pairs")
@@ -188,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--tokens", type=int, default=65536 if gpu else 4096, help="of a row, where it is fixed"
     )
-    rows = [2**n for n in (range(12, 19) if gpu else range(10, 15))]
+    rows = [2**n for n in (range(12, 19) if gpu else range(10, 17))]
     parser.add_argument("--rows", type=int, nargs="+", default=rows, help="tokens of a row")
     segments = [2**n for n in range(5, 14 if gpu else 12)]
     parser.add_argument("--segments", type=int, nargs="+", default=segments, help="mean lengths")
@@ -230,10 +294,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     fit_tiles(by_segment)
     by_segment.notes.append(str(roof))
-    masks = mask_table(args.masks, args.segment, args.device)
+    attention = {row["seq"]: row["ours"] for row in by_row.rows}
+    masks = mask_table(args.masks, args.segment, args.device, attention=attention)
     show([by_row, by_segment, masks], args.output, args.device, vars(args))
     if args.plot:
-        plot(by_segment, args.output.with_suffix(".png"))
+        plot(by_segment, roof, args.output.with_suffix(".png"))
     return 0
 
 

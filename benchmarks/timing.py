@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ def interleaved(
     budget: float = float("inf"),
     device: torch.device | str = "cpu",
     setup: Callable[[str], object] = lambda name: None,
+    report: Callable[[str], object] = lambda line: None,
 ) -> dict[str, list[float]]:
     """Seconds of every step in every round.
 
@@ -28,6 +30,7 @@ def interleaved(
         steps: By name, in order.
         rounds: At least one.
         setup: Called with the name before each run, outside of its time.
+        report: Called with a line of progress after each round.
     """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for index in range(rounds):
@@ -35,7 +38,20 @@ def interleaved(
             if sum(seconds[name]) < budget:
                 setup(name)
                 seconds[name].append(measure(steps[name], device))
+        if left := sum(seconds_left(times, rounds, budget) for times in seconds.values()):
+            report(f"round {index + 1} of {rounds}; about {duration(left)} left")
     return seconds
+
+
+def seconds_left(times: list[float], rounds: int, budget: float) -> float:
+    """What `interleaved` has yet to spend on a step that has taken `times` so far."""
+    once = sum(times) / len(times)
+    return max(math.ceil(min(rounds, budget / max(once, 1e-9))) - len(times), 0) * once
+
+
+def duration(seconds: float) -> str:
+    """For people who wait."""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def measure(function: Callable[[], object], device: torch.device | str = "cpu") -> float:
@@ -66,8 +82,13 @@ def synchronize(device: torch.device | str) -> None:
 
 
 def ratio(times: list[float], base: list[float]) -> float:
-    """The median over the rounds that both ran of one's time over the other's."""
-    return median(x / y for x, y in zip(times, base, strict=False))
+    """The median over the rounds of one's time over the other's.
+
+    Where one ran in fewer rounds, the ratio of the medians.
+    """
+    if len(times) != len(base):
+        return median(times) / median(base)
+    return median(x / y for x, y in zip(times, base, strict=True))
 
 
 class PeakMemory:

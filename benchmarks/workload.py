@@ -61,6 +61,11 @@ def load_chats(data: Path | None, count: int) -> list[dict]:
     return chats
 
 
+def name_of(data: Path | None) -> str:
+    """Of a JSONL file, or of the built-in grammar."""
+    return "grammar" if data is None else data.stem
+
+
 def chat_examples(
     chats: Sequence[Mapping], tokenizer, layout: str, pred_ids: Sequence[int]
 ) -> list[Example]:
@@ -98,6 +103,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     examples: int = 0  # real ones in the row, instead of random ones
+    data: Path | None = None  # where they are from; None: the built-in grammar
     row: PackedBatch | None = None
 
     @cached_property

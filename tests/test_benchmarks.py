@@ -9,7 +9,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import (
     baselines,
-    bench_block_mask,
     bench_packing,
     flash_calls,
     peers,
@@ -180,7 +179,8 @@ def test_train_step_command(tmp_path, capsys):
     assert train_step.main([*arguments, "--output", str(path)]) == 0
     report = json.loads(path.read_text())
     rows = {row["name"]: row for row in report["tables"][0]["rows"]}
-    assert len(rows) == 13
+    assert len(rows) == 14
+    assert all(row["rounds"] == 1 for row in rows.values())
     assert len({round(row["ntp_loss"], 4) for row in rows.values()}) == 1
     assert rows[train_step.OURS]["tokens"] < rows["three rows, unpadded"]["tokens"]
     assert report["machine"]["versions"]["torch"] == torch.__version__
@@ -218,8 +218,25 @@ def test_peers_compute_the_same(peer):
         )
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_computes_the_same(monkeypatch):
+    """Forward only, on a CPU."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)  # takes long
+    case = workload.Case("", seq=300, mean_length=20, heads=2, kv_heads=1)
+    attend = peers.PEERS["FlexAttention"](case)
+    peers.verify(case, attend, backward=False)
+    with pytest.raises(peers.UnavailableError, match="no backward on a CPU"):
+        peers.verify(case, attend, backward=True)
+
+
 @pytest.mark.parametrize(
-    "peer", ["ours, flash-attn", "torch varlen, gathered", "flash-attn varlen, gathered"]
+    "peer",
+    [
+        "ours, flash-attn",
+        "torch varlen, gathered",
+        "flash-attn 2 varlen, gathered",
+        "flash-attn 3 varlen, gathered",
+    ],
 )
 def test_peers_say_why_they_cannot_run(peer):
     with pytest.raises(peers.UnavailableError, match="CUDA"):
@@ -228,10 +245,12 @@ def test_peers_say_why_they_cannot_run(peer):
 
 def test_block_masks_are_verified():
     row = workload.random_row(700, 16)["visible_until"]
-    for mask in (BlockMask.from_visible_until(row, (128, 128)), peers.flex_block_mask(row)):
-        bench_block_mask.verify(mask, row)
-        with pytest.raises(AssertionError):
-            bench_block_mask.verify(mask, workload.random_row(700, 200, seed=1)["visible_until"])
+    flex = peers.flex_block_mask(row, compiled=False)()
+    for mask in (BlockMask.from_visible_until(row, (128, 128)), flex):
+        peers.verify_block_mask(mask, row)
+        other = workload.random_row(700, 200, seed=1)["visible_until"]
+        with pytest.raises(AssertionError, match="query block"):
+            peers.verify_block_mask(mask, other)
 
 
 def test_area_of_flash_attn_calls():
@@ -278,8 +297,16 @@ def test_interleaved_rounds():
     seconds = timing.interleaved(steps, rounds=2)
     assert order == ["a", "b", "c", "c", "b", "a"]
     assert {name: len(times) for name, times in seconds.items()} == {"a": 2, "b": 2, "c": 2}
-    assert len(timing.interleaved(steps, rounds=3, budget=1e-12)["a"]) == 1
+    lines = []
+    seconds = timing.interleaved(steps, rounds=3, budget=1e-12, report=lines.append)
+    assert len(seconds["a"]) == 1
+    assert not lines
+    timing.interleaved(steps, rounds=2, report=lines.append)
+    assert lines == ["round 1 of 2; about 0 s left"]
+    assert timing.seconds_left([4.0, 6.0], rounds=5, budget=21) == 3 * 5
+    assert timing.seconds_left([4.0, 6.0], rounds=5, budget=19) == 2 * 5
     assert timing.ratio([2.0, 8.0, 3.0], [1.0, 2.0, 1.0]) == 3.0
+    assert timing.ratio([8.0], [1.0, 2.0, 9.0]) == 4.0
 
 
 def test_peak_memory():
@@ -288,7 +315,8 @@ def test_peak_memory():
     assert memory.bytes is None or 90e6 < memory.bytes < 200e6
 
 
-def test_scaling_command(tmp_path, capsys):
+def test_scaling_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)  # takes long
     path = tmp_path / "scaling.json"
     arguments = ["--segment", "8", "--tokens", "128", "--rows", "64", "128", "256", "--rounds", "2"]
     arguments += ["--segments", "4", "8", "16", "--masks", "256", "1024", "--heads", "2", "1"]
@@ -297,5 +325,7 @@ def test_scaling_command(tmp_path, capsys):
     assert [row["seq"] for row in by_row["rows"]] == [64, 128, 256]
     assert all(row["ours"] > 0 and row["predicted"] > 0 for row in by_segment["rows"])
     assert masks["rows"][1]["times"] > 1
+    assert not any(row.get("layer_share") for row in masks["rows"][1:])
+    assert masks["rows"][0]["layer_share"] > 0
     assert "µs per tile" in capsys.readouterr().out
     assert path.with_suffix(".png").exists()
