@@ -83,40 +83,36 @@ def _has(module: nn.Module | None, names: set[str]) -> bool:
 
 
 def _causal_lm_forward(
-    self: PreTrainedModel,
+    self: PreTrainedModel, *args: Any, visible_until: Tensor | None = None, **kwargs: Any
+) -> Any:
+    if visible_until is None:
+        return type(self).forward(self, *args, **kwargs)
+    return _packed_forward(self, *args, visible_until=visible_until, **kwargs)
+
+
+def _packed_forward(
+    model: PreTrainedModel,
     *args: Any,
-    visible_until: Tensor | None = None,
     labels: Tensor | None = None,
     logits_to_keep: int | Tensor = 0,
     output_hidden_states: bool | int | None = None,
     return_dict: bool | None = None,
     **kwargs: Any,
-) -> Any:
-    """The forward with the options of Transformers' own models, for a packed row."""
-    if visible_until is None:
-        given = {
-            "labels": labels,
-            "logits_to_keep": logits_to_keep or None,
-            "output_hidden_states": output_hidden_states,
-            "return_dict": return_dict,
-        }
-        given = {name: value for name, value in given.items() if value is not None}
-        return type(self).forward(self, *args, **kwargs, **given)
-
-    last_only = output_hidden_states is not True and output_hidden_states == -1
-    outputs = self.base_model(
+) -> CausalLMOutputWithPast:
+    """The forward of a packed row, with the options of Transformers' own models."""
+    last_only = output_hidden_states == -1
+    outputs = model.base_model(
         *args,
-        visible_until=visible_until,
         output_hidden_states=False if last_only else output_hidden_states,
         return_dict=True,
         **kwargs,
     )
     hidden = outputs.last_hidden_state
-    logits = _head(self, slice_logits_to_keep(hidden, logits_to_keep))
+    logits = _head(model, slice_logits_to_keep(hidden, logits_to_keep))
     loss = None
     if labels is not None:
-        loss = self.loss_function(
-            logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+        loss = model.loss_function(
+            logits=logits, labels=labels, vocab_size=model.config.vocab_size, **kwargs
         )
     return CausalLMOutputWithPast(
         loss=loss,

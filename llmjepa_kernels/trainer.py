@@ -215,35 +215,35 @@ class LLMJEPATrainer(Trainer):
         self._started: float | None = None
 
     def _get_train_sampler(self, train_dataset=None):
-        """Deals the examples of an update to the processes by work, where that is known."""
+        """Deals the examples of an update to the processes by work, where that is known.
+
+        Unlike Accelerate's own sampler it knows its epoch after a resume with several processes.
+        """
         dataset = self.train_dataset if train_dataset is None else train_dataset
         base = super()._get_train_sampler(dataset)
         per_step = isinstance(dataset, LossDropout) and dataset.per == "step"
         num_processes = self.accelerator.num_processes // self.get_tp_size()
-        work = self._work_of(dataset) if num_processes > 1 else None
+        if num_processes == 1 and not per_step:
+            return base
         if isinstance(base, RandomSampler) and self.accelerator.use_seedable_sampler:
             # As Accelerate would, so that the order stays that of a plain Trainer.
-            order = SeedableRandomSampler(dataset, data_seed=self.args.data_seed)
-        elif isinstance(base, SequentialSampler):
-            order = base
-        elif per_step:
-            raise ValueError(
-                "loss dropout per step needs train_sampling_strategy random or sequential and a "
-                f"seedable sampler, got {self.args.train_sampling_strategy}"
-            )
-        else:
-            return base
-        if work is None and not per_step:
+            base = SeedableRandomSampler(dataset, data_seed=self.args.data_seed)
+        elif not isinstance(base, SequentialSampler):
+            if per_step:
+                raise ValueError(
+                    "loss dropout per step needs train_sampling_strategy random or sequential and "
+                    f"a seedable sampler, got {self.args.train_sampling_strategy}"
+                )
             return base
         split = num_processes if self.accelerator.split_batches else 1
         self._update_sampler = UpdateSampler(
-            order,
+            base,
             self._train_batch_size // split,
             num_processes=num_processes,
             accumulation_steps=self.args.gradient_accumulation_steps,
             drop_last=self.args.dataloader_drop_last,
             even_batches=self.accelerator.even_batches,
-            work=work,
+            work=self._work_of(dataset) if num_processes > 1 else None,
             with_update=per_step,
         )
         return self._update_sampler
