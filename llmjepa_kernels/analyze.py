@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from io import BytesIO
 from itertools import islice
 from os import PathLike
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from llmjepa_kernels import grammar
 from llmjepa_kernels.analysis import DEFINITIONS, embed_views, view_geometry, view_states
 from llmjepa_kernels.analysis_figure import draw
 from llmjepa_kernels.data import read_chats
@@ -20,6 +22,7 @@ from llmjepa_kernels.hf import patch_model
 from llmjepa_kernels.models import load_pretrained
 from llmjepa_kernels.packing import pack
 from llmjepa_kernels.report import COLORS, format_table
+from llmjepa_kernels.whole_file import write_whole
 
 # Key of an analysis, column of the table, format.
 COLUMNS = (
@@ -33,22 +36,25 @@ COLUMNS = (
     ("linear_residual", "linear\nresidual", ".3f"),
 )
 BATCH_SIZE = 32
+BUILT_IN_SEED = 42  # that of llmjepa train
 
 
 def analyze(
     checkpoints: Sequence[str],
-    data: str | PathLike[str],
+    data: str | PathLike[str] | None,
     *,
     samples: int,
     output_dir: Path,
+    recipe: str | None = None,
 ) -> str:
     """Compares checkpoints on the same samples; writes ``analysis.json`` and ``analysis.png``.
 
     Args:
         checkpoints: At least one, each as `load_pretrained` takes it.
-        data: JSONL as `read_chats` takes it.
+        data: As `read_chats` takes it; None for built-in held-out pairs.
         samples: The first so many are used, at least two.
         output_dir: Made if it does not exist.
+        recipe: Of `read_chats`.
 
     Returns:
         A table of the numbers that are no lists.
@@ -62,7 +68,12 @@ def analyze(
         raise ValueError(f"expected 1 to {len(COLORS)} checkpoints, got {len(checkpoints)}")
     if samples < 2:
         raise ValueError(f"--samples must be at least 2, got {samples}")
-    chats = list(islice(read_chats(data), samples))
+    if data is not None:
+        chats = list(islice(read_chats(data, recipe=recipe), samples))
+    elif recipe is None:
+        chats = grammar.generate(samples, seed=BUILT_IN_SEED, split="heldout")
+    else:
+        raise ValueError(f"--recipe {recipe} needs --data")
     if len(chats) < 2:
         raise ValueError(f"--data {data} must have at least 2 samples, got {len(chats)}")
     analyses = []
@@ -74,14 +85,16 @@ def analyze(
         analyses.append({"name": name, "checkpoint": checkpoint, **numbers})
     output_dir.mkdir(parents=True, exist_ok=True)
     content = {
-        "data": str(data),
+        "data": "built-in held-out pairs" if data is None else str(data),
         "samples": len(chats),
         "definitions": DEFINITIONS,
         "checkpoints": analyses,
     }
     text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
-    (output_dir / "analysis.json").write_text(text, encoding="utf-8")
-    draw(analyses).savefig(output_dir / "analysis.png", dpi=200)
+    write_whole(output_dir / "analysis.json", text)
+    picture = BytesIO()
+    draw(analyses).savefig(picture, dpi=200)
+    write_whole(output_dir / "analysis.png", picture.getvalue())
     return format_table([(analysis["name"], analysis) for analysis in analyses], COLUMNS)
 
 
@@ -97,6 +110,10 @@ def analyze_checkpoint(
         checkpoint: As `load_pretrained` takes it.
         chats: Samples as `read_chats` yields them, at least two.
         progress: Shown in front of a progress bar. Default: none.
+
+    Raises:
+        ValueError: A sample does not fit the checkpoint, or its states are not finite.
+        OSError: The checkpoint is not there.
     """
     from rich.console import Console
     from rich.progress import track
@@ -110,7 +127,12 @@ def analyze_checkpoint(
     views = replace(trained, pred_ids=(), direction="text_to_code")
 
     def states(example_format: ExampleFormat, chats: Sequence[Mapping[str, Any]], name: str):
-        examples = [example_format.example(chat, tokenizer) for chat in chats]
+        examples = []
+        for index, chat in enumerate(chats):
+            try:
+                examples.append(example_format.example(chat, tokenizer))
+            except ValueError as error:
+                raise ValueError(f"sample {index}: {error}") from error
         starts = range(0, len(examples), BATCH_SIZE)
         return view_states(
             model,
@@ -132,7 +154,7 @@ def analyze_checkpoint(
 
 def short_names(checkpoints: Sequence[str]) -> list[str]:
     """The ends of the paths, as long as it takes to tell them apart; no two may be the same."""
-    parts = [Path(checkpoint.removesuffix(".gguf")).parts for checkpoint in checkpoints]
+    parts = [Path(name.removesuffix(".gguf")).parts or (name,) for name in checkpoints]
     for depth in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-depth:]) for part in parts]
         if len(set(names)) == len(names):

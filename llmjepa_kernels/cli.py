@@ -58,7 +58,7 @@ The JSON defines every number. Nothing is trained or generated.
 """
 ANALYZE_EPILOG = """\
 examples:
-  llmjepa analyze outputs/train/ntp-only outputs/train/llm-jepa --data test.jsonl
+  llmjepa analyze outputs/train/ntp-only outputs/train/llm-jepa
   llmjepa analyze meta-llama/Llama-3.2-1B-Instruct outputs/train/llm-jepa --data test.jsonl
 """
 ANALYZE_SAMPLES = 500
@@ -470,18 +470,24 @@ def add_analyze_arguments(commands) -> None:
         "checkpoints",
         nargs="+",
         metavar="CHECKPOINT",
-        help="directory that llmjepa train wrote, or any other model: of the Hugging Face hub, a "
-        "directory or a .gguf file",
+        help="directory of a model or LoRA adapter, model of the Hugging Face hub, or .gguf file",
     )
     parser.add_argument(
-        "--data", metavar="FILE", required=True, help="JSONL as for llmjepa train; best held out"
+        "--data",
+        metavar="SOURCE",
+        help="as for llmjepa train (default: its built-in held-out pairs)",
+    )
+    parser.add_argument(
+        "--recipe",
+        choices=RECIPES,
+        help="makes chats of data with the columns of this dataset (default: they are chats)",
     )
     parser.add_argument(
         "--samples",
         type=int,
         metavar="N",
         default=ANALYZE_SAMPLES,
-        help="analyze the first N lines (default: %(default)s)",
+        help="analyze the first N (default: %(default)s)",
     )
     parser.add_argument(
         "--output-dir",
@@ -493,7 +499,7 @@ def add_analyze_arguments(commands) -> None:
 
 
 def _analyze(args: argparse.Namespace, rest: list[str]) -> None:
-    require("transformers", "matplotlib", "rich")
+    require("transformers", "matplotlib", "rich", "peft")
     require(*["gguf"] * any(name.endswith(".gguf") for name in args.checkpoints))
     require("scikit-learn", "threadpoolctl", extra="analyze")
     from transformers.utils import logging
@@ -501,5 +507,11 @@ def _analyze(args: argparse.Namespace, rest: list[str]) -> None:
     from llmjepa_kernels.analyze import analyze
 
     logging.disable_progress_bar()  # of reading weights
-    table = analyze(args.checkpoints, args.data, samples=args.samples, output_dir=args.output_dir)
+    table = analyze(
+        args.checkpoints,
+        args.data,
+        samples=args.samples,
+        output_dir=args.output_dir,
+        recipe=args.recipe,
+    )
     print(f"\n{table}\nanalysis.json and analysis.png: {args.output_dir}/")

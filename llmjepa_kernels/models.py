@@ -28,7 +28,7 @@ def load_pretrained(name: str):
         model, tokenizer; the tokenizer has a padding token.
 
     Raises:
-        FileNotFoundError: There is no such ``.gguf`` file.
+        FileNotFoundError: There is no such ``.gguf`` file, or the directory holds no model.
     """
     if not name.endswith(".gguf") and find_adapter_config_file(name) is not None:
         return _load_adapter(name)
@@ -67,9 +67,14 @@ def from_scratch(name: str, tokenizer):
 
 def _location(name: str) -> tuple[str, dict[str, str]]:
     """What ``from_pretrained`` takes for a name."""
-    if not name.endswith(".gguf"):
-        return name, {}
     path = Path(name)
+    if not name.endswith(".gguf"):
+        configs = [path / "config.json", path / "adapter_config.json"]
+        if path.is_dir() and not any(config.is_file() for config in configs):
+            inside = sorted(str(config.parent) for config in path.glob("*/config.json"))
+            hint = f", which is in {', '.join(inside)}" if inside else ""
+            raise FileNotFoundError(f"no model in {name!r}: expected a config.json{hint}")
+        return name, {}
     if not path.is_file():
         raise FileNotFoundError(f"no file {name!r}")
     return str(path.parent), {"gguf_file": path.name}

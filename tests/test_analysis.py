@@ -241,6 +241,19 @@ def test_further_views_are_predictions_only(checkpoints, analysis, tmp_path):
         assert again[key] == first[key]
 
 
+def test_built_in_pairs_by_default(checkpoints, tmp_path, capsys):
+    options = ["--samples", 4, "--output-dir", tmp_path]
+    assert analyze(checkpoints / "base", *options) == 0
+    data = tmp_path / "same.jsonl"
+    rows = grammar.generate(4, seed=42, split="heldout")
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (first,) = json.loads((tmp_path / "analysis.json").read_text())["checkpoints"]
+    assert analyze(checkpoints / "base", "--data", data, *options) == 0
+    assert json.loads((tmp_path / "analysis.json").read_text())["checkpoints"] == [first]
+    assert analyze(checkpoints / "base", "--recipe", "gsm8k", *options) == 2
+    assert "--recipe gsm8k needs --data" in capsys.readouterr().err
+
+
 def test_fewer_samples(checkpoints, tmp_path):
     options = ["--samples", 3, "--data", checkpoints / "data.jsonl", "--output-dir", tmp_path]
     assert analyze(checkpoints / "base", *options) == 0
@@ -254,7 +267,11 @@ def test_fewer_samples(checkpoints, tmp_path):
         (["base", "base"], "expected different checkpoints"),
         (list("abcdefg"), "expected 1 to 6 checkpoints, got 7"),
         (["base", "--samples", "1"], "--samples must be at least 2, got 1"),
-        (["base", "--data", "none.jsonl"], "no file 'none.jsonl'"),
+        (["base", "--data", "none.jsonl"], "none.jsonl"),
+        (
+            [".", "--data", "data.jsonl"],
+            "no model in '.': expected a config.json, which is in base",
+        ),
         (["none.gguf"], "no file 'none.gguf'"),
         (["base", "--seed", "1"], "unknown options --seed 1: see llmjepa analyze --help"),
     ],
@@ -276,7 +293,7 @@ def test_a_sample_that_does_not_fit_is_named_with_the_checkpoint(checkpoints, tm
     tokenizer.save_pretrained(directory)
     data = checkpoints / "data.jsonl"
     assert analyze(directory, "--data", data, "--output-dir", tmp_path / "out") == 2
-    assert f"{directory}: the tokenizer has no chat template" in capsys.readouterr().err
+    assert f"{directory}: sample 0: the tokenizer has no chat template" in capsys.readouterr().err
 
 
 def test_missing_package_is_named_with_the_extra(monkeypatch, capsys):
