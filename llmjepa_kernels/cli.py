@@ -186,7 +186,20 @@ def add_train_arguments(commands) -> None:
         help="tokens in a packed row at most (default: one row per batch, without padding)",
     )
     data.add_argument(
-        "--skip-bad-lines", action="store_true", help="leave malformed lines out and count them"
+        "--streaming",
+        action="store_true",
+        help="read --data again and again during training, needs --max-steps: for data larger than "
+        "memory; --dataloader-num-workers tokenize",
+    )
+    data.add_argument(
+        "--shuffle-buffer",
+        type=int,
+        metavar="N",
+        default=10_000,
+        help="samples of a stream in memory, from which the next is drawn (default: %(default)s)",
+    )
+    data.add_argument(
+        "--skip-bad-lines", action="store_true", help="leave malformed samples out and count them"
     )
     data.add_argument(
         "--skip-too-long",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 from llmjepa_kernels.chat import check_content, check_messages, check_views
@@ -59,13 +59,17 @@ def located_chats(
     *,
     recipe: str | Recipe | None = None,
     on_error: Callable[[ValueError], None] | None = None,
+    shard: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The same, each sample behind the place that it is from: ``file:line`` or ``row index``."""
+    """The same, each sample behind the place that it is from: ``file:line`` or ``row index``.
+
+    With a `shard` of (i, n) only every n-th row, from the i-th on, is looked at.
+    """
     if isinstance(recipe, str):
         if recipe not in RECIPES:
             raise ValueError(f"recipe must be one of {sorted(RECIPES)}, got {recipe!r}")
         recipe = RECIPES[recipe]
-    return _stream(open_rows(source), recipe, on_error)
+    return _stream(islice(open_rows(source), shard[0], None, shard[1]), recipe, on_error)
 
 
 def _stream(rows: Rows, recipe, on_error) -> Iterator[tuple[str, dict[str, Any]]]:

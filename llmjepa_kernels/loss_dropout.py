@@ -74,7 +74,7 @@ class LossDropout(Dataset):
             )
         else:
             drawn = f"update {update}"
-        return random.Random(f"{self.seed},{int(self._epoch)},{drawn}").random() < self.rate
+        return draw(self.seed, int(self._epoch), drawn) < self.rate
 
     def __getitem__(self, index: int | tuple[int, int]) -> Example | dict[str, Any]:
         index, update = index if isinstance(index, tuple) else (index, None)
@@ -82,3 +82,8 @@ class LossDropout(Dataset):
         if not self.drops(index, update):
             return item
         return without_views(item) if isinstance(item, Example) else {**item, "without_views": True}
+
+
+def draw(seed: int, epoch: int, drawn: str) -> float:
+    """A number from 0 to 1 that depends on nothing but these."""
+    return random.Random(f"{seed},{epoch},{drawn}").random()

@@ -27,6 +27,7 @@ from llmjepa_kernels.loss_dropout import LossDropout
 from llmjepa_kernels.predictor_tokens import add_tokens, predictor_token
 from llmjepa_kernels.report import write_report
 from llmjepa_kernels.run_record import RunRecord
+from llmjepa_kernels.streaming import ExampleStream
 from llmjepa_kernels.trainer import LLMJEPACollator, LLMJEPATrainer, ProgressBar, chat_tokens
 from llmjepa_kernels.training_data import TrainingData
 from llmjepa_kernels.training_options import COMMON, FINE_TUNE, SCRATCH
@@ -61,9 +62,8 @@ class Job:
     def run(self) -> None:
         """Trains, evaluates and saves each model, and reports on them together."""
         logging.disable_progress_bar()  # of reading and writing weights
-        if self._is_main:
-            for kind, count in self.data.left_out.items():
-                print(f"left out {count} samples: {kind}")
+        if not self.args.streaming:
+            self._print_left_out()
         for record in self.records:
             if record.result is None:
                 record.result = self._run(record)
@@ -74,6 +74,11 @@ class Job:
             print("\n" + write_report(runs, self.args.output_dir))
             print(f"Checkpoints, report.txt, report.json and report.png: {self.args.output_dir}/")
 
+    def _print_left_out(self) -> None:
+        if self._is_main:
+            for kind, count in self.data.left_out.counts().items():
+                print(f"left out {count} samples: {kind}")
+
     def _check_options(self) -> None:
         args = self.args
         for name in (
@@ -83,6 +88,7 @@ class Job:
             "lora_rank",
             "hidden_size",
             "num_layers",
+            "shuffle_buffer",
         ):
             value = getattr(args, name)
             if value is not None and value < 1:
@@ -105,6 +111,14 @@ class Job:
             raise ValueError(f"--format plain has the shared --layout only, got {args.layout}")
         if args.separator is not None and args.template != "plain":
             raise ValueError("--separator is for --format plain")
+        if args.streaming:
+            for name, given in (("data", args.data), ("max_steps", args.max_steps)):
+                if given is None:
+                    raise ValueError(f"--streaming needs {_option(name)}")
+            if args.train_samples is not None:
+                raise ValueError("--train-samples does not go with --streaming: see --max-steps")
+            if args.loss_dropout_per == "step":
+                raise ValueError("--loss-dropout-per step does not go with --streaming")
         if args.seeds and len(set(args.seeds)) < len(args.seeds):
             raise ValueError(f"--seeds must differ, got {args.seeds}")
         if args.compare is None:
@@ -207,6 +221,14 @@ class Job:
         )
         return example_format, new_ids
 
+    def _train_dataset(self, seed: int) -> LossDropout | ExampleStream:
+        args = self.args
+        if args.streaming:
+            return self.data.stream(seed=seed)
+        return LossDropout(
+            self.data.train.examples, args.loss_dropout, per=args.loss_dropout_per, seed=seed
+        )
+
     def _run(self, record: RunRecord) -> dict[str, Any]:
         """Trains one model; what there is to report, in full in the main process only."""
         args, data = self.args, self.data
@@ -229,12 +251,7 @@ class Job:
                 share_prefixes=args.share_prefixes and views,
                 views=views,
             ),
-            train_dataset=LossDropout(
-                data.train.examples,
-                args.loss_dropout,
-                per=args.loss_dropout_per,
-                seed=record.seed,
-            ),
+            train_dataset=self._train_dataset(record.seed),
             eval_dataset=data.held_out.examples or None,
             processing_class=tokenizer,
             jepa_weight=args.jepa_weight,
@@ -248,15 +265,18 @@ class Job:
                 print(fault)
             if args.resume:
                 print(f"resuming from {checkpoint or 'the beginning: there is no checkpoint'}")
+            size = f"a stream of {args.data}" if args.streaming else f"{len(data.train)} examples"
             parameters, trained = (n / 1e6 for n in _count_parameters(model))
             print(
-                f"\n{record.title}: {len(data.train)} examples, {parameters:.1f} M parameters, "
+                f"\n{record.title}: {size}, {parameters:.1f} M parameters, "
                 f"{trained:.1f} M of them trained",
                 flush=True,
             )
         if trainer.pop_callback(ProgressCallback):
             trainer.add_callback(ProgressBar)
         metrics = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
+        if args.streaming:
+            self._print_left_out()
         if data.held_out.examples:
             metrics |= trainer.evaluate()
         if data.out_of_distribution.examples:
@@ -267,7 +287,8 @@ class Job:
         if not self._is_main:
             return {}
         history = trainer.state.log_history
-        metrics |= self._summary([log for log in history if "tokens_per_step" in log])
+        logs = [log for log in history if "tokens_per_step" in log]
+        metrics |= self._summary(logs, trainer.get_total_train_batch_size(trainer.args))
         cosines = []
         model = trainer.accelerator.unwrap_model(trainer.model)
         if data.held_out.samples:
@@ -282,12 +303,15 @@ class Job:
                 metrics[key] = mean(prediction.correct for prediction in predictions)
         return record.finish({"metrics": metrics, "history": history, "cosines": cosines})
 
-    def _summary(self, logs: list[dict[str, float]]) -> dict[str, float]:
+    def _summary(self, logs: list[dict[str, float]], batch_size: int) -> dict[str, float]:
         """The last losses, and what an example costs."""
         tokens = sum(log["tokens_per_step"] for log in logs)
         seconds = sum(log["tokens_per_step"] / log["tokens_per_second"] for log in logs)
         cost = tokens / sum(log["tokens_per_step"] / log["relative_cost"] for log in logs)
-        tokens_per_example = cost * mean(map(chat_tokens, self.data.train.examples))
+        if self.args.streaming:  # whose batches are all full
+            tokens_per_example = tokens / len(logs) / batch_size
+        else:
+            tokens_per_example = cost * mean(map(chat_tokens, self.data.train.examples))
         return {
             "loss": logs[-1]["loss"],
             "ntp_loss": logs[-1]["ntp_loss"],

@@ -216,6 +216,9 @@ def test_overlong_example_is_named_by_line(tmp_path, capsys):
         (["--lora-rank", "4"], "--lora-rank adapts a trained --model, not random weights"),
         (["--format", "plain", "--layout", "official"], "has the shared --layout only"),
         (["--separator", ";"], "--separator is for --format plain"),
+        (["--streaming"], "--streaming needs --data"),
+        (["--streaming", "--data", "x"], "--streaming needs --max-steps"),
+        (["--shuffle-buffer", "0"], "--shuffle-buffer must be at least 1, got 0"),
         (["--seeds", "1", "2", "1"], "--seeds must differ, got [1, 2, 1]"),
         (["--split", "depth"], "split must be depth:N"),
     ],
@@ -308,7 +311,34 @@ def test_bad_lines_and_long_samples_can_be_left_out_and_are_counted(tmp_path, ca
     assert "data.jsonl:4: it takes" in capsys.readouterr().err
     assert run(*options, "--skip-bad-lines", "--skip-too-long") == 0
     captured = capsys.readouterr()
-    assert "left out 1 samples: bad lines" in captured.out
+    assert "left out 1 samples: malformed" in captured.out
     assert "left out 1 samples: too long" in captured.out
     assert "data.jsonl:2: messages must have the roles" in captured.err
     assert "LLM-JEPA, seed 42: 7 examples" in captured.out
+
+
+@pytest.mark.slow
+def test_streaming_resumes_and_counts_what_it_leaves_out(tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    rows = grammar.generate(20, max_depth=1)
+    rows[2]["messages"][1]["content"] *= 60
+    rows += grammar.generate(4, min_depth=2)
+    data.write_text("\n".join(["{", *map(json.dumps, rows)]))
+    options = ["--data", data, "--streaming", "--shuffle-buffer", 6, "--skip-bad-lines"]
+    options += ["--skip-too-long", "--max-length", 200, "--split", "depth:1", "--no-compare"]
+    options += ["--hidden-size", 64, "--num-layers", 1, "--loss-dropout", 0.5, "--batch-size", 8]
+    options += ["--save-strategy", "steps", "--save-steps", 4, "--output-dir", tmp_path / "out"]
+    options += ["--dataloader-num-workers", 2]
+    assert run(*options, "--max-steps", 6) == 0
+    output = capsys.readouterr().out
+    for kind, count in (("out of distribution", 4), ("malformed", 1), ("too long", 1)):
+        assert f"left out {count} samples: {kind}" in output
+    metrics = report(tmp_path / "out")["LLM-JEPA"]["metrics"]
+    assert metrics["tokens_per_example"] > 10
+    checkpoint = tmp_path / "out" / "llm-jepa"
+    weights = (checkpoint / "model.safetensors").read_bytes()
+    (checkpoint / "model.safetensors").unlink()
+    (checkpoint / "run.json").unlink()
+    (checkpoint / "checkpoint-6" / "complete.json").unlink()
+    assert run(*options, "--max-steps", 6, "--resume") == 0
+    assert (checkpoint / "model.safetensors").read_bytes() == weights
