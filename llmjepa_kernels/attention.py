@@ -218,7 +218,8 @@ def _flash_is_faster(
     # Tokens, and how they fall into sequences and calls: to a power of two.
     sizes = (len(q) * n for n in (q.shape[2], plan.calls[0].bounds.shape[2], plan.rows.shape[1]))
     kind = (
-        *("attention", type(kernels).__name__, q.dtype, q.shape[1], k.shape[1], q.shape[3]),
+        *("attention", type(kernels).__name__, *mask.block_size),
+        *(q.dtype, q.shape[1], k.shape[1], q.shape[3]),
         *(len(plan.calls), *(size.bit_length() for size in sizes)),
         *(name for name, value in options.items() if value is not None),
     )

@@ -1,6 +1,7 @@
 """The flash-attn back end over stand-ins for flash-attn 2 and 3, and over the real ones."""
 
 import importlib.util
+import inspect
 
 import pytest
 import torch
@@ -55,6 +56,11 @@ def test_matches_the_reference(kernels, options, dtype):
     else:
         check_attention(case, "flash", dtype)
     assert kernels.calls.count("forward") == kernels.calls.count("backward") == len(plan.calls)
+
+
+@pytest.mark.parametrize("head_dim", [8, 40, 96, 128, 256])
+def test_head_dims(kernels, head_dim):
+    check_exact(AttentionCase.random(seq=20, head_dim=head_dim, mean_length=3, softmax_scale=0.1))
 
 
 @pytest.mark.parametrize("mean_length", [0.5, 3.0, 30.0])
@@ -267,3 +273,23 @@ def test_flash_attn_on_a_gpu(options, head_dim, dtype):
     first, second = (case.run("flash", dtype, "cuda") for _ in range(2))
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("package", ["flash_attn", "flash_attn_3"])
+def test_stand_ins_have_the_signatures_of_flash_attn(package):
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    if package == "flash_attn":
+        interface = importlib.import_module("flash_attn.flash_attn_interface")
+        for name in ("_flash_attn_varlen_forward", "_flash_attn_varlen_backward"):
+            real = getattr(interface, name)
+            real = inspect.signature(getattr(real, "_init_fn", real)).parameters.values()
+            own = inspect.signature(getattr(FlashAttention2StandIn(), name)).parameters.values()
+            assert [(p.name, p.default) for p in own] == [(p.name, p.default) for p in real]
+    else:
+        importlib.import_module("flash_attn_3._C")
+        for name in ("fwd", "bwd"):
+            real = getattr(torch.ops.flash_attn_3, name).default._schema.arguments
+            own = inspect.signature(getattr(FlashAttention3StandIn(), name)).parameters
+            assert list(own) == [argument.name for argument in real]

@@ -1,8 +1,19 @@
 """flash-attn's variable-length functions in plain PyTorch, on any device and in any dtype.
 
-Signatures and conventions are those of the real ones, as far as they were read there: layouts,
-causal masks aligned to the last query and key, windows, lse where a query has no keys, and what
-version 2 makes of a maximal query length of 1. What they leave unwritten is NaN here.
+Signatures are those of
+
+- `_flash_attn_varlen_forward` and `_flash_attn_varlen_backward` of flash_attn_interface.py in
+  flash-attn 2.8.0.post2 to 2.8.3.post2: names, order and defaults;
+- the operators `fwd` and `bwd` of flash_attn_3, as TORCH_LIBRARY of flash_api.cpp in hopper/ at
+  3.0.0b1 and flash_api_stable.cpp later define them; there `max_seqlen_q` to `v_descale` and
+  `softmax_scale` have defaults in some versions, so calls must give them all.
+
+Conventions are those of the kernels: layouts; causal masks and windows aligned to the last query
+and key; a query without keys has out 0, dq 0 and lse inf in version 2 (softmax.h,
+flash_fwd_kernel.h) but -inf in 3; keys without queries have dk = dv = 0 (flash_bwd_kernel.h and
+store_zero of the epilogue in 3); gradients are of all keys in a sequence and of no others; what
+version 2 makes of a maximal query length of 1 (mha_varlen_fwd). What they leave unwritten is NaN
+here.
 """
 
 import math
