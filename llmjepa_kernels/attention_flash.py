@@ -43,7 +43,7 @@ def attention_forward(
     out, lse = attend(q, call=causal)
     if further:
         rows = _flat(plan.rows, len(q) // batch).long()
-        merged, merged_lse = out[rows].to(lse.dtype), lse[:, rows]
+        merged, merged_lse = _unsigned_zero(out[rows].to(lse.dtype)), lse[:, rows]
         for call in further:
             slots = call.slots
             part, part_lse = attend(q[rows[slots]], call=call)
@@ -85,7 +85,7 @@ def attention_backward(
     kernels.backward(dout, q, k, v, out, lse, dq, dk, dv, call=causal, **options)
     if further:
         rows = _flat(plan.rows, len(q) // batch).long()
-        merged = dq[rows].to(lse.dtype)
+        merged = _unsigned_zero(dq[rows].to(lse.dtype))
         dk_part, dv_part = torch.empty_like(dk), torch.empty_like(dv)
         for call in further:
             queries = rows[call.slots]
@@ -116,6 +116,15 @@ def _by_token(x: Tensor) -> Tensor:
 
 def _by_row(x: Tensor, batch: int) -> Tensor:
     return x.unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+def _unsigned_zero(x: Tensor) -> Tensor:
+    """x without -0.0, which adding nothing would turn into 0.0.
+
+    What fills up a row in the lists of a plan is written back several times, merged with nothing or
+    not: these must be the same bits.
+    """
+    return x + 0.0
 
 
 def _weight(lse: Tensor, total: Tensor) -> Tensor:

@@ -214,35 +214,41 @@ def _plan(visible_until: Tensor, position_ids: Tensor | None, window: int | None
             _check_window(window, run_reach, blocks, block_reach, nearest, seq)
             blocks = blocks[:, nearest <= window]
 
+    levels = _levels(blocks)
+    runs, solitary = _apart(run_start, run_end, seq)
+    is_query = torch.zeros_like(first)
+    for query_start, query_end, *_ in (solitary, *levels[:1]):
+        is_query[_members(query_start, query_end)] = True
+    slot = (is_query.view(batch, seq).cumsum(1) - 1).flatten()
+    rows = is_query.nonzero().flatten()
+
+    calls = [_call(runs, token.new_empty(batch, 0), seq)]
+    for chosen in (solitary, *levels):
+        queries = _members(chosen[0], chosen[1])
+        calls.append(_call(chosen, _by_row(slot[queries], queries // seq, batch), seq))
+    return FlashPlan(_by_row(rows % seq, rows // seq, batch).int(), tuple(calls), reach, window)
+
+
+def _levels(blocks: Tensor) -> list[Tensor]:
+    """The blocks of each level of nesting, outermost first."""
+    if blocks.shape[1] == 0:
+        return []
     # Blocks are nested like their segments: the level is the number of blocks still open.
     closed = torch.bucketize(blocks[2], blocks[1].sort().values, right=True)
     level = torch.arange(blocks.shape[1]) - closed
-    levels = [
-        blocks[:, level == depth] for depth in range(int(level.max()) + 1 if len(level) else 0)
-    ]
-
-    runs, solitary = _apart(run_start, run_end, seq)
-    is_row = torch.zeros(batch * seq, dtype=torch.bool)
-    for query_start, query_end, *_ in levels[:1]:
-        is_row[_members(query_start, query_end)] = True
+    levels = [blocks[:, level == depth] for depth in range(int(level.max()) + 1)]
+    in_outermost = torch.zeros(int(blocks[1].max()), dtype=torch.bool)
+    in_outermost[_members(levels[0][0], levels[0][1])] = True
     for query_start, query_end, *_ in levels:
         if (
-            not is_row[_members(query_start, query_end)].all()
+            not in_outermost[_members(query_start, query_end)].all()
             or (query_start[1:] < query_end[:-1]).any()
         ):
             raise ValueError(
                 "visible_until must be that of a forest for impl='flash': the ranges "
                 "j : visible_until[j] of two tokens may be nested or disjoint, but some cross"
             )
-    is_row[_members(solitary[0], solitary[1])] = True
-
-    slot = (is_row.view(batch, seq).cumsum(1) - 1).flatten()
-    calls = [_call(runs, token.new_empty(batch, 0), seq)]
-    for block in (solitary, *levels):
-        queries = _members(block[0], block[1])
-        calls.append(_call(block, _by_row(slot[queries], queries // seq, batch), seq))
-    rows = is_row.nonzero().flatten()
-    return FlashPlan(_by_row(rows % seq, rows // seq, batch).int(), tuple(calls), reach, window)
+    return levels
 
 
 def _apart(start: Tensor, end: Tensor, seq: int) -> tuple[Tensor, Tensor]:
