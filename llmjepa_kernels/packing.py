@@ -141,7 +141,8 @@ def pack(
         pad_token_id: Fills shorter rows; a padding token sees nothing but itself.
         pad_to_multiple_of: Pads rows to a multiple of this, for fewer different shapes.
         block_size: Tile size of the attention schedule, a power of two. Default: 64.
-        flash_plan: Also plan the calls of ``impl="flash"``.
+        flash_plan: Also plan the calls of ``impl="flash"``. Each level of shared prefixes is one
+            more, so that back end may be faster without `share_prefixes`.
 
     Raises:
         ValueError: An example is malformed or longer than `max_length`; names it.
