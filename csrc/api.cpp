@@ -1,6 +1,7 @@
 #include "api.h"
 
 #include <algorithm>
+#include <cstring>
 #include <new>
 #include <vector>
 
@@ -108,20 +109,27 @@ bool in_range(const LkPairs& a) {
   return true;
 }
 
-size_t row_size(const LkPairs& a) {
+constexpr int64_t kTaskBytes = 512 << 10;  // threads are worth waking for no less
+
+int64_t row_size(const LkPairs& a) {
   return a.dim * (a.dtype == LK_FLOAT64 ? 8 : a.dtype == LK_FLOAT32 ? 4 : 2);
 }
 
-// body(i) for i in 0 .. count - 1, each of which touches some rows. Threads are worth waking for
-// no less than kTaskBytes.
+// body(i) for i in 0 .. count - 1, each of which touches some rows.
 template <class Body>
 bool for_each(const LkPairs& a, int64_t count, int64_t rows, Body body) {
-  constexpr int64_t kTaskBytes = 512 << 10;
-  const int64_t size = rows * static_cast<int64_t>(row_size(a));
-  const int64_t grain = kTaskBytes / (size + 1) + 1;
+  const int64_t grain = kTaskBytes / (rows * row_size(a) + 1) + 1;
   return parallel_for(ceil_div(count, grain), a.num_threads, 0, [&](int64_t i, void*) {
     const int64_t end = std::min((i + 1) * grain, count);
     for (int64_t at = i * grain; at < end; ++at) body(at);
+  });
+}
+
+bool fill_with_zeros(const LkPairs& a) {
+  const int64_t size = a.batch * a.seq * row_size(a);
+  return parallel_for(ceil_div(size, kTaskBytes), a.num_threads, 0, [&](int64_t i, void*) {
+    const int64_t begin = i * kTaskBytes;
+    std::memset(static_cast<char*>(a.dhidden) + begin, 0, std::min(kTaskBytes, size - begin));
   });
 }
 
@@ -129,7 +137,6 @@ bool for_each(const LkPairs& a, int64_t count, int64_t rows, Body body) {
 // once, from all of them in ascending order.
 bool pairs_backward(const LkPairs& a, decltype(PairKernels::distance_backward) kernel) {
   const int64_t num_rows = a.batch * a.seq, num_slots = a.batch * a.num_pairs * 2;
-  const size_t size = row_size(a);
   std::vector<int64_t> first(num_rows, -1), next(num_slots, -1), owners;
   for (int64_t slot = num_slots - 1; slot >= 0; --slot) {
     if (a.pairs[slot] < 0) continue;
@@ -140,10 +147,7 @@ bool pairs_backward(const LkPairs& a, decltype(PairKernels::distance_backward) k
   for (int64_t row = 0; row < num_rows; ++row) {
     if (first[row] >= 0) owners.push_back(first[row]);
   }
-  return for_each(a, num_rows, 1,
-                  [&](int64_t row) {
-                    std::fill_n(static_cast<char*>(a.dhidden) + row * size, size, char{0});
-                  }) &&
+  return fill_with_zeros(a) &&
          for_each(a, static_cast<int64_t>(owners.size()), 3,
                   [&](int64_t i) { kernel(a, next.data(), owners[i]); });
 }
