@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from llmjepa_kernels.block_mask import SCHEDULE_KEYS
+from llmjepa_kernels.packing import schedule_of
 
 # What `view_geometry` returns, a row of every matrix being an example.
 DEFINITIONS = {
@@ -53,9 +53,10 @@ def view_states(model, batches: Iterable[Mapping[str, Tensor]]) -> tuple[Tensor,
     model.eval()
     states = []
     for batch in batches:
-        keys = ("input_ids", "position_ids", "visible_until", *SCHEDULE_KEYS)
+        keys = ("input_ids", "position_ids", "visible_until")
+        tensors = {key: batch[key] for key in keys} | schedule_of(batch)
         outputs = model(
-            **{key: batch[key].to(model.device) for key in keys},
+            **{key: value.to(model.device) for key, value in tensors.items()},
             logits_to_keep=1,
             output_hidden_states=-1,
             use_cache=False,
