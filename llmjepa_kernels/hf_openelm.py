@@ -20,9 +20,17 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+# What the adapter uses of an attention layer.
 ATTENTION = {
-    *("qkv_proj", "out_proj", "q_norm", "k_norm", "pos_embedding", "head_dim"),
-    *("num_q_heads", "num_k_heads", "num_v_heads"),
+    "head_dim",
+    "k_norm",
+    "num_k_heads",
+    "num_q_heads",
+    "num_v_heads",
+    "out_proj",
+    "pos_embedding",
+    "q_norm",
+    "qkv_proj",
 }
 
 

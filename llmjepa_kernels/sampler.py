@@ -1,4 +1,8 @@
-"""Which process trains on which examples of an update: as equal shares of work as can be."""
+"""Which process trains on which examples of an update: as equal shares of work as can be.
+
+Transformers' ``train_sampling_strategy="batch_rebalance"`` is for padded rows: it gives processes
+different numbers of examples and has an order of its own.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +19,10 @@ class UpdateSampler(Sampler):
     """Deals the examples of every update to the processes by their work.
 
     Which examples make up an update, and each of its accumulated batches over all processes, is
-    left to `base`, and so is which of them Accelerate repeats to fill the last one of an epoch:
-    any number of processes trains on the same. Of such a batch every process gets as many examples
-    as without this sampler, but such that the sums of work are about equal: the largest first,
-    each to whom has the least work in this update so far and room left.
+    left to `base`: any number of processes trains on the same, but for those that Accelerate
+    repeats with several to fill the last batches of an epoch. Of a batch every process gets as
+    many examples as without this sampler, but such that the sums of work are about equal: the
+    largest first, each to whom has the least work in this update so far and room left.
 
     Args:
         base: Gives the order of an epoch; the same in all processes.
