@@ -127,8 +127,12 @@ class TrainingData:
 
     def digest(self) -> str:
         """Tells whether two runs had the same data."""
-        parts = [part.samples for part in (self.train, self.held_out, self.out_of_distribution)]
-        return hashlib.blake2b(json.dumps(parts, default=str).encode(), digest_size=16).hexdigest()
+        digest = hashlib.blake2b(digest_size=16)
+        for part in (self.train, self.held_out, self.out_of_distribution):
+            for sample in part.samples:
+                digest.update(json.dumps(sample, default=str).encode() + b"\n")
+            digest.update(b"\n")
+        return digest.hexdigest()
 
     def _pass(
         self, left_out: LeftOut, worker: int, num_workers: int, first: bool

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -184,6 +185,20 @@ def test_malformed_data_is_named_by_line(tmp_path, capsys, line, message):
     data.write_text(json.dumps(grammar.generate(1)[0]) + "\n" + line + "\n")
     assert run("--data", data, "--output-dir", tmp_path) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_tokenizer_without_chat_template_points_to_the_plain_format(miniature, tmp_path, capsys):
+    model = shutil.copytree(miniature / "llm-jepa", tmp_path / "model")
+    (model / "chat_template.jinja").unlink()
+    options = ["--model", model, "--train-samples", 8, "--max-steps", 1, "--no-compare"]
+    options += ["--eval-samples", 2, "--output-dir", tmp_path / "out"]
+    assert run(*options) == 2
+    assert "has no chat template: train with --format plain" in capsys.readouterr().err
+    assert run(*options, "--format", "plain", "--separator", "<|user|>") == 0
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    saved = ExampleFormat.load(tmp_path / "out" / "llm-jepa")
+    assert saved.separator_id == tokenizer.convert_tokens_to_ids("<|user|>")
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out" / "llm-jepa")) == len(tokenizer)
 
 
 def test_overlong_example_is_named_by_line(tmp_path, capsys):

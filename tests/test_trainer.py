@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -155,6 +156,20 @@ def test_collator_counts_what_plain_fine_tuning_takes(tokenizer):
     plain = LLMJEPACollator(tokenizer, views=False, share_prefixes=False)(ROWS[:8])
     assert plain["input_ids"].numel() == int(plain["sft_tokens"].sum()) == sft_tokens
     assert plain["view_pairs"].shape[1] == 0
+
+
+def test_loss_dropout_takes_the_cost_of_the_views_away(tokenizer):
+    _, collator = build(tokenizer)
+    examples = [collator.example(row) for row in ROWS]
+    data = LossDropout(examples, 0.75, seed=1)
+    kept = [i for i in range(len(data)) if not data.drops(i)]
+    assert 0 < len(kept) < len(data)
+    collator = replace(collator, share_prefixes=False)
+    batch = collator([data[i] for i in range(len(data))])
+    views = [sum(len(s.input_ids) for s in e.segments) - chat_tokens(e) for e in examples]
+    sft_tokens = sum(map(chat_tokens, examples))
+    assert int(batch["sft_tokens"].sum()) == sft_tokens  # what relative_cost divides by
+    assert batch["input_ids"].numel() == sft_tokens + sum(views[i] for i in kept)
 
 
 def test_collator_names_what_is_wrong(tokenizer):
