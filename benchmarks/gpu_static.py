@@ -243,7 +243,8 @@ def combined_backward(records: list[dict]) -> float:
 def _describe(config: dict) -> str:
     words = [f"{config['block_m']}x{config['block_n']} w{config['num_warps']}"]
     words.append(f"s{config['num_stages']}")
-    words += [name for name in ("tma", "halves", "eager_dp") if config[name]]
+    words += [name for name in ("tma", "eager_dp") if config[name]]
+    words += [f"pieces {config['pieces']}"] if config["pieces"] > 1 else []
     words += [f"r{config['maxnreg']}"] if config["maxnreg"] else []
     return " ".join(words)
 

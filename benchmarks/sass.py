@@ -319,8 +319,9 @@ def _cost(path, code, chip: Chip, warps: int, ctas: int, simulate: bool) -> Loop
 
 
 def _replay(path, code, chip: Chip, warps: int, ctas: int, iterations: int = 12) -> float:
-    """Steady-state SM cycles per CTA iteration: one sub-partition, 1/4 of each CTA's warps."""
-    per_cta = max(1, warps // 4)
+    """Steady-state SM cycles per CTA iteration: one sub-partition, 1/4 of the resident warps."""
+    per_cta = max(1, warps // 4)  # that wait for each other; two CTAs of two warps take turns
+    resident = max(1, warps * ctas // 4)
     trace = []
     for x in path:
         unit, cost = _unit_cost(x, chip)
@@ -334,7 +335,7 @@ def _replay(path, code, chip: Chip, warps: int, ctas: int, iterations: int = 12)
     states = [
         {"pc": 0, "t": 37.0 * (k // per_cta), "board": [0.0] * 8, "groups": [],
          "cta": k // per_cta, "parked": False}
-        for k in range(per_cta * ctas)
+        for k in range(resident)
     ]  # fmt: skip
     free, waiting = defaultdict(float), defaultdict(list)
     last, now, ends = None, 0.0, []
@@ -373,4 +374,4 @@ def _replay(path, code, chip: Chip, warps: int, ctas: int, iterations: int = 12)
                 for other in waiting.pop(w["cta"]):
                     other["parked"], other["t"] = False, t + LATENCY["BAR"]
     warm = 3 * len(states)  # iterations that ended before the measurement starts
-    return (ends[-1] - ends[warm]) / (len(ends) - 1 - warm) * per_cta
+    return (ends[-1] - ends[warm]) / (len(ends) - 1 - warm) * warps / 4

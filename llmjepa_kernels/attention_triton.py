@@ -208,7 +208,7 @@ def _scaling(softmax_scale: float, softcap: float | None) -> tuple[float, float 
 
 def _constants(config: Config, head_dim: int, mask: BlockMask, window: int | None) -> dict:
     constants = {
-        "D": (head_dim, *head_dim_pieces(head_dim, config.halves)),
+        "D": (head_dim, *head_dim_pieces(head_dim, config.pieces)),
         "MASK_M": mask.block_size[0],
         "MASK_N": mask.block_size[1],
         "ALL_MASKED": window != mask.window,
@@ -231,9 +231,8 @@ def _operand(x: Tensor, rows: int, config: Config) -> tuple:
     # A stride over a dimension of size 1 is arbitrary, but the hardware wants it aligned.
     strides = [s if n > 1 else x.shape[3] for n, s in zip(x.shape, x.stride(), strict=True)]
     strides[3] = 1
-    d0, d1 = head_dim_pieces(x.shape[3], config.halves)
-    sizes = [d0] if d1 in (0, d0) else [d0, d1]
-    return tuple(TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, d]) for d in sizes)
+    widths = dict.fromkeys(head_dim_pieces(x.shape[3], config.pieces))  # each once
+    return tuple(TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, d]) for d in widths)
 
 
 def _strided(x: Tensor) -> tuple:

@@ -6,9 +6,8 @@ travels as a tuple:
 
     x        (pointer, stride_batch, stride_head, stride_seq) of a (batch, heads, seq, head_dim)
              tensor; with TMA, its tensor descriptors, one per piece of the head dim
-    D        (head dim, D0, D1): a tile holds the head dim as one or two pieces, 80 = 64 + 16, so
-             that no matrix product is padded; D1 is 0 where one piece will do, and the second
-             member of a pair of pieces is then a placeholder
+    D        (head dim, widths of its pieces…): a tile is a tuple of pieces of the head dim, of one
+             width or two, 80 = 64 + 16, so that no matrix product is padded
     scaling  (a, c): base-2 scores are a q.k, or c tanh(a q.k) where there is a softcap c
     row      (visible_until, position_ids, window, seq_len) of the row of the batch; position_ids
              is None where there is no window
@@ -34,7 +33,7 @@ def _load_piece(
     x, b, h, row0, seq_len, ROWS: tl.constexpr, D: tl.constexpr, PIECE: tl.constexpr,
     CLAMP: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """[ROWS, D0 or D1]: one piece of rows row0, row0 + 1, … of one head."""
+    """[ROWS, width]: one piece of rows row0, row0 + 1, … of one head."""
     FIRST: tl.constexpr = D[1] * PIECE
     SIZE: tl.constexpr = D[1 + PIECE]
     if TMA:
@@ -59,11 +58,10 @@ def _load_rows(
     x, b, h, row0, seq_len, ROWS: tl.constexpr, D: tl.constexpr, CLAMP: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
-    x0 = _load_piece(x, b, h, row0, seq_len, ROWS, D, 0, CLAMP, TMA)
-    x1 = x0
-    if D[2] > 0:
-        x1 = _load_piece(x, b, h, row0, seq_len, ROWS, D, 1, CLAMP, TMA)
-    return x0, x1
+    pieces = ()
+    for PIECE in tl.static_range(len(D) - 1):
+        pieces += (_load_piece(x, b, h, row0, seq_len, ROWS, D, PIECE, CLAMP, TMA),)
+    return pieces
 
 
 @triton.jit
@@ -72,11 +70,10 @@ def _store_rows(x, pieces, b, h, row0, seq_len, ROWS: tl.constexpr, D: tl.conste
     exists = (rows < seq_len - row0)[:, None]
     base = x[0] + b.to(tl.int64) * x[1] + h.to(tl.int64) * x[2] + row0.to(tl.int64) * x[3]
     pointers = base + rows.to(tl.int64)[:, None] * x[3]
-    offs_d = tl.arange(0, D[1])[None, :]
-    tl.store(pointers + offs_d, pieces[0].to(x[0].dtype.element_ty), exists & (offs_d < D[0]))
-    if D[2] > 0:
-        offs_d = D[1] + tl.arange(0, D[2])[None, :]
-        tl.store(pointers + offs_d, pieces[1].to(x[0].dtype.element_ty), exists & (offs_d < D[0]))
+    for PIECE in tl.static_range(len(D) - 1):
+        offs_d = D[1] * PIECE + tl.arange(0, D[1 + PIECE])[None, :]
+        tile = pieces[PIECE].to(x[0].dtype.element_ty)
+        tl.store(pointers + offs_d, tile, exists & (offs_d < D[0]))
 
 
 # --- Arithmetic on pieces of the head dim --------------------------------------------------------
@@ -84,38 +81,53 @@ def _store_rows(x, pieces, b, h, row0, seq_len, ROWS: tl.constexpr, D: tl.conste
 
 @triton.jit
 def _zeros(ROWS: tl.constexpr, D: tl.constexpr):
-    acc0 = tl.zeros([ROWS, D[1]], tl.float32)
-    acc1 = 0.0
-    if D[2] > 0:
-        acc1 = tl.zeros([ROWS, D[2]], tl.float32)
-    return acc0, acc1
+    pieces = ()
+    for PIECE in tl.static_range(len(D) - 1):
+        pieces += (tl.zeros([ROWS, D[1 + PIECE]], tl.float32),)
+    return pieces
 
 
 @triton.jit
 def _dot_over_d(a, b, D: tl.constexpr):
     """a b^T, [rows of a, rows of b]: contracts the head dim."""
     dots = tl.dot(a[0], tl.trans(b[0]), input_precision="ieee")
-    if D[2] > 0:
-        dots = tl.dot(a[1], tl.trans(b[1]), acc=dots, input_precision="ieee")
+    for PIECE in tl.static_range(1, len(D) - 1):
+        dots = tl.dot(a[PIECE], tl.trans(b[PIECE]), acc=dots, input_precision="ieee")
     return dots
 
 
 @triton.jit
 def _accumulate(acc, weights, rows, D: tl.constexpr):
     """acc + weights @ rows: contracts the rows."""
-    acc0 = tl.dot(weights, rows[0], acc=acc[0], input_precision="ieee")
-    acc1 = acc[1]
-    if D[2] > 0:
-        acc1 = tl.dot(weights, rows[1], acc=acc1, input_precision="ieee")
-    return acc0, acc1
+    pieces = ()
+    for PIECE in tl.static_range(len(D) - 1):
+        pieces += (tl.dot(weights, rows[PIECE], acc=acc[PIECE], input_precision="ieee"),)
+    return pieces
 
 
 @triton.jit
 def _rescale(acc, factor, D: tl.constexpr):
-    acc1 = acc[1]
-    if D[2] > 0:
-        acc1 = acc1 * factor
-    return acc[0] * factor, acc1
+    pieces = ()
+    for PIECE in tl.static_range(len(D) - 1):
+        pieces += (acc[PIECE] * factor,)
+    return pieces
+
+
+@triton.jit
+def _rescale_and_accumulate(acc, factor, weights, rows, D: tl.constexpr):
+    """acc * factor + weights @ rows."""
+    pieces = ()
+    for PIECE in tl.static_range(len(D) - 1):
+        piece = acc[PIECE]
+        if len(D) > 3 and PIECE + 2 < len(D):
+            # Of three or more pieces, only the last is rescaled before its product: the registers
+            # of a thread cannot hold all of them before and after at once.
+            product = tl.dot(weights, rows[PIECE], input_precision="ieee")
+            piece = tl.fma(piece, tl.broadcast_to(factor, piece.shape), product)
+        else:
+            piece = tl.dot(weights, rows[PIECE], acc=piece * factor, input_precision="ieee")
+        pieces += (piece,)
+    return pieces
 
 
 @triton.jit
@@ -272,9 +284,8 @@ def _online_softmax_tile(
     else:
         p = tl.exp2(scores - m_finite[:, None])
     alpha = tl.exp2(m_i - m_finite)
-    acc = _rescale(acc, alpha[:, None], D)
     v_tile = _load_rows(v, b, kv_head, n0, row[3], BLOCK_N, D, MASKED, TMA)
-    acc = _accumulate(acc, p.to(v_tile[0].dtype), v_tile, D)
+    acc = _rescale_and_accumulate(acc, alpha[:, None], p.to(v_tile[0].dtype), v_tile, D)
     return acc, m_new, l_i * alpha + tl.sum(p, 1)
 
 
@@ -346,9 +357,9 @@ def _attention_row_statistics_kernel(
 
     o = _load_rows(out, b, head, m0, seq_len, BLOCK_M, D, True, False)
     do = _load_rows(dout, b, head, m0, seq_len, BLOCK_M, D, True, False)
-    row_delta = tl.sum(o[0].to(tl.float32) * do[0].to(tl.float32), 1)
-    if D[2] > 0:
-        row_delta += tl.sum(o[1].to(tl.float32) * do[1].to(tl.float32), 1)
+    row_delta = tl.zeros([BLOCK_M], tl.float32)
+    for PIECE in tl.static_range(len(D) - 1):
+        row_delta += tl.sum(o[PIECE].to(tl.float32) * do[PIECE].to(tl.float32), 1)
     row_delta = tl.where(exists, row_delta, 0.0)
     row_lse2 = tl.load(lse + plane * seq_len + offs_m, mask=exists, other=float("inf")) * LOG2E
     tl.store(lse2 + plane * padded_len + offs_m, row_lse2)

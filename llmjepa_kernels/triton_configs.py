@@ -22,7 +22,7 @@ class Config:
     Attributes:
         block_m, block_n: Queries and keys of a compute tile; they divide the mask's block.
         tma: Read tiles through tensor descriptors instead of pointers.
-        halves: Hold the head dim as two halves, which shortens the life of registers.
+        pieces: Hold the head dim as so many pieces, which shortens the life of registers.
         eager_dp: In the backward, start dP before the softmax that it does not depend on:
             asynchronous matrix units then overlap the two, for more live registers.
         maxnreg: Upper bound on the registers of a thread.
@@ -33,7 +33,7 @@ class Config:
     num_warps: int = 4
     num_stages: int = 2
     tma: bool = False
-    halves: bool = False
+    pieces: int = 1
     eager_dp: bool = False
     maxnreg: int | None = None
 
@@ -44,34 +44,42 @@ class Config:
 # hold both of dK and dV, they are computed apart, at the price of one more product.
 TABLE: dict[tuple[str, int], dict[str, list[Config]]] = {
     ("sm_80", 64): {
-        "forward": [Config(128, 64, 4, 3), Config(64, 64, 4, 3)],
-        "dkdv": [Config(32, 128, 4, 3), Config(64, 64, 4, 2)],
-        "dq": [Config(128, 32, 4, 3), Config(64, 64, 4, 3)],
+        "forward": [Config(128, 64, 4, 3), Config(64, 64, 2, 2), Config(64, 64, 4, 3)],
+        "dkdv": [Config(32, 128, 4, 3), Config(32, 64, 2, 3), Config(64, 64, 4, 2)],
+        "dq": [Config(128, 32, 4, 3), Config(64, 32, 2, 3), Config(64, 64, 4, 3)],
     },
     ("sm_80", 128): {
-        "forward": [Config(128, 32, 4, 3, halves=True), Config(64, 64, 4, 2, halves=True)],
+        "forward": [
+            Config(128, 32, 4, 3, pieces=2),
+            Config(64, 32, 2, 2, pieces=2),
+            Config(64, 64, 4, 2, pieces=2),
+        ],
         "dkdv": [Config(64, 64, 4, 2)],
         "dq": [Config(128, 32, 4, 2), Config(64, 64, 4, 2)],
     },
     ("sm_80", 256): {
-        "forward": [Config(128, 64, 8, 2, halves=True), Config(64, 32, 4, 2, halves=True)],
-        "dkdv": [Config(64, 64, 8, 2, halves=True)],
-        "dq": [Config(64, 64, 8, 2, halves=True)],
+        "forward": [Config(128, 64, 8, 2, pieces=4), Config(64, 32, 4, 2, pieces=4)],
+        "dkdv": [Config(64, 64, 8, 2, pieces=2)],
+        "dq": [Config(64, 64, 8, 2, pieces=2)],
     },
     ("sm_86", 64): {
-        "forward": [Config(128, 64, 4, 3), Config(64, 64, 4, 3)],
-        "dkdv": [Config(32, 128, 4, 3), Config(64, 64, 4, 2)],
-        "dq": [Config(128, 32, 4, 3), Config(64, 64, 4, 3)],
+        "forward": [Config(128, 64, 4, 3), Config(64, 64, 2, 2), Config(64, 64, 4, 3)],
+        "dkdv": [Config(32, 128, 4, 3), Config(32, 64, 2, 3), Config(64, 64, 4, 2)],
+        "dq": [Config(128, 32, 4, 3), Config(64, 32, 2, 3), Config(64, 64, 4, 3)],
     },
     ("sm_86", 128): {
-        "forward": [Config(128, 64, 8, 2, halves=True), Config(64, 64, 4, 2, halves=True)],
+        "forward": [
+            Config(128, 64, 8, 2, pieces=2),
+            Config(64, 32, 2, 2, pieces=2),
+            Config(64, 64, 4, 2, pieces=2),
+        ],
         "dkdv": [Config(64, 64, 4, 2)],
         "dq": [Config(128, 32, 4, 2), Config(64, 64, 4, 2)],
     },
     ("sm_86", 256): {
-        "forward": [Config(64, 32, 4, 2, halves=True)],
-        "dkdv": [Config(32, 32, 4, 2, halves=True)],
-        "dq": [Config(32, 32, 4, 2, halves=True)],
+        "forward": [Config(64, 32, 4, 2, pieces=4)],
+        "dkdv": [Config(32, 32, 4, 2, pieces=2)],
+        "dq": [Config(32, 32, 4, 2, pieces=2)],
     },
     ("sm_90", 64): {
         "forward": [
@@ -235,13 +243,17 @@ def launch(
     run(options[best])
 
 
-def head_dim_pieces(head_dim: int, halves: bool = False) -> tuple[int, int]:
-    """Powers of two that cover the head dim with the least padding: 80 = 64 + 16, 64 = 64 + 0."""
+def head_dim_pieces(head_dim: int, pieces: int = 1) -> tuple[int, ...]:
+    """Powers of two that cover the head dim with the least padding: (64, 16) for 80.
+
+    With `pieces` > 1 they are so many of one width, or fewer where that would be too narrow.
+    """
     whole = max(MIN_TILE, triton.next_power_of_2(head_dim))
+    if pieces > 1:
+        return (max(MIN_TILE, whole // pieces),) * min(pieces, whole // MIN_TILE)
     first = whole // 2
     rest = max(MIN_TILE, triton.next_power_of_2(max(head_dim - first, 1)))
-    splits = first >= MIN_TILE and (first + rest < whole or halves)
-    return (first, rest) if splits else (whole, 0)
+    return (first, rest) if first >= MIN_TILE and first + rest < whole else (whole,)
 
 
 def current_arch() -> str:
@@ -258,7 +270,7 @@ def _table_entry(direction: str, arch: str, head_dim: int) -> list[Config]:
     if head_dim == key[1]:
         return entry
     # In pieces of unequal size, or overhanging the head dim: read through pointers.
-    return [replace(config, halves=False) for config in entry if not config.tma]
+    return [replace(config, pieces=1) for config in entry if not config.tma]
 
 
 def _table_key(arch: str, head_dim: int) -> tuple[str | None, int]:
