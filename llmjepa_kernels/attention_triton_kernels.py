@@ -119,7 +119,7 @@ def _rescale_and_accumulate(acc, factor, weights, rows, D: tl.constexpr):
     pieces = ()
     for PIECE in tl.static_range(len(D) - 1):
         piece = acc[PIECE]
-        if len(D) > 3 and PIECE + 2 < len(D):
+        if len(D) > 3 and len(D) > PIECE + 2:
             # Of three or more pieces, only the last is rescaled before its product: the registers
             # of a thread cannot hold all of them before and after at once.
             product = tl.dot(weights, rows[PIECE], input_precision="ieee")
