@@ -4,7 +4,7 @@
 
 For each mask block: the tiles visited, the least that this grid allows (tiles that hold a visible
 pair, counted pair by pair), and the time of attention by the static model of gpu_static, forward
-and backward, per token. Needs no GPU.
+and backward, in the whole step. `pack` takes the block marked *. Needs no GPU.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ import torch
 
 from benchmarks.workload import load_examples
 from llmjepa_kernels import BlockMask, pack, triton_configs
+from llmjepa_kernels.block_mask import choose_block_size
 from llmjepa_kernels.reference import visible
 
 ASSUMPTIONS = """\
 partial, full   visited tiles; minimum: those with at least one visible pair
 used            visible pairs among the pairs of visited tiles
+tile            modelled time of a partial and of a full one, relative to a full one of 64 x 64
 attention       modelled attention of one layer, forward and backward, relative to the best block
 share           of attention in a layer of {hidden} hidden units and {heads} heads: 12 hidden^2
                 multiply-accumulates per token in its matrices, three times for the two passes,
@@ -72,17 +74,14 @@ def speeds(arch: str, head_dim: int, block_size: tuple[int, int]) -> dict[str, t
     return result
 
 
-def attention_macs(
-    tiles: Tiles,
-    block_size: tuple[int, int],
-    head_dim: int,
-    speed: dict[str, tuple[float, float]],
-) -> float:
-    """Multiply-accumulates that the chip could do at its peak in the modelled time of one head."""
-    scores = block_size[0] * block_size[1]
-    return sum(
-        scores * head_dim * PRODUCTS[direction] * (tiles.partial / masked + tiles.full / full)
-        for direction, (masked, full) in speed.items()
+def tile_macs(
+    block_size: tuple[int, int], head_dim: int, speed: dict[str, tuple[float, float]]
+) -> tuple[float, float]:
+    """What the chip could multiply at its peak in the modelled time of a (partial, full) tile."""
+    macs = block_size[0] * block_size[1] * head_dim
+    return tuple(
+        sum(macs * PRODUCTS[direction] / loops[i] for direction, loops in speed.items())
+        for i in (0, 1)
     )
 
 
@@ -98,8 +97,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--linear-efficiency", type=float, default=0.7)
     options = parser.parse_args(argv)
     heads = options.hidden_size // options.head_dim
+    capability = divmod(int(options.arch.removeprefix("sm_")), 10)
 
-    speed = {block: speeds(options.arch, options.head_dim, block) for block in MASK_BLOCKS}
+    tile = {
+        block: tile_macs(block, options.head_dim, speeds(options.arch, options.head_dim, block))
+        for block in MASK_BLOCKS
+    }
+    for block, (partial, full) in tile.items():
+        unit = tile[64, 64][1]
+        print(f"tile {block[0]}x{block[1]}: {partial / unit:.2f} partial, {full / unit:.2f} full")
+    print()
     head = ["data", "rows", "block", "partial", "full", "minimum", "used", "attention", "share"]
     print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
     for path in options.data:
@@ -108,15 +115,21 @@ def main(argv: list[str] | None = None) -> None:
         tokens = visible_until.numel()
         counted = {block: Tiles.count(visible_until, block) for block in MASK_BLOCKS}
         cost = {
-            block: attention_macs(tiles, block, options.head_dim, speed[block])
+            block: tiles.partial * tile[block][0] + tiles.full * tile[block][1]
             for block, tiles in counted.items()
         }
+        chosen = (choose_block_size(visible_until, capability),) * 2
         for block, tiles in counted.items():
             attention = heads * cost[block]
             linear = tokens * 3 * 12 * options.hidden_size**2 / options.linear_efficiency
             used = tiles.visible_pairs / ((tiles.partial + tiles.full) * block[0] * block[1])
             cells = [path.name if path else "built-in grammar", len(visible_until)]
-            cells += ["x".join(map(str, block)), tiles.partial, tiles.full, tiles.minimum]
+            cells += [
+                "x".join(map(str, block)) + "*" * (block == chosen),
+                tiles.partial,
+                tiles.full,
+                tiles.minimum,
+            ]
             cells += [f"{used:.1%}", f"{cost[block] / min(cost.values()):.2f}"]
             cells += [f"{attention / (attention + linear):.1%}"]
             print("| " + " | ".join(map(str, cells)) + " |", flush=True)

@@ -17,6 +17,13 @@ SCHEDULE_KEYS = (
     "q_indices",
 )
 
+# Modelled time of attention, forward and backward, on a tile of so many queries and keys, relative
+# to a full one of 64 x 64: {side: (partial, full)}. Means over head dims 64 and 128 and, of the
+# first, over sm_80 and sm_90, of what `python -m benchmarks.gpu_tiles` prints.
+TILE_TIMES = {64: (1.16, 1.0), 128: (4.49, 3.87)}
+# Matrix instructions of sm_100 are made for 128 rows.
+TILE_TIMES_SM_100 = {64: (1.11, 1.0), 128: (3.59, 2.61)}
+
 
 @dataclass(frozen=True)
 class BlockMask:
@@ -56,7 +63,7 @@ class BlockMask:
     def from_visible_until(
         cls,
         visible_until: Tensor,
-        block_size: tuple[int, int] = (64, 64),
+        block_size: tuple[int, int] | None = None,
         *,
         position_ids: Tensor | None = None,
         window: int | None = None,
@@ -68,7 +75,8 @@ class BlockMask:
 
         Args:
             visible_until: (batch, seq) int32 with ``j < visible_until[j] <= seq``.
-            block_size: ``(BLOCK_M, BLOCK_N)``, queries and keys of a tile.
+            block_size: ``(BLOCK_M, BLOCK_N)``, queries and keys of a tile. Default: a square of the
+                side that `choose_block_size` finds.
             position_ids: (batch, seq) int; needed with `window`.
             window: Keep only pairs with ``position[i] - position[j] < window``. Tiles in which
                 the window hides every pair are left out as far as the extreme positions of their
@@ -78,6 +86,8 @@ class BlockMask:
             ValueError: `visible_until` is not such a tensor, or an argument is missing.
         """
         check_visible_until(visible_until)
+        if block_size is None:
+            block_size = (choose_block_size(visible_until),) * 2
         block_m, block_n = block_size
         if block_m < 1 or block_n < 1:
             raise ValueError(f"block_size must be two positive integers, got {block_size}")
@@ -88,16 +98,7 @@ class BlockMask:
         device = visible_until.device
         num_m, num_n = -(-seq // block_m), -(-seq // block_n)
 
-        # Seen from a key block, the visible query blocks are one contiguous run, and so are the
-        # full ones in it.
-        start = torch.arange(num_n, device=device) * block_n  # first key of each block
-        last_key = (start + block_n).clamp(max=seq) - 1
-        latest = _block_extreme(visible_until, block_n, "amax").long()
-        earliest = _block_extreme(visible_until, block_n, "amin").long()
-        begin = (start // block_m).expand(batch, -1)
-        end = (latest + block_m - 1) // block_m
-        full_begin = ((last_key + block_m - 1) // block_m).expand(batch, -1)
-        full_end = torch.where(earliest == seq, num_m, earliest // block_m)
+        begin, end, full_begin, full_end = _runs(visible_until, (block_m, block_n))
 
         # Expand the runs into tiles; this is the one place that needs their number.
         count = (end - begin).flatten()
@@ -248,6 +249,31 @@ class BlockMask:
         return "\n".join(lines).rstrip()
 
 
+def choose_block_size(
+    visible_until: Tensor, compute_capability: tuple[int, int] | None = None
+) -> int:
+    """The side of square tiles, 64 or 128, that attention is fastest with by a static model.
+
+    Large tiles suit long segments: there are fewer of them, and most need no mask. Of short ones
+    they hold many pairs that are not visible.
+
+    Args:
+        visible_until: (batch, seq) int32; see `BlockMask`.
+        compute_capability: Of the NVIDIA GPU that the tiles are for. Default: that of the device
+            of `visible_until`; on other devices, any before (10, 0).
+    """
+    if compute_capability is None and visible_until.is_cuda and torch.version.hip is None:
+        compute_capability = torch.cuda.get_device_capability(visible_until.device)
+    tensor_memory = compute_capability is not None and compute_capability[0] == 10
+    times = []
+    for side, (partial, full) in (TILE_TIMES_SM_100 if tensor_memory else TILE_TIMES).items():
+        begin, end, full_begin, full_end = _runs(visible_until, (side, side))
+        num_full = (full_end - full_begin).clamp(min=0).sum()
+        num_partial = (end - begin).sum() - num_full
+        times.append(num_partial * partial + num_full * full)
+    return list(TILE_TIMES)[int(torch.stack(times).argmin())]
+
+
 def check_visible_until(visible_until: Tensor) -> None:
     """Raises ValueError unless `visible_until` is (batch, seq) int32 with j < value <= seq."""
     if visible_until.dtype != torch.int32 or visible_until.dim() != 2:
@@ -311,6 +337,26 @@ def int32_positions(position_ids: Tensor) -> Tensor:
     elif not fits.all():
         raise ValueError(f"position_ids must fit in int32, got {int(position_ids[~fits][0])}")
     return narrow
+
+
+def _runs(
+    visible_until: Tensor, block_size: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(batch, key blocks) each: begin and end of the visible query blocks, and of the full ones.
+
+    Seen from a key block, both are one contiguous run; that of the full ones may be empty, and
+    then end before it begins.
+    """
+    (batch, seq), (block_m, block_n) = visible_until.shape, block_size
+    start = torch.arange(0, seq, block_n, device=visible_until.device)  # first key of each block
+    last_key = (start + block_n).clamp(max=seq) - 1
+    latest = _block_extreme(visible_until, block_n, "amax").long()
+    earliest = _block_extreme(visible_until, block_n, "amin").long()
+    begin = (start // block_m).expand(batch, -1)
+    end = (latest + block_m - 1) // block_m
+    full_begin = ((last_key + block_m - 1) // block_m).expand(batch, -1)
+    full_end = torch.where(earliest == seq, -(-seq // block_m), earliest // block_m)
+    return begin, end, full_begin, full_end
 
 
 def _block_extreme(values: Tensor, block: int, extreme: str) -> Tensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from llmjepa_kernels.block_mask import SCHEDULE_KEYS, BlockMask
+from llmjepa_kernels.block_mask import SCHEDULE_KEYS, BlockMask, choose_block_size
 from llmjepa_kernels.flash_plan import FlashPlan, is_plan_key
 
 IGNORE = -100  # the label of a token that nobody supervises, as in Hugging Face
@@ -125,6 +125,7 @@ def pack(
     pad_token_id: int = 0,
     pad_to_multiple_of: int | None = None,
     block_size: int | None = None,
+    compute_capability: tuple[int, int] | None = None,
     flash_plan: bool = False,
 ) -> PackedBatch:
     """Packs examples into as few rows as best-fit decreasing finds; none is ever split.
@@ -140,7 +141,10 @@ def pack(
         share_prefixes: Store equal prefixes once.
         pad_token_id: Fills shorter rows; a padding token sees nothing but itself.
         pad_to_multiple_of: Pads rows to a multiple of this, for fewer different shapes.
-        block_size: Tile size of the attention schedule, a power of two. Default: 64.
+        block_size: Tile size of the attention schedule, a power of two. Default: the faster of
+            64 and 128 for these segments, by `choose_block_size`'s model.
+        compute_capability: Of the GPU that the rows are for, to that model. Default: any before
+            (10, 0).
         flash_plan: Also plan the calls of ``impl="flash"``. Each level of shared prefixes is one
             more, so that back end may be faster without `share_prefixes`.
 
@@ -153,8 +157,7 @@ def pack(
     for option, value in (("max_length", max_length), ("pad_to_multiple_of", pad_to_multiple_of)):
         if value is not None and value < 1:
             raise ValueError(f"{option} must be at least 1, got {value}")
-    size = 64 if block_size is None else block_size
-    if size < 1 or size & (size - 1):
+    if block_size is not None and (block_size < 1 or block_size & (block_size - 1)):
         raise ValueError(f"block_size must be None or a power of two, got {block_size}")
     if max_length and pad_to_multiple_of and max_length % pad_to_multiple_of:
         raise ValueError(
@@ -184,6 +187,7 @@ def pack(
         [pairs + [(-1, -1)] * (num_pairs - len(pairs)) for *_, pairs in columns],
         dtype=torch.int64,
     ).view(len(rows), num_pairs, 2)
+    size = block_size or choose_block_size(batch["visible_until"], compute_capability)
     mask = BlockMask.from_visible_until(batch["visible_until"], (size, size))
     batch.update(mask.schedule())
     if flash_plan:

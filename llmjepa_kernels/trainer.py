@@ -67,6 +67,9 @@ class LLMJEPACollator:
     def __post_init__(self):
         if self.packing_strategy != "bfd":
             raise ValueError(f"packing_strategy must be 'bfd', got {self.packing_strategy!r}")
+        # Asked here, as a worker process could not.
+        cuda = torch.cuda.is_available() and torch.version.hip is None
+        self._compute_capability = torch.cuda.get_device_capability() if cuda else None
 
     def __call__(self, features: Sequence[Example | Mapping[str, Any]]) -> PackedBatch:
         """Packs the features, and adds how many tokens their chats alone take.
@@ -83,6 +86,7 @@ class LLMJEPACollator:
             share_prefixes=self.share_prefixes,
             pad_token_id=getattr(self.tokenizer, "pad_token_id", None) or 0,
             pad_to_multiple_of=self.pad_to_multiple_of,
+            compute_capability=self._compute_capability,
             flash_plan=may_choose_flash() if self.flash_plan is None else self.flash_plan,
         )
         batch["supervised"] = supervised_positions(batch["labels"])

@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmjepa_kernels import BlockMask
+from llmjepa_kernels.block_mask import TILE_TIMES, TILE_TIMES_SM_100, choose_block_size
 from llmjepa_kernels.reference import visible
 from tests.helpers import random_rows
 
@@ -92,6 +93,28 @@ def test_lists_are_sorted_partial_then_full():
         )
         for part in (mask.kv_indices[0, low:middle], mask.kv_indices[0, middle:high]):
             assert (part.diff() > 0).all()
+
+
+@pytest.mark.parametrize("mean_length", [20, 150, 1000, 20000])
+@pytest.mark.parametrize("compute_capability", [None, (9, 0), (10, 0)])
+def test_the_chosen_block_size_is_the_one_of_least_modelled_time(mean_length, compute_capability):
+    visible_until, _ = random_rows(3, 3000, seed=1, mean_length=mean_length)
+    times = TILE_TIMES_SM_100 if compute_capability == (10, 0) else TILE_TIMES
+
+    def time(side):
+        mask = BlockMask.from_visible_until(visible_until, (side, side))
+        partial, full = times[side]
+        return (mask.num_tiles - mask.num_full_tiles) * partial + mask.num_full_tiles * full
+
+    assert choose_block_size(visible_until, compute_capability) == min(times, key=time)
+
+
+def test_large_blocks_are_chosen_for_long_segments_only():
+    short = torch.arange(4096) // 16 * 16 + 16
+    long = torch.full((4096,), 4096)
+    for segments, side in ((short, 64), (long, 128)):
+        mask = BlockMask.from_visible_until(segments.int()[None])
+        assert mask.block_size == (side, side)
 
 
 @pytest.mark.parametrize("seq", [1, 40, 64, 65, 100, 500])

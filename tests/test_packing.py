@@ -233,6 +233,17 @@ def test_bad_options():
         pack([Example([Segment([1])])], block_size=48)
 
 
+def test_the_block_size_follows_the_segments_and_the_gpu():
+    def side(length, **options):
+        examples = [Example([Segment(range(length))])] * 4
+        return pack(examples, share_prefixes=False, **options).block_mask.block_size[0]
+
+    assert side(50) == 64
+    assert side(1000, compute_capability=(9, 0)) == side(1000) == 64
+    assert side(1000, compute_capability=(10, 0)) == 128
+    assert side(1000, compute_capability=(10, 0), block_size=32) == 32
+
+
 def test_a_shared_prefix_may_make_an_example_fit():
     """Sharing also works within an example: its size counts once stored."""
     official = Example([Segment([1, 2, 3, 4]), Segment([1, 2, 3, 5])])
