@@ -169,19 +169,20 @@ def test_compile_other_families(family):
 
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_packings_of_one_shape_do_not_recompile():
-    """The tile lists and the supervised tokens vary in length: each becomes dynamic, once."""
+    """Tile lists and supervised tokens vary in length: each becomes dynamic, once a block size."""
     model = patch_model(tiny_model("llama"))
     recorder = Recorder("eager")
     compiled = torch.compile(model, fullgraph=True, backend=recorder)
     lengths = set()
-    for seed in range(20):
-        batch = packed(seed, count=3, max_length=None, pad_to_multiple_of=128)
+    for seed in range(100):
+        size = 32 if seed % 10 == 9 else 16  # as where `pack` chooses the block size
+        batch = packed(seed, count=3, max_length=None, pad_to_multiple_of=128, block_size=size)
         assert batch["input_ids"].shape == (1, 128)
         lengths.add(batch["kv_indices"].shape[1])
         expected = loss_and_gradients(model, batch)
         assert_same(loss_and_gradients(model, batch, compiled), expected, 1e-6)
     assert len(lengths) > 5
-    assert recorder.graphs <= 3
+    assert recorder.graphs <= 4
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
