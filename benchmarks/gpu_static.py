@@ -183,20 +183,30 @@ def examine(job: tuple[str, int, str, Config, tuple[int, int], bool]) -> dict:
     }
 
 
-def _figures(kernel, arch: str, head_dim: int, direction: str, config: Config, sim: bool) -> dict:
+def resources(kernel, arch: str) -> dict[str, int]:
+    """Registers of a thread, bytes of shared memory and spills of any kernel."""
     if arch.startswith("gfx"):
-        text = kernel.asm["amdgcn"]
 
         def count(field):
-            return int(re.search(rf"\.{field}:\s+(\d+)", text)[1])
+            return int(re.search(rf"\.{field}:\s+(\d+)", kernel.asm["amdgcn"])[1])
 
         return {
             "registers": count("vgpr_count"),
             "shared": kernel.metadata.shared,
             "spills": count("vgpr_spill_count"),
-            "mma": sorted(set(re.findall(r"v_mfma_\w+", text))),
-            "loops": [],
         }
+    analysis = sass.analyze(kernel, sim=False)
+    return {
+        "registers": analysis.registers,
+        "shared": analysis.shared_bytes,
+        "spills": analysis.spills,
+    }
+
+
+def _figures(kernel, arch: str, head_dim: int, direction: str, config: Config, sim: bool) -> dict:
+    if arch.startswith("gfx"):
+        mma = sorted(set(re.findall(r"v_mfma_\w+", kernel.asm["amdgcn"])))
+        return {**resources(kernel, arch), "mma": mma, "loops": []}
     analysis = sass.analyze(kernel, sim=sim and arch in MODELLED)
     scores = config.block_m * config.block_n
     loops = []

@@ -237,6 +237,29 @@ def test_two_hundred_and_fifty_runs_give_the_same_bits():
 
 
 @pytest.mark.gpu
+def test_results_depend_on_no_other_program_and_no_other_kernel():
+    """Two writers, or a reader before its writer, show as different bits on a crowded device.
+
+    Programs run in another order when a second stream takes multiprocessors away from them, and
+    what nobody wrote holds what the memory held before, which is NaN here.
+    """
+    case = AttentionCase.random(
+        batch=2, heads=16, kv_heads=4, seq=3001, head_dim=64, mean_length=60, sinks=True
+    )
+    alone = case.run("triton", torch.bfloat16, "cuda")
+    crowd, matrix = torch.cuda.Stream(), torch.randn(2048, 2048, device="cuda")
+    for _ in range(50):
+        torch.cuda.synchronize()
+        poison = torch.full((1 << 28,), torch.nan, device="cuda")
+        del poison  # its blocks are what the next outputs are allocated from
+        with torch.cuda.stream(crowd):
+            for _ in range(8):
+                matrix @ matrix
+        crowded = case.run("triton", torch.bfloat16, "cuda")
+        assert all(torch.equal(alone[name], crowded[name]) for name in alone)
+
+
+@pytest.mark.gpu
 def test_memory_grows_with_the_row_not_with_its_square():
     seq, heads, head_dim = 32768, 4, 64
     shape = (1, heads, seq, head_dim)
