@@ -20,7 +20,7 @@ RULE_OF_RECIPE = {"gsm8k": "number", "hellaswag": "choice", "nq_open": "any", "s
 CHOICES = ("A", "B", "C", "D")
 _NUMBER = re.compile(
     r"####[ \t]*([-+\u2212]?)[ \t]*[$€£¥]?[ \t]*([-+\u2212]?)"
-    r"(\d[\d,]*(?:\.\d+)?|\.\d+)(?![\d/:^]|\.\d)",
+    r"(\d[\d,]*+(?:\.\d++)?+|\.\d++)(?![/:^]|\.\d)",  # all of it, or none
     re.ASCII,
 )
 
@@ -82,7 +82,7 @@ def answer_of(sample: Sample) -> str:
 
 
 def number_after_marker(text: str) -> Decimal | None:
-    """The number after the first ``####``, without currency and thousands separators."""
+    """The first number that follows a ``####``, without currency and thousands separators."""
     match = _NUMBER.search(text)
     if not match or (match[1] and match[2]):
         return None
