@@ -114,7 +114,8 @@ def execute(
                 raise ValueError("it returns no table")
             return cursor.fetchall() if max_rows < 0 else cursor.fetchmany(max_rows)
     except (sqlite3.Error, sqlite3.Warning, ValueError, MemoryError) as error:
-        reason = f"it took over {time_limit:g} s" if "interrupted" in str(error) else error
+        interrupted = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_INTERRUPT
+        reason = f"it took over {time_limit:g} s" if interrupted else error
         raise ValueError(f"query {query!r} failed on {Path(path).name}: {reason}") from error
 
 

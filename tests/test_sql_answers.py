@@ -144,6 +144,8 @@ def test_what_is_wrong_with_a_sample_is_named(databases):
         judge.check(sample("SELECT 1", database="nowhere"))
     with pytest.raises(ValueError, match=r"failed on pets_1\.sqlite: no such column: age"):
         judge.check(sample("SELECT age FROM pets"))
+    with pytest.raises(ValueError, match="no such column: interrupted"):
+        judge.check(sample("SELECT interrupted FROM pets"))
     with pytest.raises(ValueError, match=r"expected For db_id:\[name\] in the user turn"):
         judge.check(sample("SELECT 1", database="../pets_1"))
     # A reference that fails is an error of the data, never a wrong answer.
