@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,12 +30,12 @@ def load_pretrained(name: str):
         model, tokenizer; the tokenizer has a padding token.
 
     Raises:
-        FileNotFoundError: There is no such ``.gguf`` file, or the directory holds no model.
+        OSError: There is no such file or directory, or no model in it or of that name on the hub.
     """
-    if not name.endswith(".gguf") and find_adapter_config_file(name) is not None:
+    path, options = _location(name)
+    if not options and find_adapter_config_file(path) is not None:
         return _load_adapter(name)
     tokenizer = load_tokenizer(name)
-    path, options = _location(name)
     if options:  # quantised weights cannot be trained
         options["quantization_config"] = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
@@ -44,7 +46,10 @@ def load_pretrained(name: str):
 def load_tokenizer(name: str):
     """The tokenizer of a model, with a padding token; `name` as in `load_pretrained`."""
     path, options = _location(name)
-    tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    except OSError as error:
+        raise OSError(f"{name!r} cannot be loaded: {error}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -68,16 +73,27 @@ def from_scratch(name: str, tokenizer):
 def _location(name: str) -> tuple[str, dict[str, str]]:
     """What ``from_pretrained`` takes for a name."""
     path = Path(name)
-    if not name.endswith(".gguf"):
+    if name.endswith(".gguf"):
+        if not path.is_file():
+            raise FileNotFoundError(f"no file {name!r}")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
         configs = [path / "config.json", path / "adapter_config.json"]
-        if path.is_dir() and not any(config.is_file() for config in configs):
+        if not any(config.is_file() for config in configs):
             inside = sorted(str(config.parent) for config in path.glob("*/config.json"))
             hint = f", which is in {', '.join(inside)}" if inside else ""
             raise FileNotFoundError(f"no model in {name!r}: expected a config.json{hint}")
-        return name, {}
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {name!r}")
-    return str(path.parent), {"gguf_file": path.name}
+    elif path.is_file():
+        if path.suffix != ".json":
+            raise NotADirectoryError(f"expected a directory or a .gguf file, got {name!r}")
+    else:
+        try:
+            validate_repo_id(name)
+        except HFValidationError:
+            raise FileNotFoundError(
+                f"no directory {name!r}, which cannot be a model of the hub either"
+            ) from None
+    return name, {}
 
 
 def _load_adapter(directory: str):
