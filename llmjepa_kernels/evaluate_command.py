@@ -27,6 +27,7 @@ from llmjepa_kernels.prediction_file import (
     data_fingerprint,
     weights_fingerprint,
 )
+from llmjepa_kernels.report import plain_text
 from llmjepa_kernels.splits import Split
 from llmjepa_kernels.training_options import EVAL_SAMPLES
 
@@ -93,7 +94,7 @@ class EvaluateJob:
         """Evaluates one checkpoint after the other and prints a table of them."""
         logging.disable_progress_bar()  # of reading weights
         results = {name: self._evaluate(name) for name in self.args.checkpoints}
-        print(format_accuracies(results, self.split))
+        print(format_accuracies(results, self.split), end="")
         if self.file is not None:
             print(f"Predictions: {self.file.path}, settings and results: {self.file.report_path}")
 
@@ -164,10 +165,7 @@ def format_accuracies(results: dict[str, dict[str, Accuracy]], split: Split | No
                 f"{low:.1%} to {high:.1%}" if accuracy.total else "-",
                 f"{accuracy.correct} / {accuracy.total}",
             )
-    console = Console(width=140, color_system=None)
-    with console.capture() as capture:
-        console.print(table)
-    return "\n".join(line.rstrip() for line in capture.get().splitlines() if line.strip())
+    return plain_text(table)
 
 
 def _progress() -> Progress:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from llmjepa_kernels.evaluate import Prediction
+from llmjepa_kernels.whole_file import write_whole
 
 
 class PredictionFile:
@@ -108,9 +109,7 @@ class PredictionFile:
 
     def _write_report(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.report_path.with_suffix(".json.tmp")
-        temporary.write_text(json.dumps(self._report, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(self.report_path)
+        write_whole(self.report_path, json.dumps(self._report, indent=2) + "\n")
 
 
 def data_fingerprint(samples: Sequence[Mapping[str, Any]]) -> str:

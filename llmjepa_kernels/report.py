@@ -88,7 +88,7 @@ def comparison_table(runs: Sequence[dict[str, Any]]) -> str:
         cells = [_cell(metrics.get(key), spec, name) for name, metrics in summary.items()]
         if any(cells):
             table.add_row(row, *(cell or "-" for cell in cells))
-    return _plain(table)
+    return plain_text(table)
 
 
 def format_table(
@@ -106,7 +106,7 @@ def format_table(
     for name, values in rows:
         found = [(values.get(key), spec) for key, _, spec in columns]
         table.add_row(name, *("-" if x is None else format(x, spec) for x, spec in found))
-    return _plain(table)
+    return plain_text(table)
 
 
 def _table():
@@ -114,11 +114,12 @@ def _table():
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("")
+    table.add_column("", overflow="fold")  # the ends of names tell them apart
     return table
 
 
-def _plain(table) -> str:
+def plain_text(table) -> str:
+    """A table of Rich, as it is in a file."""
     from rich.console import Console
 
     console = Console(width=140, color_system=None)

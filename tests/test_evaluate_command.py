@@ -82,19 +82,21 @@ def lines(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_table_and_files(command, checkpoint):
-    status, printed, output = command("--split", "length:1000")
+def test_table_and_files(command, checkpoint, monkeypatch):
+    monkeypatch.chdir(checkpoint.parent)  # a long path would take several lines of the table
+    name = checkpoint.name
+    status, printed, output = command("--split", "length:1000", checkpoints=[name])
     assert status == 0
-    rows = [line.split() for line in printed.out.splitlines() if checkpoint.name in line]
+    rows = [line.split() for line in printed.out.splitlines() if name in line.split()]
     assert [row[-4:] for row in rows] == [["76.3%", "5", "/", "10"]] * 2 + [["-", "0", "/", "0"]]
     found = sorted(lines(output), key=lambda line: line["index"])
     assert [line["index"] for line in found] == list(range(COUNT))
     assert [line["correct"] for line in found] == [False, True] * 5
-    assert {line["checkpoint"] for line in found} == {str(checkpoint)}
+    assert {line["checkpoint"] for line in found} == {name}
     assert all(line["completion"] == line["answer"] for line in found[1::2])
     assert all(line["prompt"].endswith("<|assistant|>") for line in found)
     report = json.loads(output.with_suffix(".report.json").read_text())
-    result = report["checkpoints"][str(checkpoint)]
+    result = report["checkpoints"][name]
     assert result["split"] == "length:1000"
     assert result["accuracy"]["in_distribution"]["accuracy"] == 0.5
     assert result["accuracy"]["out_of_distribution"] == {
@@ -105,9 +107,10 @@ def test_table_and_files(command, checkpoint):
     }
 
 
-def test_built_in_data_reach_what_a_split_asks_for(checkpoint, capsys):
+def test_built_in_data_reach_what_a_split_asks_for(checkpoint, monkeypatch, capsys):
+    monkeypatch.chdir(checkpoint.parent)
     options = ["--split", "depth:2", "--samples", "30", "--max-new-tokens", "1"]
-    assert cli.main(["evaluate", str(checkpoint), *options]) == 0
+    assert cli.main(["evaluate", checkpoint.name, *options]) == 0
     counts = [int(line.split()[-1]) for line in capsys.readouterr().out.splitlines()[2:]]
     assert counts[0] == 30 == counts[1] + counts[2]
     assert min(counts) > 5
@@ -216,6 +219,16 @@ def test_a_lora_adapter_answers_as_the_model_it_is_merged_into(checkpoint, tmp_p
     assert adapter[1] != json.loads(data.read_text().splitlines()[1])["messages"][-1]["content"]
 
 
+def test_a_model_that_the_hub_does_not_give_is_named(monkeypatch, capsys):
+    def refuse(*args, **kwargs):
+        raise OSError("no connection")
+
+    monkeypatch.setattr(models, "find_adapter_config_file", lambda name: None)
+    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", refuse)
+    assert cli.main(["evaluate", "some/model"]) == 2
+    assert "'some/model' cannot be loaded: no connection" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -228,6 +241,8 @@ def test_a_lora_adapter_answers_as_the_model_it_is_merged_into(checkpoint, tmp_p
         (["--data", "none.jsonl"], "no file 'none.jsonl'"),
         (["--rule", "choice"], "sample 0 of the built-in data: expected A, B, C or D"),
         (["none.gguf"], "no file 'none.gguf'"),
+        (["out/train/none"], "no directory 'out/train/none', which cannot be"),
+        ([__file__], f"expected a directory or a .gguf file, got {__file__!r}"),
         (["same", "same"], "checkpoints must differ, got same more than once"),
         (["--device", "toaster"], "--device toaster cannot be used: Expected one of cpu, cuda"),
         (["--nonsense"], "unknown options --nonsense"),

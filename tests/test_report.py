@@ -1,6 +1,6 @@
 """The table over seeds."""
 
-from llmjepa_kernels.report import comparison_table, draw
+from llmjepa_kernels.report import comparison_table, draw, format_table
 
 
 def run(name, seed, **metrics):
@@ -19,6 +19,13 @@ def test_two_names_over_seeds_and_what_one_of_them_lacks():
     *_, loss, accuracy = comparison_table(runs).splitlines()
     assert " ".join(loss.split()) == "loss 2.0000 ± 1.4142 3.0000 ± 2.1213 +1.0000 ± 0.7071"
     assert " ".join(accuracy.split()) == "held-out accuracy - 60.0% ± 14.1% -"
+
+
+def test_names_are_never_cut_off():
+    names = ["x" * 150 + end for end in "ab"]
+    table = format_table([(name, {"loss": 1.5}) for name in names], [("loss", "loss", ".4f")])
+    assert "".join(table.split()).count("x") == 300
+    assert "…" not in table
 
 
 def test_picture_without_any_data():
