@@ -52,20 +52,22 @@ def view_states(model, batches: Iterable[Mapping[str, Tensor]]) -> tuple[Tensor,
     was_training = model.training
     model.eval()
     states = []
-    for batch in batches:
-        keys = ("input_ids", "position_ids", "visible_until")
-        tensors = {key: batch[key] for key in keys} | schedule_of(batch)
-        outputs = model(
-            **{key: value.to(model.device) for key, value in tensors.items()},
-            logits_to_keep=1,
-            output_hidden_states=-1,
-            use_cache=False,
-        )
-        hidden = outputs.hidden_states[-1].float().cpu()
-        pairs = batch["view_pairs"].cpu()
-        row, pair = (pairs[..., 0] >= 0).nonzero(as_tuple=True)
-        states.append(hidden[row[:, None], pairs[row, pair]])
-    model.train(was_training)
+    try:
+        for batch in batches:
+            keys = ("input_ids", "position_ids", "visible_until")
+            tensors = {key: batch[key] for key in keys} | schedule_of(batch)
+            outputs = model(
+                **{key: value.to(model.device) for key, value in tensors.items()},
+                logits_to_keep=1,
+                output_hidden_states=-1,
+                use_cache=False,
+            )
+            hidden = outputs.hidden_states[-1].float().cpu()
+            pairs = batch["view_pairs"].cpu()
+            row, pair = (pairs[..., 0] >= 0).nonzero(as_tuple=True)
+            states.append(hidden[row[:, None], pairs[row, pair]])
+    finally:
+        model.train(was_training)
     predictors, targets = torch.cat(states).unbind(dim=1)
     return predictors, targets
 
