@@ -129,15 +129,18 @@ class ExampleFormat:
         """Reads what `save` wrote beside a checkpoint.
 
         Args:
-            directory: Without the file, as for a model that was not trained here, the format is
-                the default one, with the [PRED] tokens that the tokenizer has.
+            directory: Or the name of a model of the hub. Without the file, as for a model that was
+                not trained here, the format is the default one, with the [PRED] tokens that the
+                tokenizer has.
             tokenizer: The checkpoint's.
 
         Raises:
             ValueError: The file is corrupt or of another version; names it.
         """
         path = Path(directory) / FILE_NAME
-        if not path.is_file():
+        if not Path(directory).exists():
+            path = _of_hub(str(directory))
+        if path is None or not path.is_file():
             return cls(pred_ids=known_predictor_tokens(tokenizer) if tokenizer else ())
         try:
             values = json.loads(path.read_bytes())
@@ -149,6 +152,17 @@ class ExampleFormat:
             return cls(**values)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path} is no example format: {error}") from error
+
+
+def _of_hub(name: str) -> Path | None:
+    """The file in a model of the Hugging Face hub; None without it, or offline."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(name, FILE_NAME))
+    except EntryNotFoundError:
+        return None
 
 
 def _is_id(token: Any) -> bool:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+from huggingface_hub import constants
 
 from llmjepa_kernels.chat import chat_example, chat_prompt, plain_example, plain_prompt
 from llmjepa_kernels.data import train_tokenizer
@@ -103,3 +104,19 @@ def test_every_field_is_saved(tmp_path):
 def test_options_that_do_not_go_together(options, message):
     with pytest.raises(ValueError, match=message):
         ExampleFormat(**options)
+
+
+def test_format_of_a_model_of_the_hub(tmp_path, monkeypatch):
+    """As a cache of the hub lays it out."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    commit = "0" * 40
+    saved = ExampleFormat("plain", separator_id=7, pred_ids=(5, 6))
+    for name in ("with", "without"):
+        model = tmp_path / f"models--some--{name}"
+        (model / "snapshots" / commit).mkdir(parents=True)
+        (model / "refs").mkdir()
+        (model / "refs" / "main").write_text(commit)
+    saved.save(tmp_path / "models--some--with" / "snapshots" / commit)
+    assert ExampleFormat.load("some/with") == saved
+    assert ExampleFormat.load("some/without") == ExampleFormat()
