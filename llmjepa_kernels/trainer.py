@@ -136,9 +136,10 @@ class LLMJEPATrainer(Trainer):
     and sampling is random or sequential.
 
     Evaluation gives ``eval_loss``, ``eval_ntp_loss``, ``eval_jepa_loss`` and ``eval_cosine`` as
-    means over the whole set. Without any pair there is neither ``jepa_loss`` nor ``cosine``. Rows
-    differ in shape and the head runs on supervised tokens only, so there are no predictions:
-    `predict` returns the same metrics.
+    means over the whole set, in which Accelerate repeats its first samples where several processes
+    leave their last batches unfilled. Without any pair there is neither ``jepa_loss`` nor
+    ``cosine``. Rows differ in shape and the head runs on supervised tokens only, so there are no
+    predictions: `predict` returns the same metrics.
 
     Args:
         model, args, data_collator, *other, **more: As in `Trainer`. A model that is not patched
