@@ -27,7 +27,7 @@ class PredictionFile:
         settings: What all predictions depend on, such as the data; values that JSON keeps.
     Raises:
         ValueError: The path does not end so, the file holds predictions made with other settings,
-            or a line is corrupt; says which.
+            or such as are not known, or a line is corrupt; says which.
     """
 
     def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, Any]):
@@ -103,6 +103,12 @@ class PredictionFile:
                     prediction = Prediction(**values)
                 except (ValueError, LookupError, TypeError, AttributeError) as error:
                     raise ValueError(f"{self.path}:{number} is no prediction: {error}") from error
+                if checkpoint not in self._report["checkpoints"]:
+                    raise ValueError(
+                        f"{self.path}:{number} is a prediction of {checkpoint}, which "
+                        f"{self.report_path} does not say the settings of, as when two commands "
+                        "write there at once: delete it or choose another --output"
+                    )
                 self._predictions.setdefault(checkpoint, {})[prediction.index] = prediction
                 good_bytes += len(line)
         os.truncate(self.path, good_bytes)

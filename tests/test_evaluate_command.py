@@ -186,11 +186,16 @@ def test_corrupt_files_are_named(command):
     assert f"{output}:2 is no prediction" in printed.err
     output.write_text("".join(good))
     report = output.with_suffix(".report.json")
+    settings = json.loads(report.read_text())
     for damage in ("[1, 2", "[]", None):
         report.unlink() if damage is None else report.write_text(damage)
         status, printed, _ = command()
         assert status == 2
         assert f"{report} is missing or does not say" in printed.err
+    report.write_text(json.dumps(settings | {"checkpoints": {}}))
+    status, printed, _ = command()
+    assert status == 2
+    assert f"{output}:1 is a prediction of" in printed.err
     assert output.read_text() == "".join(good)
 
 
