@@ -416,8 +416,8 @@ def add_evaluate_arguments(commands) -> None:
     )
     parser.add_argument(
         "--data",
-        metavar="FILE",
-        help="JSONL as for llmjepa train (default: its built-in held-out pairs)",
+        metavar="SOURCE",
+        help="as for llmjepa train (default: its built-in held-out pairs)",
     )
     parser.add_argument(
         "--recipe",

@@ -183,39 +183,6 @@ def accuracies(
     return {name: Accuracy(sum(found), len(found)) for name, found in correct.items()}
 
 
-def greedy_completions(
-    model,
-    tokenizer,
-    prompts: Sequence[Sequence[int]],
-    *,
-    stop_ids: Iterable[int],
-    max_new_tokens: int,
-    batch_size: int = BATCH_SIZE,
-) -> list[str]:
-    """Completes prompts by the most likely token, in batches of similar length.
-
-    Args:
-        model: A causal language model of Transformers, patched or not.
-        tokenizer: Its tokenizer.
-        prompts: Token ids, at least one each.
-        stop_ids: Tokens that end a completion and are not part of it.
-        max_new_tokens: Longest completion.
-        batch_size: Prompts generated from at once, left-padded.
-
-    Returns:
-        The completions' text, in the order of `prompts`.
-    """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    completions = [""] * len(prompts)
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        options = {"stop_ids": stop_ids, "max_new_tokens": max_new_tokens}
-        generated = _generate(model, tokenizer, [prompts[i] for i in batch], **options)
-        for i, ids in zip(batch, generated, strict=True):
-            completions[i] = tokenizer.decode(ids, skip_special_tokens=True)
-    return completions
-
-
 def stop_ids(tokenizer, examples: Iterable[Example]) -> set[int]:
     """The tokens that end an assistant's turn: EOS, and special tokens that examples end with."""
     special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}

@@ -17,9 +17,7 @@ from llmjepa_kernels.evaluate import (
     Prediction,
     accuracies,
     evaluate,
-    greedy_completions,
     predict,
-    stop_ids,
 )
 from llmjepa_kernels.example_format import ExampleFormat
 from llmjepa_kernels.hf import patch_model
@@ -180,13 +178,6 @@ def test_mistakes_are_found_before_anything_is_generated(tokenizer, samples):
     with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
         evaluate(parrot, tokenizer, samples, max_new_tokens=0)
     assert parrot.calls == []
-
-
-def test_greedy_completions_keep_the_order_of_prompts(model, tokenizer, samples):
-    prompts = [ExampleFormat().prompt(sample, tokenizer) for sample in samples]
-    expected = [argmax_completion(model, tokenizer, prompt) for prompt in prompts]
-    options = {"stop_ids": stop_ids(tokenizer, []), "max_new_tokens": MAX_NEW_TOKENS}
-    assert greedy_completions(model, tokenizer, prompts, batch_size=4, **options) == expected
 
 
 @pytest.mark.parametrize(("correct", "total"), [(0, 20), (3, 7), (143, 200), (20, 20)])

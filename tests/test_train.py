@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmjepa_kernels import cli, grammar
 from llmjepa_kernels.checkpoints import checkpoints, why_incomplete
-from llmjepa_kernels.evaluate import greedy_completions
+from llmjepa_kernels.evaluate import evaluate
 from llmjepa_kernels.example_format import ExampleFormat
 from llmjepa_kernels.hf import patch_model
 
@@ -80,11 +80,13 @@ def test_checkpoint_loads_and_generates_patched_as_unpatched(miniature, name):
     assert model.config.vocab_size == len(tokenizer)
     assert model.config.use_cache
     assert ExampleFormat.load(miniature / name) == ExampleFormat(pred_ids=(len(tokenizer) - 1,))
-    prompts = [tokenizer(text)["input_ids"] for text in ("lines with a vowel", "not", "a b c d e")]
-    options = {"stop_ids": [tokenizer.eos_token_id], "max_new_tokens": 8}
-    expected = [greedy_completions(model, tokenizer, [prompt], **options)[0] for prompt in prompts]
-    patched = greedy_completions(patch_model(model), tokenizer, prompts, **options)
-    assert patched == expected
+    texts = ("lines with a vowel", "not", "a b c d e")
+    answer = {"role": "assistant", "content": "x"}
+    samples = [{"messages": [{"role": "user", "content": text}, answer]} for text in texts]
+    options = {"max_new_tokens": 8}
+    expected = [evaluate(model, tokenizer, [sample], **options)[0].completion for sample in samples]
+    patched = evaluate(patch_model(model), tokenizer, samples, **options)
+    assert [prediction.completion for prediction in patched] == expected
 
 
 def test_same_seed_same_numbers(miniature, tmp_path):
