@@ -33,16 +33,26 @@ def fastest(kind: str, candidates: Mapping[str, Callable[[], object]]) -> str:
 
     key = f"{_device_name()} {kind} {triton.__version__}"
     if key not in _chosen:
-        path = _cache_path()
-        stored = json.loads(path.read_text()) if path.exists() else {}
-        if stored.get(key) not in candidates:
-            stored[key] = min(candidates, key=lambda name: _time(candidates[name]))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-                json.dump(stored, file, indent=1)
-            os.replace(file.name, path)  # other processes may be reading
-        _chosen[key] = stored[key]
+        name = _stored().get(key)
+        if name not in candidates:
+            name = min(candidates, key=lambda name: _time(candidates[name]))
+            _store(key, name)
+        _chosen[key] = name
     return _chosen[key]
+
+
+def _stored() -> dict[str, str]:
+    path = _cache_path()
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _store(key: str, name: str) -> None:
+    """Adds a choice to those of candidates that choose in turn, and of other processes."""
+    path = _cache_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        json.dump({**_stored(), key: name}, file, indent=1)
+    os.replace(file.name, path)  # other processes may be reading
 
 
 def _time(run: Callable[[], object]) -> float:
