@@ -166,6 +166,26 @@ def operation(name: str) -> Callable[[Callable], Callable]:
     return register
 
 
+def backward_operation(name: str) -> Callable[[Callable], Callable]:
+    """Makes the gradients of an operation one themselves, which refuses to be differentiated.
+
+    Left alone, torch would drop second derivatives with no more than a warning.
+    """
+
+    def refuse(ctx, *gradients):
+        raise RuntimeError(
+            f"{name} is not differentiable: view_attention and last_token_loss have no second "
+            "derivatives"
+        )
+
+    def register(function: Callable) -> Callable:
+        operation(name)(function)
+        torch.library.register_autograd(name, refuse)
+        return function
+
+    return register
+
+
 # The operation as torch sees it. A BlockMask travels as its tensors and two plain values, a
 # FlashPlan as its tensors; one that is not needed, as no tensors.
 
@@ -259,7 +279,7 @@ def _(q, k, v, *arguments):
     return empty_seq_major(q), q.new_empty(q.shape[:3], dtype=lse_dtype)
 
 
-@operation("llmjepa_kernels::attention_backward")
+@backward_operation("llmjepa_kernels::attention_backward")
 def _attention_backward(
     dout: Tensor,
     q: Tensor,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, distributed
 from torch.nn import functional
 
-from llmjepa_kernels.attention import load_backend, operation
+from llmjepa_kernels.attention import backward_operation, load_backend, operation
 from llmjepa_kernels.pairs import count_pairs
 
 if TYPE_CHECKING:  # builds of torch without distributed lack it
@@ -128,7 +128,7 @@ def _(hidden, pairs, metric, reduction, impl):
     return loss, hidden.new_empty((*shape, 3), dtype=dtype)
 
 
-@operation("llmjepa_kernels::pair_distance_backward")
+@backward_operation("llmjepa_kernels::pair_distance_backward")
 def _pair_distance_backward(
     dloss: Tensor,
     hidden: Tensor,
@@ -184,7 +184,7 @@ def _(hidden, pairs, impl):
     )
 
 
-@operation("llmjepa_kernels::pair_views_backward")
+@backward_operation("llmjepa_kernels::pair_views_backward")
 def _pair_views_backward(
     dviews: Tensor, hidden: Tensor, pairs: Tensor, views: Tensor, squares: Tensor, impl: str | None
 ) -> Tensor:

@@ -139,6 +139,16 @@ def test_torch_compile_traces_through():
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
+def test_second_derivatives_are_refused():
+    case = AttentionCase.random(seq=20, head_dim=8)
+    q = case.q.detach().requires_grad_()
+    out = view_attention(q, case.k, case.v, case.visible_until)
+    (dq,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+    penalty = dq.square().sum() + q.square().sum()  # which has a derivative of its own
+    with pytest.raises(RuntimeError, match=r"view_attention and .* have no second derivatives"):
+        penalty.backward()
+
+
 def change(**arguments):
     return arguments
 

@@ -165,6 +165,17 @@ def test_gradcheck(metric):
     assert torch.autograd.gradcheck(distances, (hidden,))
 
 
+@pytest.mark.parametrize("metric", ["cosine", "infonce"])
+def test_second_derivatives_are_refused(metric):
+    hidden = inputs()
+    (gradient,) = torch.autograd.grad(
+        last_token_loss(hidden, PAIRS, metric=metric), hidden, create_graph=True
+    )
+    penalty = gradient.square().sum() + hidden.square().sum()  # which has a derivative of its own
+    with pytest.raises(RuntimeError, match="last_token_loss have no second derivatives"):
+        penalty.backward()
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
