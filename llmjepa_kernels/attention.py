@@ -206,10 +206,10 @@ def _resolve(
     """The back end, and the mask in the form that it takes."""
     device = qkv[0].device
     if impl == "flash":
-        return load_backend(BACKENDS, impl, device), FlashPlan.from_tensors(plan)
+        return load_backend(BACKENDS, impl, device), FlashPlan.from_tensors(plan, qkv[0].shape[2])
     block_mask = BlockMask(mask[0], tuple(block_size), *mask[1:], mask_window)
     if impl is None and plan and autotune.is_enabled():
-        flash_plan = FlashPlan.from_tensors(plan)
+        flash_plan = FlashPlan.from_tensors(plan, qkv[0].shape[2])
         if _flash_is_faster(*qkv, block_mask, flash_plan, options):
             return load_backend(BACKENDS, "flash", device), flash_plan
     return load_backend(BACKENDS, impl, device), block_mask
@@ -424,11 +424,12 @@ def _fitting_plan(
     if impl not in (None, "flash"):
         return None
     if plan is not None:
-        if plan.rows.shape[0] != visible_until.shape[0] or plan.rows.device != visible_until.device:
+        shape = (len(plan.rows), plan.seq)
+        if shape != visible_until.shape or plan.rows.device != visible_until.device:
             raise ValueError(
-                "flash_plan must be made from this visible_until: expected "
-                f"{visible_until.shape[0]} rows on {visible_until.device}, got "
-                f"{plan.rows.shape[0]} on {plan.rows.device}"
+                "flash_plan must be made from this visible_until: expected shape "
+                f"{tuple(visible_until.shape)} on {visible_until.device}, got {shape} on "
+                f"{plan.rows.device}"
             )
         if plan.window is not None and plan.window != window:
             raise ValueError(

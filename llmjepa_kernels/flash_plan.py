@@ -76,6 +76,7 @@ class FlashPlan:
             single token (the padding), which have no keys in the first; it has no queries if
             there are none. The others are the levels, segments to their descendants beyond the
             run, outermost first.
+        seq: Tokens of a row.
         reach: A window of at least as many positions may be put on the causal call, and leaves
             the others whole. None if the plan was made without positions.
         window: The sliding window that the plan was made for; None for none.
@@ -83,6 +84,7 @@ class FlashPlan:
 
     rows: Tensor
     calls: tuple[VarlenCall, ...]
+    seq: int
     reach: int | None = None
     window: int | None = None
 
@@ -119,7 +121,7 @@ class FlashPlan:
     def to(self, device: torch.device | str) -> FlashPlan:
         """The same plan on another device."""
         tensors = [x.to(device) for x in self.tensors()]
-        return FlashPlan.from_tensors(tensors, self.reach, self.window)
+        return FlashPlan.from_tensors(tensors, self.seq, self.reach, self.window)
 
     def tensors(self) -> list[Tensor]:
         """The rows, and three tensors for each call."""
@@ -127,12 +129,16 @@ class FlashPlan:
 
     @classmethod
     def from_tensors(
-        cls, tensors: Sequence[Tensor], reach: int | None = None, window: int | None = None
+        cls,
+        tensors: Sequence[Tensor],
+        seq: int,
+        reach: int | None = None,
+        window: int | None = None,
     ) -> FlashPlan:
         """Puts a plan together again from `tensors()`."""
         rows, *rest = tensors
         calls = (VarlenCall.from_tensors(*rest[i : i + 3]) for i in range(0, len(rest), 3))
-        return cls(rows, tuple(calls), reach, window)
+        return cls(rows, tuple(calls), seq, reach, window)
 
     def schedule(self) -> dict[str, Tensor]:
         """The plan as batch-first int tensors, to travel with a batch as model arguments."""
@@ -141,7 +147,7 @@ class FlashPlan:
                 "a plan must be made with position_ids and without window to travel, got "
                 f"reach={self.reach} and window={self.window}"
             )
-        reach = self.rows.new_empty(len(self.rows), self.reach, 0)
+        reach = self.rows.new_empty(len(self.rows), self.reach, self.seq, 0)
         return dict(zip(_keys(len(self.calls)), [reach, *self.tensors()], strict=True))
 
     @classmethod
@@ -167,7 +173,13 @@ class FlashPlan:
                     f"{visible_until.device}, got {x.dtype} of shape {tuple(x.shape)} on {x.device}"
                 )
         reach, *tensors = (schedule[key] for key in keys)
-        return cls.from_tensors(tensors, reach.shape[1])
+        reach, seq = reach.shape[1:3]
+        if seq != visible_until.shape[1]:
+            raise ValueError(
+                f"the plan is of rows of {seq} tokens, but those of visible_until have "
+                f"{visible_until.shape[1]}"
+            )
+        return cls.from_tensors(tensors, seq, reach)
 
 
 def is_plan_key(key: str) -> bool:
@@ -226,7 +238,8 @@ def _plan(visible_until: Tensor, position_ids: Tensor | None, window: int | None
     for chosen in (solitary, *levels):
         queries = _members(chosen[0], chosen[1])
         calls.append(_call(chosen, _by_row(slot[queries], queries // seq, batch), seq))
-    return FlashPlan(_by_row(rows % seq, rows // seq, batch).int(), tuple(calls), reach, window)
+    rows = _by_row(rows % seq, rows // seq, batch).int()
+    return FlashPlan(rows, tuple(calls), seq, reach, window)
 
 
 def _levels(blocks: Tensor) -> list[Tensor]:

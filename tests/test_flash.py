@@ -183,9 +183,11 @@ def test_a_plan_of_something_else_is_refused(kernels):
     case = AttentionCase.random(batch=2, seq=15, head_dim=8)
     tensors = (case.q, case.k, case.v, case.visible_until)
     options = {"position_ids": case.position_ids, "window": 50, "impl": "flash"}
-    other = FlashPlan.from_visible_until(case.visible_until[:1])
-    with pytest.raises(ValueError, match=r"flash_plan must be made .* 2 rows on cpu, got 1 on cpu"):
-        attention.view_attention(*tensors, flash_plan=other, **options)
+    for rows, seq in ((1, 15), (2, 14)):
+        other = FlashPlan.from_visible_until(case.visible_until[:rows, :seq].clamp(max=seq))
+        message = rf"flash_plan must be made .* \(2, 15\) on cpu, got \({rows}, {seq}\) on cpu"
+        with pytest.raises(ValueError, match=message):
+            attention.view_attention(*tensors, flash_plan=other, **options)
     other = FlashPlan.from_visible_until(
         case.visible_until, position_ids=case.position_ids, window=60
     )

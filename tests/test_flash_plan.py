@@ -276,3 +276,6 @@ def test_a_plan_that_cannot_travel_or_does_not_fit_is_refused():
         FlashPlan.from_schedule(until, {**batch, "flash_rows": batch["flash_rows"].long()})
     with pytest.raises(ValueError, match=r"flash_reach must be an int32 tensor of 2 rows on cpu"):
         FlashPlan.from_schedule(until.expand(2, -1), batch)
+    longer = torch.nn.functional.pad(until, (0, 1), value=until.shape[1] + 1)
+    with pytest.raises(ValueError, match=rf"rows of {until.shape[1]} tokens, but .* have"):
+        FlashPlan.from_schedule(longer, batch)
