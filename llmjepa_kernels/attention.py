@@ -194,6 +194,23 @@ def _mask_tensors(mask: BlockMask) -> list[Tensor]:
     return [mask.visible_until, *mask.schedule_tensors()]
 
 
+def _options(
+    position_ids: Tensor | None,
+    window: int | None,
+    softcap: float | None,
+    softmax_scale: float,
+    sinks: Tensor | None,
+) -> dict:
+    """What every back end takes besides tensors and mask."""
+    return {
+        "position_ids": None if position_ids is None else int32_positions(position_ids),
+        "window": window,
+        "softcap": softcap,
+        "softmax_scale": softmax_scale,
+        "sinks": sinks,
+    }
+
+
 def _resolve(
     impl: str | None,
     qkv: tuple[Tensor, Tensor, Tensor],
@@ -262,13 +279,7 @@ def _attention_forward(
     sinks: Tensor | None,
     impl: str | None,
 ) -> tuple[Tensor, Tensor]:
-    options = {
-        "position_ids": None if position_ids is None else int32_positions(position_ids),
-        "window": window,
-        "softcap": softcap,
-        "softmax_scale": softmax_scale,
-        "sinks": sinks,
-    }
+    options = _options(position_ids, window, softcap, softmax_scale, sinks)
     backend, mask = _resolve(impl, (q, k, v), mask, block_size, mask_window, plan, options)
     return backend.attention_forward(q, k, v, mask, **options)
 
@@ -298,13 +309,7 @@ def _attention_backward(
     sinks: Tensor | None,
     impl: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    options = {
-        "position_ids": None if position_ids is None else int32_positions(position_ids),
-        "window": window,
-        "softcap": softcap,
-        "softmax_scale": softmax_scale,
-        "sinks": sinks,
-    }
+    options = _options(position_ids, window, softcap, softmax_scale, sinks)
     backend, mask = _resolve(impl, (q, k, v), mask, block_size, mask_window, plan, options)
     dq, dk, dv, dsinks = backend.attention_backward(dout, q, k, v, out, lse, mask, **options)
     # An operation cannot return None.
