@@ -209,10 +209,10 @@ def _coefficients(stats, pair, side, hidden_size, METRIC: tl.constexpr):
         own = tl.maximum(own_norm, EPS)
         other = tl.maximum(tl.sqrt(tl.load(stats + pair * 3 + 2 - side)), EPS)
         c = 1.0 / (own * other)
-        # Below the clamp the norm is a constant.
-        a = tl.where(own_norm > EPS, first * c / (own * own), 0.0)
+        # Below the clamp the norm is a constant; NaN is not.
+        a = tl.where(own_norm <= EPS, 0.0, first * c / (own * own))
     elif METRIC == "l2":
-        c = tl.where(first > 0, 1.0 / tl.sqrt(first), 0.0)
+        c = tl.where(first == 0, 0.0, 1.0 / tl.sqrt(first))
         a = c
     else:
         c = 2.0 / hidden_size
@@ -314,8 +314,8 @@ def _views_backward_kernel(
             if _slot_indices(pairs, slot, num_slots) == index:
                 view = (slot % 2 * batch + b) * num_pairs + slot // 2
                 norm = tl.sqrt(tl.load(squares + view))
-                # Below the clamp the norm is a constant.
-                along = tl.where(norm > EPS, tl.load(dots + view), 0.0)
+                # Below the clamp the norm is a constant; NaN is not.
+                along = tl.where(norm <= EPS, 0.0, tl.load(dots + view))
                 x = tl.load(views + view * hidden_size + offs_d, mask=inside, other=0.0)
                 dx = tl.load(dviews + view * hidden_size + offs_d, mask=inside, other=0.0)
                 gradient += (dx - along * x) / tl.maximum(norm, EPS)

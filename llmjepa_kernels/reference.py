@@ -168,7 +168,7 @@ def distance_backward(
         dx, dy = (cx * x - cross * y) * scale, (cy * y - cross * x) * scale
     elif metric == "l2":
         norm = stats[..., :1].sqrt()
-        dx = torch.where(norm > 0, (x - y) / norm, 0.0) * scale
+        dx = torch.where(norm == 0, 0.0, (x - y) / norm) * scale
         dy = -dx
     else:
         dx = 2 / hidden.shape[-1] * (x - y) * scale

@@ -165,6 +165,18 @@ def test_gradcheck(metric):
     assert torch.autograd.gradcheck(distances, (hidden,))
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("metric", ["cosine", "l2", "infonce"])
+def test_nan_in_a_row_reaches_all_of_the_pair(metric, impl):
+    hidden = inputs().detach()
+    hidden[0, 3, 1] = torch.nan
+    hidden.requires_grad_()
+    loss = last_token_loss(hidden, PAIRS[:, :1], metric=metric, impl=impl)
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    assert loss.isnan()
+    assert gradient[0, PAIRS[0, 0]].isnan().all()
+
+
 @pytest.mark.parametrize("metric", ["cosine", "infonce"])
 def test_second_derivatives_are_refused(metric):
     hidden = inputs()

@@ -50,6 +50,18 @@ def test_rows_of_zeros(metric):
     check_loss(hidden, AWKWARD, metric, "triton", torch.float32, DEVICE)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("metric", ["cosine", "l2", "infonce"])
+def test_nan_in_a_row_reaches_all_of_the_pair(metric):
+    hidden = random_hidden(2, 7, 16).float()
+    hidden[0, 3, 1] = torch.nan
+    hidden = hidden.to(DEVICE).requires_grad_()
+    loss = last_token_loss(hidden, AWKWARD[:, :1].to(DEVICE), metric=metric, impl="triton")
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    assert loss.isnan()
+    assert gradient[0, [0, 3]].isnan().all()
+
+
 def test_strided_rows():
     """A slice of a longer sequence and of wider rows is read where it lies."""
     wide = random_hidden(2, 10, 40).float().to(DEVICE)
