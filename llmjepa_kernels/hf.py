@@ -59,7 +59,8 @@ def patch_model(model: nn.Module, *, impl: str | None = None) -> nn.Module:
         TypeError: The model does not call attention through Transformers' interface, and is not
             OpenELM, which has an adapter of its own.
         ValueError: The model mixes tokens in other ways than causal attention, or is wrapped in
-            what cannot carry a packed row (DataParallel, prompt-learning PEFT).
+            what cannot carry a packed row (DataParallel, prompt-learning PEFT), or is an OpenELM
+            whose forward was replaced before.
     """
     pretrained = _pretrained(model)
     layer_types = set(getattr(pretrained.config.get_text_config(), "layer_types", None) or ())
@@ -77,6 +78,8 @@ def patch_model(model: nn.Module, *, impl: str | None = None) -> nn.Module:
                 "AttentionInterface, so its attention cannot be replaced"
             )
 
+    if openelm:
+        hf_openelm.check_forwards(pretrained)
     name = _register(impl)
     if openelm:
         _add_hooks(pretrained)

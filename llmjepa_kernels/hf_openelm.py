@@ -47,6 +47,17 @@ def is_openelm(model: PreTrainedModel) -> bool:
     )
 
 
+def check_forwards(model: PreTrainedModel) -> None:
+    """Raises ValueError if `patch` would replace a forward that is not the remote code's own."""
+    for module in _replaced(model):
+        if "forward" in vars(module) and not _is_own(module.forward):
+            raise ValueError(
+                f"{type(module).__name__} has a forward of its own, such as a device_map over "
+                "several devices or Accelerate's prepare puts there, and patch_model would drop "
+                "it: call patch_model first"
+            )
+
+
 def patch(model: PreTrainedModel, attend: Callable[..., tuple[Tensor, None]]) -> None:
     """Lets a packed row reach every layer, in place.
 
@@ -75,8 +86,9 @@ def unpatch(model: PreTrainedModel) -> None:
     hooks = base._forward_pre_hooks
     for key in [key for key, hook in hooks.items() if hook is _schedule_as_mask]:
         del hooks[key], base._forward_pre_hooks_with_kwargs[key]
-    for module in (model, *(layer.attn for layer in base.layers)):
-        module.__dict__.pop("forward", None)
+    for module in _replaced(model):
+        if "forward" in vars(module) and _is_own(module.forward):
+            del module.forward
     for name in ("_update_causal_mask", "_attend"):
         base.__dict__.pop(name, None)
 
@@ -84,6 +96,17 @@ def unpatch(model: PreTrainedModel) -> None:
 def attend_of(model: PreTrainedModel) -> Callable[..., tuple[Tensor, None]] | None:
     """The `attend` that a model was patched with, or None."""
     return getattr(model.base_model, "_attend", None)
+
+
+def _replaced(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules whose forward `patch` replaces."""
+    base = model.base_model
+    return [layer.attn for layer in base.layers] + ([] if model is base else [model])
+
+
+def _is_own(forward: Callable) -> bool:
+    own = (_attention_forward, _causal_lm_forward)
+    return isinstance(forward, functools.partial) and forward.func in own
 
 
 def _has(module: nn.Module | None, names: set[str]) -> bool:
@@ -133,9 +156,8 @@ def _head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     if model.lm_head is not None:
         return model.lm_head(hidden)
     embeddings = model.base_model.token_embeddings
-    if hasattr(
-        embeddings, "unshard"
-    ):  # sharded by FSDP2 on their own, and anew since their forward
+    # FSDP2 may have sharded them on their own, and anew since their forward.
+    if hasattr(embeddings, "unshard"):
         embeddings.unshard()
     return functional.linear(hidden, embeddings.weight)
 

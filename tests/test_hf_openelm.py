@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from transformers import TrainingArguments
 
 from llmjepa_kernels import hf, pack
@@ -189,6 +190,28 @@ def test_patching_twice_copies_and_back():
         patched_impl(model)
     with pytest.raises(TypeError, match="visible_until"):
         model(**batch)
+
+
+class Counter(ModelHook):
+    calls = 0
+
+    def pre_forward(self, module, *args, **kwargs):
+        self.calls += 1
+        return args, kwargs
+
+
+@pytest.mark.parametrize("part", ["", "transformer.layers.1.attn"])
+def test_a_forward_that_someone_else_replaced_stays(part):
+    """As Accelerate does for a device_map, and for mixed precision."""
+    model, counter = tiny_model("openelm"), Counter()
+    module = model.get_submodule(part)
+    add_hook_to_module(module, counter)
+    with pytest.raises(ValueError, match=f"{type(module).__name__} has a forward of its own"):
+        patch_model(model)
+    assert not model.transformer._forward_pre_hooks
+    unpatch_model(model)
+    model(**left_padded([3]))
+    assert counter.calls == 1
 
 
 def test_what_a_packed_row_lacks_is_named():
