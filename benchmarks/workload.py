@@ -16,6 +16,7 @@ from llmjepa_kernels import BlockMask, Example, PackedBatch, Segment, llm_jepa_e
 from llmjepa_kernels.chat import chat_example
 from llmjepa_kernels.data import read_chats, train_tokenizer
 from llmjepa_kernels.grammar import generate
+from llmjepa_kernels.models import load_tokenizer
 
 
 def random_row(seq: int, mean_length: float, seed: int = 0) -> PackedBatch:
@@ -41,15 +42,10 @@ def load_examples(data: Path | None, tokenizer: str | None, count: int) -> list[
     """Chats of a JSONL file, or of the built-in grammar, in the shared layout.
 
     Args:
-        tokenizer: Name or directory. Default: one trained on the chats.
+        tokenizer: Of a model: name, directory or .gguf file. Default: one trained on the chats.
     """
     chats = load_chats(data, count)
-    if tokenizer:
-        from transformers import AutoTokenizer
-
-        loaded = AutoTokenizer.from_pretrained(tokenizer)
-    else:
-        loaded = train_tokenizer(chats)
+    loaded = load_tokenizer(tokenizer) if tokenizer else train_tokenizer(chats)
     return chat_examples(chats, loaded, "shared", pred_ids=[0])
 
 
