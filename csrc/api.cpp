@@ -194,7 +194,7 @@ int32_t lk_distance_forward(const LkPairs* args) {
                   [&](int64_t pair) { kernels.distance_forward(a, pair); })) {
       return false;
     }
-    if (a.reduction != LK_NONE) kernels.distance_reduce(a);
+    kernels.distance_reduce(a);
     return true;
   });
 }

@@ -51,8 +51,8 @@ struct LkPairs {
   void* dhidden;         // contiguous; written completely by the backward passes
   int32_t dtype, isa, num_threads;
   int32_t metric, reduction;
-  void *distance, *stats;  // (batch, num_pairs), (batch, num_pairs, 3)
-  void* loss;              // the sum or mean of the distances; null for LK_NONE
+  void* stats;  // (batch, num_pairs, 3)
+  void* loss;   // (batch, num_pairs) for LK_NONE, else the sum or mean of it
   const void* ddistance;
   void *views, *squares;  // (2, batch, num_pairs, dim), and the squared norm of each row
   const void* dviews;

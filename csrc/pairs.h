@@ -64,8 +64,8 @@ LK_INLINE bool is_constant(T clamped) {
 template <class S>
 void distance_forward(const LkPairs& a, int64_t pair) {
   using T = Compute<S>;
-  T *distance = static_cast<T*>(a.distance) + pair, *stats = static_cast<T*>(a.stats) + 3 * pair;
-  stats[0] = stats[1] = stats[2] = *distance = T(0);
+  T* stats = static_cast<T*>(a.stats) + 3 * pair;
+  stats[0] = stats[1] = stats[2] = T(0);
   if (a.pairs[2 * pair] < 0) return;  // padding
   const S *x_row = slot_row<S>(a, 2 * pair), *y_row = slot_row<S>(a, 2 * pair + 1);
   if (a.metric == LK_COSINE) {
@@ -78,7 +78,6 @@ void distance_forward(const LkPairs& a, int64_t pair) {
     stats[0] = sum_all<T>(xy);
     stats[1] = sum_all<T>(xx);
     stats[2] = sum_all<T>(yy);
-    *distance = T(1) - stats[0] / (clamped_norm(stats[1]) * clamped_norm(stats[2]));
     return;
   }
   Vec<T> squares[kSums] = {};
@@ -86,7 +85,35 @@ void distance_forward(const LkPairs& a, int64_t pair) {
     squares[i.value] += (x - y) * (x - y);
   });
   stats[0] = sum_all<T>(squares);
-  *distance = a.metric == LK_L2 ? T(__builtin_sqrt(stats[0])) : stats[0] / T(a.dim);
+}
+
+// The distance of a pair, from the sums over its rows.
+template <class T>
+LK_INLINE T distance_of(const LkPairs& a, int64_t pair) {
+  if (a.pairs[2 * pair] < 0) return T(0);  // padding
+  const T* stats = static_cast<const T*>(a.stats) + 3 * pair;
+  if (a.metric == LK_COSINE) {
+    return T(1) - stats[0] / (clamped_norm(stats[1]) * clamped_norm(stats[2]));
+  }
+  return a.metric == LK_L2 ? T(__builtin_sqrt(stats[0])) : stats[0] / T(a.dim);
+}
+
+// The loss: the distances, or their sum or mean in the order of the pairs.
+template <class S>
+void distance_reduce(const LkPairs& a) {
+  using T = Compute<S>;
+  T* loss = static_cast<T*>(a.loss);
+  double sum = 0;
+  int64_t count = 0;
+  for (int64_t pair = 0; pair < a.batch * a.num_pairs; ++pair) {
+    const T distance = distance_of<T>(a, pair);
+    if (a.reduction == LK_NONE) loss[pair] = distance;
+    sum += distance;
+    count += a.pairs[2 * pair] >= 0;
+  }
+  if (a.reduction == LK_NONE) return;
+  if (a.reduction == LK_MEAN && count > 0) sum /= static_cast<double>(count);
+  *loss = static_cast<T>(sum);
 }
 
 // Gradient of the predictor's row is own * x + cross * y, of the target's other * y + cross * x.
@@ -112,20 +139,6 @@ struct PairWeights {
     cross = -own;
   }
 };
-
-// The loss: a sum in the order of the pairs.
-template <class S>
-void distance_reduce(const LkPairs& a) {
-  using T = Compute<S>;
-  double sum = 0;
-  int64_t count = 0;
-  for (int64_t pair = 0; pair < a.batch * a.num_pairs; ++pair) {
-    sum += static_cast<const T*>(a.distance)[pair];
-    count += a.pairs[2 * pair] >= 0;
-  }
-  if (a.reduction == LK_MEAN && count > 0) sum /= static_cast<double>(count);
-  *static_cast<T*>(a.loss) = static_cast<T>(sum);
-}
 
 // The gradient of one row of hidden: the sum of add(slot, begin, dim, sum) over the slots that
 // point at it, linked in ascending order by `next` and ended by -1. add() adds elements begin ..

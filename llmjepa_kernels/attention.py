@@ -107,12 +107,16 @@ def view_attention(
     return out
 
 
+# At every call of a small operation the import system's own look-up would show.
+_module = functools.cache(importlib.import_module)
+
+
 def default_impl(device: torch.device) -> str:
     """The back end for tensors on `device`."""
     if device.type in ("cuda", "xpu"):
         return "triton"
     if device.type == "cpu":
-        if importlib.import_module(BACKENDS["cpu"]).is_available():
+        if _module(BACKENDS["cpu"]).is_available():
             return "cpu"
         _warn_of_reference()
     return "reference"
@@ -147,7 +151,7 @@ def load_backend(backends: Mapping[str, str], impl: str | None, device: torch.de
         raise ValueError(f"impl must be one of {sorted(backends)}, got {impl!r}")
     if impl == "cpu" and device.type != "cpu":
         raise RuntimeError(f"impl='cpu' runs on CPU tensors, got tensors on {device}")
-    return importlib.import_module(backends[impl])
+    return _module(backends[impl])
 
 
 def operation(name: str) -> Callable[[Callable], Callable]:

@@ -94,18 +94,16 @@ def distance_forward(
 ) -> tuple[Tensor, Tensor]:
     """The loss: (batch, num_pairs) or reduced; and what its backward needs (…, 3)."""
     dtype, shape = _compute_dtype(hidden), pairs.shape[:2]
-    distance = torch.empty(shape, dtype=dtype)
+    loss = torch.empty(shape if reduction == "none" else (), dtype=dtype)
     stats = torch.empty(*shape, 3, dtype=dtype)
-    loss = distance if reduction == "none" else torch.empty((), dtype=dtype)
     _run_pairs(
         "lk_distance_forward",
         hidden,
         pairs,
         metric=METRICS[metric],
         reduction=REDUCTIONS[reduction],
-        distance=distance.data_ptr(),
         stats=stats.data_ptr(),
-        loss=None if reduction == "none" else loss.data_ptr(),
+        loss=loss.data_ptr(),
     )
     return loss, stats
 
@@ -195,7 +193,7 @@ class _PairsArguments(ctypes.Structure):
         *_fields(ctypes.c_int64, "batch seq dim num_pairs hidden_batch_stride hidden_seq_stride"),
         *_fields(ctypes.c_void_p, "hidden pairs dhidden"),
         *_fields(ctypes.c_int32, "dtype isa num_threads metric reduction"),
-        *_fields(ctypes.c_void_p, "distance stats loss ddistance views squares dviews dots"),
+        *_fields(ctypes.c_void_p, "stats loss ddistance views squares dviews dots"),
     )
 
 

@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from llmjepa_kernels import cpu
+
 ROOT = Path(__file__).parents[1]
 ITEM_SIZES = (4, 8, 2, 2)  # of LkDtype
 
@@ -110,10 +112,9 @@ def pairs_sizes(a: ctypes.Structure) -> dict[str, int]:
         "hidden": item * (last + a.dim),
         "dhidden": item * a.batch * a.seq * a.dim,
         "pairs": 16 * count,
-        "distance": stat * count,
         "ddistance": stat * count,
         "stats": 3 * stat * count,
-        "loss": stat,
+        "loss": stat * (count if a.reduction == cpu.REDUCTIONS["none"] else 1),
         "views": 2 * stat * count * a.dim,
         "dviews": 2 * stat * count * a.dim,
         "squares": 2 * stat * count,
