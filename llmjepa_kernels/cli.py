@@ -157,11 +157,7 @@ def add_train_arguments(commands) -> None:
         "library, or hub:NAME:SPLIT, see --recipe (default: built-in pairs of English and regular "
         "expressions)",
     )
-    data.add_argument(
-        "--recipe",
-        choices=RECIPES,
-        help="makes chats of data with the columns of this dataset (default: they are chats)",
-    )
+    _add_recipe(data)
     data.add_argument("--eval-data", metavar="SOURCE", help="the same, held out")
     _add_judgement(
         data, "train without the samples out of distribution, and evaluate on them apart"
@@ -388,6 +384,29 @@ def _add_judgement(parser, what_a_split_does: str) -> None:
     )
 
 
+def _add_recipe(parser) -> None:
+    parser.add_argument(
+        "--recipe",
+        choices=sorted(RECIPES),
+        help="makes chats of data with the columns of this dataset (default: they are chats)",
+    )
+
+
+def _add_checkpoints_and_data(parser) -> None:
+    parser.add_argument(
+        "checkpoints",
+        nargs="+",
+        metavar="CHECKPOINT",
+        help="directory of a model or LoRA adapter, model of the Hugging Face hub, or .gguf file",
+    )
+    parser.add_argument(
+        "--data",
+        metavar="SOURCE",
+        help="as for llmjepa train (default: its built-in held-out pairs)",
+    )
+    _add_recipe(parser)
+
+
 def _train(args: argparse.Namespace, rest: list[str]) -> None:
     packages = ["transformers", "accelerate", "tokenizers", "matplotlib", "rich"]
     packages += ["peft"] * (args.lora_rank is not None)
@@ -408,22 +427,7 @@ def add_evaluate_arguments(commands) -> None:
         EVALUATE_DESCRIPTION,
         EVALUATE_EPILOG,
     )
-    parser.add_argument(
-        "checkpoints",
-        nargs="+",
-        metavar="CHECKPOINT",
-        help="directory of a model or LoRA adapter, model of the Hugging Face hub, or .gguf file",
-    )
-    parser.add_argument(
-        "--data",
-        metavar="SOURCE",
-        help="as for llmjepa train (default: its built-in held-out pairs)",
-    )
-    parser.add_argument(
-        "--recipe",
-        choices=sorted(RECIPES),
-        help="makes chats of the columns that this dataset has on the Hugging Face hub",
-    )
+    _add_checkpoints_and_data(parser)
     _add_judgement(parser, "report samples out of distribution apart")
     parser.add_argument(
         "--samples",
@@ -479,22 +483,7 @@ def add_analyze_arguments(commands) -> None:
         ANALYZE_DESCRIPTION,
         ANALYZE_EPILOG,
     )
-    parser.add_argument(
-        "checkpoints",
-        nargs="+",
-        metavar="CHECKPOINT",
-        help="directory of a model or LoRA adapter, model of the Hugging Face hub, or .gguf file",
-    )
-    parser.add_argument(
-        "--data",
-        metavar="SOURCE",
-        help="as for llmjepa train (default: its built-in held-out pairs)",
-    )
-    parser.add_argument(
-        "--recipe",
-        choices=RECIPES,
-        help="makes chats of data with the columns of this dataset (default: they are chats)",
-    )
+    _add_checkpoints_and_data(parser)
     parser.add_argument(
         "--samples",
         type=int,
