@@ -2,6 +2,7 @@
 
 import json
 import resource
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
@@ -41,25 +42,33 @@ def test_the_latest_comes_first(tmp_path):
     assert checkpoints(tmp_path / "none") == []
 
 
-@pytest.fixture
+@contextmanager
 def full_disk():
-    """Call it, and no file can grow beyond a few bytes: writes fail as on a full disk."""
+    """Inside, no file can grow beyond a few bytes: writes fail as on a full disk.
+
+    That holds for pytest's own output too, so leave before the test ends.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_leaves_the_earlier_checkpoint(tokenizer, tmp_path, full_disk):  # noqa: F811
-    class FillDisk(TrainerCallback):
-        def on_save(self, *args, **kwargs):
-            full_disk()
+def test_a_full_disk_leaves_the_earlier_checkpoint(tokenizer, tmp_path):  # noqa: F811
+    with ExitStack() as stack:
 
-    model, collator = build(tokenizer)
-    args = arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
-    args.save_total_limit = 1
-    trainer = LLMJEPATrainer(model, args, collator, train_dataset=ROWS, callbacks=[FillDisk()])
-    with pytest.raises(OSError, match="checkpoint-2 could not be saved: "):
-        trainer.train()
+        class FillDisk(TrainerCallback):
+            def on_save(self, *args, **kwargs):
+                stack.enter_context(full_disk())
+
+        model, collator = build(tokenizer)
+        args = arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+        args.save_total_limit = 1
+        trainer = LLMJEPATrainer(model, args, collator, train_dataset=ROWS, callbacks=[FillDisk()])
+        with pytest.raises(OSError, match="checkpoint-2 could not be saved: "):
+            trainer.train()
     second, first = checkpoints(tmp_path)
     assert why_incomplete(first) is None
     assert why_incomplete(second)
@@ -77,11 +86,10 @@ def test_only_the_last_checkpoints_are_kept(tokenizer, tmp_path):  # noqa: F811
     assert torch.load(found[0] / "training_args.bin", weights_only=False).max_steps == 3
 
 
-def test_a_file_is_the_old_or_the_new_one(tmp_path, full_disk):
+def test_a_file_is_the_old_or_the_new_one(tmp_path):
     path = tmp_path / "report.json"
     write_whole(path, json.dumps("old"))
-    full_disk()
-    with pytest.raises(OSError, match="File too large"):
+    with full_disk(), pytest.raises(OSError, match="File too large"):
         write_whole(path, "x" * 10_000)
     assert json.loads(path.read_text()) == "old"
     assert list(tmp_path.iterdir()) == [path]
