@@ -51,7 +51,7 @@ def python(arguments, cache, timeout):
 @pytest.fixture(scope="module")
 def records(tmp_path_factory):
     cache = tmp_path_factory.mktemp("triton")
-    return python(["-m", "benchmarks.gpu_static", "--json", "--no-sim"], cache, timeout=1800)
+    return python(["-m", "benchmarks.gpu_static", "--json", "--no-sim"], cache, timeout=600)
 
 
 def name(record):
@@ -114,7 +114,7 @@ print(json.dumps(sorted(kernels)))
 
 
 def test_options_compile(tmp_path):
-    kernels = python(["-c", OPTIONS], tmp_path, timeout=900)
+    kernels = python(["-c", OPTIONS], tmp_path, timeout=300)
     assert len(kernels) == 4 * 4, kernels
 
 
@@ -134,7 +134,7 @@ print(json.dumps(records))
 
 
 def test_the_loss_compiles_without_spills_for_every_architecture(tmp_path):
-    records = python(["-c", LOSS, *MATRIX_INSTRUCTION], tmp_path, timeout=900)
+    records = python(["-c", LOSS, *MATRIX_INSTRUCTION], tmp_path, timeout=300)
     kernels = {(r["arch"], r["name"]) for r in records}
     assert len(kernels) == len(MATRIX_INSTRUCTION) * 5, kernels
     for r in records:
@@ -164,6 +164,6 @@ print(json.dumps(counts))
 
 
 def test_a_hundred_packings_compile_nothing_after_the_first(tmp_path):
-    counts = python(["-c", PACKINGS], tmp_path, timeout=600)
+    counts = python(["-c", PACKINGS], tmp_path, timeout=300)
     # Three kernels know of the window; the row statistics and the loss do not.
     assert counts == [9] + [12] * 99
