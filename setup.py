@@ -87,7 +87,7 @@ class PlatformWheel(bdist_wheel):
 setup(
     ext_modules=[
         Extension(
-            "llmjepa_kernels._cpu",
+            "llmjepa_kernels.ops._cpu",
             [f"csrc/{name}.cpp" for name in ("api", "kernels", "plan", "threads")],
             depends=["csrc"],
             optional=False,

@@ -23,8 +23,9 @@ from benchmarks import peers
 from benchmarks.report import Table, show
 from benchmarks.timing import PeakMemory, interleaved, ratio
 from benchmarks.workload import Case, load_examples
-from llmjepa_kernels import PackedBatch, cpu, last_token_loss, pack, view_attention
-from llmjepa_kernels.reference import distance_backward
+from llmjepa_kernels import PackedBatch, last_token_loss, pack, view_attention
+from llmjepa_kernels.ops import cpu
+from llmjepa_kernels.ops.reference import distance_backward
 
 COLUMNS = (
     ("work", "work", "{}"),

@@ -28,9 +28,11 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from benchmarks import sass
-from llmjepa_kernels import attention_triton, loss_triton, triton_configs
-from llmjepa_kernels.block_mask import BlockMask
-from llmjepa_kernels.triton_configs import Config
+from llmjepa_kernels.ops.block_mask import BlockMask
+from llmjepa_kernels.ops.triton import attention as attention_triton
+from llmjepa_kernels.ops.triton import configs as triton_configs
+from llmjepa_kernels.ops.triton import loss as loss_triton
+from llmjepa_kernels.ops.triton.configs import Config
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942")
 MODELLED = ("sm_80", "sm_90", "sm_100")

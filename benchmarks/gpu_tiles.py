@@ -19,9 +19,10 @@ from benchmarks.gpu_static import ARCHS, MASK_BLOCKS, MODELLED, PRODUCTS, examin
 import torch
 
 from benchmarks.workload import load_examples
-from llmjepa_kernels import BlockMask, pack, triton_configs
-from llmjepa_kernels.block_mask import choose_block_size
-from llmjepa_kernels.reference import visible
+from llmjepa_kernels import BlockMask, pack
+from llmjepa_kernels.ops.block_mask import choose_block_size
+from llmjepa_kernels.ops.reference import visible
+from llmjepa_kernels.ops.triton import configs as triton_configs
 
 ASSUMPTIONS = """\
 partial, full   visited tiles; minimum: those with at least one visible pair

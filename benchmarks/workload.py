@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from llmjepa_kernels import BlockMask, Example, PackedBatch, Segment, llm_jepa_example, pack
-from llmjepa_kernels.chat import chat_example
-from llmjepa_kernels.data import read_chats, train_tokenizer
-from llmjepa_kernels.grammar import generate
-from llmjepa_kernels.models import load_tokenizer
+from llmjepa_kernels.data.chat import chat_example
+from llmjepa_kernels.data.grammar import generate
+from llmjepa_kernels.data.samples import read_chats, train_tokenizer
+from llmjepa_kernels.hf.load import load_tokenizer
 
 
 def random_row(seq: int, mean_length: float, seed: int = 0) -> PackedBatch:

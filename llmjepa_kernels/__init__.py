@@ -6,25 +6,25 @@ and Hugging Face models and the Trainer are patched to use both.
 
 import importlib
 
-from llmjepa_kernels.attention import view_attention
-from llmjepa_kernels.block_mask import BlockMask
-from llmjepa_kernels.flash_plan import FlashPlan
-from llmjepa_kernels.loss import last_token_loss
+from llmjepa_kernels.ops.attention import view_attention
+from llmjepa_kernels.ops.block_mask import BlockMask
+from llmjepa_kernels.ops.flash_plan import FlashPlan
+from llmjepa_kernels.ops.loss import last_token_loss
 from llmjepa_kernels.packing import Example, PackedBatch, Segment, llm_jepa_example, pack
 
 __version__ = "0.1.0"
 
 # Most of these need transformers, so they are imported when they are asked for.
 _LAZY = {
-    "chat_example": "chat",
-    "ExampleFormat": "example_format",
-    "patch_model": "hf",
-    "unpatch_model": "hf",
-    "LLMJEPAOutput": "objective",
-    "llm_jepa_loss": "objective",
-    "add_predictor_tokens": "predictor_tokens",
-    "LLMJEPACollator": "trainer",
-    "LLMJEPATrainer": "trainer",
+    "chat_example": "data.chat",
+    "ExampleFormat": "data.example_format",
+    "patch_model": "hf.patch",
+    "unpatch_model": "hf.patch",
+    "LLMJEPAOutput": "training.objective",
+    "llm_jepa_loss": "training.objective",
+    "add_predictor_tokens": "data.predictor_tokens",
+    "LLMJEPACollator": "training.trainer",
+    "LLMJEPATrainer": "training.trainer",
 }
 
 __all__ = [

@@ -2,7 +2,7 @@
 
 import sys
 
-from llmjepa_kernels.cli import main
+from llmjepa_kernels.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from llmjepa_kernels.block_mask import SCHEDULE_KEYS, BlockMask, choose_block_size
-from llmjepa_kernels.flash_plan import FlashPlan, is_plan_key
+from llmjepa_kernels.ops.block_mask import SCHEDULE_KEYS, BlockMask, choose_block_size
+from llmjepa_kernels.ops.flash_plan import FlashPlan, is_plan_key
 
 IGNORE = -100  # the label of a token that nobody supervises, as in Hugging Face
 

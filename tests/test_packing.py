@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmjepa_kernels import Example, PackedBatch, Segment, llm_jepa_example, pack
-from tests.helpers import random_examples
+from tests.support.helpers import random_examples
 
 PAD = 999
 

@@ -1,0 +1,93 @@
+"""What is kept of a training run, so that an interrupted comparison goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmjepa_kernels.files import write_whole
+from llmjepa_kernels.training.checkpoints import checkpoints, why_incomplete
+
+FILE_NAME = "run.json"
+
+
+@dataclass
+class RunRecord:
+    """The options of a run from its beginning, and its result once it is finished.
+
+    Attributes:
+        directory: Of the run's checkpoints; gets ``run.json``.
+        name: The objective.
+        seed: Of weights and order.
+        options: All that the result depends on; can be written as JSON.
+        result: ``name``, ``seed`` and what `finish` was given; None before.
+    """
+
+    directory: Path
+    name: str
+    seed: int
+    options: dict[str, Any]
+    result: dict[str, Any] | None = field(default=None, init=False)
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}, seed {self.seed}"
+
+    def check(self, *, resume: bool) -> None:
+        """Reads the result of a finished run, or makes sure that nothing is overwritten.
+
+        Raises:
+            ValueError: Without `resume`, there are checkpoints of an earlier run; with it, that
+                run had other options, or its record is corrupt.
+        """
+        if not resume:
+            if checkpoints(self.directory):
+                raise ValueError(
+                    f"{self.directory} holds checkpoints of an earlier run: go on with it by "
+                    "--resume, or choose another --output-dir"
+                )
+            return
+        path = self.directory / FILE_NAME
+        if not path.is_file():
+            return
+        try:
+            record = json.loads(path.read_bytes())
+            before, result = record["options"], record["result"]
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(f"{path} is no record of a run: {error!r}") from error
+        now = json.loads(json.dumps(self.options, default=str))
+        changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
+        if changed:
+            raise ValueError(
+                f"--resume: the run in {self.directory} had other options: "
+                + ", ".join(f"{k} {before.get(k)!r}, now {now.get(k)!r}" for k in changed)
+                + "; choose another --output-dir"
+            )
+        self.result = result
+
+    def checkpoint(self) -> tuple[Path | None, list[str]]:
+        """The last complete checkpoint, and what is wrong with later ones."""
+        faults = []
+        for checkpoint in checkpoints(self.directory):
+            fault = why_incomplete(checkpoint)
+            if fault is None:
+                return checkpoint, faults
+            faults.append(f"{checkpoint} is incomplete: {fault}")
+        return None, faults
+
+    def begin(self) -> None:
+        """Writes the options; an earlier result is gone."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._write(None)
+
+    def finish(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Writes the result, and returns it."""
+        result = {"name": self.name, "seed": self.seed, **values}
+        self._write(result)
+        return result
+
+    def _write(self, result: dict[str, Any] | None) -> None:
+        record = {"options": self.options, "result": result}
+        write_whole(self.directory / FILE_NAME, json.dumps(record, indent=1, default=str))

@@ -1,0 +1,1 @@
+"""Data: from files and chats to examples."""

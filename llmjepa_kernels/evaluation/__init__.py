@@ -1,0 +1,1 @@
+"""Evaluation: answers, the rules that judge them, and the geometry of the views."""

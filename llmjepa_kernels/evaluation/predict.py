@@ -1,0 +1,260 @@
+"""What a model answers: batched greedy generation, judged by the rule of the data."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from llmjepa_kernels.data.example_format import ExampleFormat
+from llmjepa_kernels.data.splits import Split
+from llmjepa_kernels.evaluation.rules import Rule, answer_of
+from llmjepa_kernels.evaluation.rules import rule as answer_rule
+from llmjepa_kernels.packing import IGNORE, Example
+
+BATCH_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model answered to one sample.
+
+    Attributes:
+        index: Of the sample.
+        prompt: Everything before the answer, as the model saw it.
+        answer: The sample's own answer.
+        completion: The model's.
+        correct: Whether the completion is right by the rule.
+    """
+
+    index: int
+    prompt: str
+    answer: str
+    completion: str
+    correct: bool
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Correct answers out of a total."""
+
+    correct: int
+    total: int
+
+    @property
+    def value(self) -> float:
+        """The fraction; NaN of none."""
+        return self.correct / self.total if self.total else float("nan")
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """Wilson's interval, which is sound near 0 and 1; from 0 to 1 where there is nothing."""
+        from scipy.stats import binomtest
+
+        if not self.total:
+            return 0.0, 1.0
+        found = binomtest(self.correct, self.total).proportion_ci(confidence, method="wilson")
+        return float(found.low), float(found.high)
+
+
+def evaluate(
+    model,
+    tokenizer,
+    samples: Sequence[Mapping[str, Any]],
+    example_format: ExampleFormat | None = None,
+    rule: Rule | None = None,
+    **options: Any,
+) -> list[Prediction]:
+    """Has a model answer samples and judges the answers.
+
+    Args:
+        model, tokenizer, samples, example_format, rule, **options: As in `predict`.
+
+    Returns:
+        A prediction per sample, in order.
+    """
+    batches = predict(model, tokenizer, samples, example_format, rule, **options)
+    found = [prediction for batch in batches for prediction in batch]
+    return sorted(found, key=lambda prediction: prediction.index)
+
+
+def predict(
+    model,
+    tokenizer,
+    samples: Sequence[Mapping[str, Any]],
+    example_format: ExampleFormat | None = None,
+    rule: Rule | None = None,
+    *,
+    max_new_tokens: int | None = None,
+    batch_size: int = BATCH_SIZE,
+    done: Container[int] = (),
+) -> Iterator[list[Prediction]]:
+    """The same batch by batch, as they are made; those with long answers come first.
+
+    Args:
+        model: A causal language model of Transformers, patched or not.
+        tokenizer: Its tokenizer.
+        samples: With ``messages``, the last of which is the assistant's turn, the answer.
+        example_format: How a sample becomes a prompt. Default: by the tokenizer's chat template.
+        rule: Which answers are correct, from `answers.rule`. Default: exactly the sample's.
+        max_new_tokens: Longest completion. Default: one more than the longest answer.
+        batch_size: Prompts generated from at once.
+        done: Indices of samples to leave out.
+
+    Raises:
+        ValueError: A sample does not fit the format or the rule, which is found before anything
+            is generated, or the model's logits are NaN.
+        OSError: The rule needs a file that is missing.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    # Only the chat with its answer is of interest here, neither its views nor other losses.
+    example_format = replace(
+        example_format or ExampleFormat(),
+        layout="shared",
+        direction="text_to_code",
+        pred_position="append",
+        pred_ids=(),
+        supervise="assistant",
+    )
+    rule = rule or answer_rule()
+    prompts, examples = [], []
+    for index, sample in enumerate(samples):
+        try:
+            rule.check(sample)
+            prompts.append(example_format.prompt(sample, tokenizer))
+            examples.append(example_format.example(sample, tokenizer))
+        except ValueError as error:
+            raise ValueError(f"sample {index}: {error}") from error
+    lengths = [len(_answer_ids(example)) for example in examples]
+    # A batch takes as long as its longest answer: rows should end together.
+    order = sorted(range(len(samples)), key=lambda i: (lengths[i], len(prompts[i])), reverse=True)
+    order = [i for i in order if i not in done]
+    options = {
+        "stop_ids": stop_ids(tokenizer, examples[:100]),
+        "max_new_tokens": max_new_tokens or max(lengths, default=0) + 1,
+    }
+    if rule.choices and samples:
+        choice_ids = _choice_ids(rule.choices, samples[0], tokenizer, example_format)
+        options = {"stop_ids": (), "max_new_tokens": 1, "allowed_ids": list(choice_ids)}
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        generated = _generate(model, tokenizer, [prompts[i] for i in batch], **options)
+        predictions = []
+        for i, ids in zip(batch, generated, strict=True):
+            if rule.choices:
+                completion = choice_ids[ids[0]]
+            else:
+                completion = tokenizer.decode(ids, skip_special_tokens=True)
+            predictions.append(
+                Prediction(
+                    index=i,
+                    prompt=tokenizer.decode(prompts[i]),
+                    answer=answer_of(samples[i]),
+                    completion=completion,
+                    correct=rule.is_correct(completion, samples[i]),
+                )
+            )
+        yield predictions
+
+
+def accuracies(
+    predictions: Iterable[Prediction],
+    samples: Sequence[Mapping[str, Any]],
+    split: Split | None = None,
+) -> dict[str, Accuracy]:
+    """Accuracy on ``"all"``; with a split also ``"in_distribution"`` and ``"out_of_distribution"``.
+
+    Args:
+        predictions: Of some or all of the samples.
+        samples: What `evaluate` got.
+    """
+    correct: dict[str, list[bool]] = {"all": []}
+    if split is not None:
+        correct |= {"in_distribution": [], "out_of_distribution": []}
+    for prediction in predictions:
+        correct["all"].append(prediction.correct)
+        if split is not None:
+            out = split.is_out_of_distribution(samples[prediction.index])
+            correct["out_of_distribution" if out else "in_distribution"].append(prediction.correct)
+    return {name: Accuracy(sum(found), len(found)) for name, found in correct.items()}
+
+
+def stop_ids(tokenizer, examples: Iterable[Example]) -> set[int]:
+    """The tokens that end an assistant's turn: EOS, and special tokens that examples end with."""
+    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ends = {answer[-1] for example in examples if (answer := _answer_ids(example))}
+    return {tokenizer.eos_token_id} - {None} | ends & special
+
+
+def _answer_ids(example: Example) -> list[int]:
+    """The supervised tokens."""
+    return [y for s in example.segments for y in s.labels or () if y != IGNORE]
+
+
+def _choice_ids(
+    choices: Sequence[str], sample: Mapping[str, Any], tokenizer, example_format: ExampleFormat
+) -> dict[int, str]:
+    """The first token of each choice where an answer begins."""
+    found = {}
+    for choice in choices:
+        messages = [*sample["messages"][:-1], {"role": "assistant", "content": choice}]
+        example = example_format.example({"messages": messages}, tokenizer)
+        found[_answer_ids(example)[0]] = choice
+    if len(found) < len(choices):
+        raise ValueError(f"the tokenizer begins several of {', '.join(choices)} with one token")
+    return found
+
+
+def _generate(
+    model,
+    tokenizer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    stop_ids: Iterable[int],
+    max_new_tokens: int,
+    allowed_ids: list[int] | None = None,
+) -> list[list[int]]:
+    """The most likely next tokens of one batch, up to a stop token; of `allowed_ids`, if given."""
+    stop_ids = sorted(set(stop_ids))
+    pad_token_id = tokenizer.pad_token_id
+    if pad_token_id is None:
+        pad_token_id = stop_ids[0] if stop_ids else 0
+    width = max(map(len, prompts))
+    padding = [width - len(prompt) for prompt in prompts]
+    ids = [[pad_token_id] * n + list(prompt) for n, prompt in zip(padding, prompts, strict=True)]
+    mask = [[0] * n + [1] * (width - n) for n in padding]
+    options: dict[str, Any] = {"logits_processor": [_refuse_nan]}
+    if allowed_ids is not None:
+        options["prefix_allowed_tokens_fn"] = lambda batch_id, sent: allowed_ids
+    was_training = model.training
+    model.eval()
+    try:
+        generated = model.generate(
+            input_ids=torch.tensor(ids, device=model.device),
+            attention_mask=torch.tensor(mask, device=model.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            repetition_penalty=1.0,  # a model's own defaults must not bend the argmax
+            eos_token_id=stop_ids or None,
+            pad_token_id=pad_token_id,
+            use_cache=True,
+            **options,
+        )
+    finally:
+        model.train(was_training)
+    answers = []
+    for tokens in generated[:, width:].tolist():
+        end = next((n for n, token in enumerate(tokens) if token in stop_ids), len(tokens))
+        answers.append(tokens[:end])
+    return answers
+
+
+def _refuse_nan(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """A logits processor: the most likely of NaNs would be a token like any other."""
+    if scores.isnan().any():
+        raise ValueError("the model's logits are NaN: it cannot be evaluated")
+    return scores

@@ -1,0 +1,141 @@
+"""When a model's answer counts as correct: one rule per kind of data, as in the LLM-JEPA paper."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import partial
+from os import PathLike
+from typing import Any
+
+from llmjepa_kernels.evaluation.sql import SpiderDatabases
+
+Sample = Mapping[str, Any]
+
+RULES = ("exact", "number", "sql", "any", "choice")
+RULE_OF_RECIPE = {"gsm8k": "number", "hellaswag": "choice", "nq_open": "any", "spider": "sql"}
+CHOICES = ("A", "B", "C", "D")
+_NUMBER = re.compile(
+    r"####[ \t]*([-+\u2212]?)[ \t]*[$€£¥]?[ \t]*([-+\u2212]?)"
+    r"(\d[\d,]*+(?:\.\d++)?+|\.\d++)(?![/:^]|\.\d)",  # all of it, or none
+    re.ASCII,
+)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Judges completions.
+
+    Attributes:
+        name: One of ``RULES``.
+        is_correct: Takes a completion and its sample.
+        check: Raises a ValueError or OSError if a sample's own answer is none by this rule, so
+            that it is found before anything is generated.
+        choices: If any, the model does not write but picks the most likely of these.
+    """
+
+    name: str
+    is_correct: Callable[[str, Sample], bool]
+    check: Callable[[Sample], None]
+    choices: tuple[str, ...] = ()
+
+
+def rule(name: str = "exact", *, databases: str | PathLike[str] | None = None) -> Rule:
+    """The rule of that name.
+
+    - ``exact``: the answer to the letter, white space around it aside (NL-RX, sentiment labels).
+    - ``number``: the number after ``####``, whatever its notation (GSM8K).
+    - ``sql``: a query with the same result; see ``SpiderDatabases``.
+    - ``any``: one of the answers listed with ``"; "`` between them, compared without case,
+      punctuation and articles as is the custom for NQ-Open. Listing several answers, as the
+      training data do, is allowed: one must be right. The authors' script also accepts any part of
+      the reference, the empty string included; this does not.
+    - ``choice``: the most likely of A, B, C and D (HellaSwag).
+
+    Args:
+        name: One of ``RULES``.
+        databases: For ``sql``: the directory of ``db_id/db_id.sqlite``.
+    Raises:
+        ValueError: The name is unknown, or ``databases`` is missing or not for this rule.
+        NotADirectoryError: There is no such directory.
+    """
+    if name not in RULES:
+        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {name!r}")
+    if (name == "sql") != (databases is not None):
+        raise ValueError(
+            "rule sql needs databases, the directory of db_id/db_id.sqlite"
+            if name == "sql"
+            else f"databases is for rule sql, got rule {name}"
+        )
+    if name == "sql":
+        spider = SpiderDatabases(databases)
+        return Rule(name, spider.is_correct, spider.check)
+    return _TEXT_RULES[name]
+
+
+def answer_of(sample: Sample) -> str:
+    """The reference: what the assistant says in the last turn."""
+    return sample["messages"][-1]["content"]
+
+
+def number_after_marker(text: str) -> Decimal | None:
+    """The first number that follows a ``####``, without currency and thousands separators."""
+    match = _NUMBER.search(text)
+    if not match or (match[1] and match[2]):
+        return None
+    magnitude = Decimal(match[3].replace(",", ""))
+    return -magnitude if match[1] + match[2] in ("-", "\u2212") else magnitude
+
+
+def listed_answers(text: str) -> set[str]:
+    """The answers between ``"; "``, in lower case, without punctuation and articles.
+
+    An answer of nothing else, such as ``+``, stays as it is.
+
+    Source: SQuAD's evaluation, arXiv:1606.05250, which NQ-Open's follows.
+    """
+    without_punctuation = str.maketrans("", "", string.punctuation)
+    answers = set()
+    for part in text.lower().split("; "):
+        words = re.sub(r"\b(a|an|the)\b", " ", part.translate(without_punctuation)).split()
+        answers.add(" ".join(words) or part.strip())
+    return answers - {""}
+
+
+def _matches(completion: str, sample: Sample) -> bool:
+    return completion.strip() == answer_of(sample).strip()
+
+
+def _accept(sample: Sample) -> None:
+    """Any answer can be matched to the letter."""
+
+
+def _has_the_number(completion: str, sample: Sample) -> bool:
+    number = number_after_marker(completion)
+    return number is not None and number == number_after_marker(answer_of(sample))
+
+
+def _is_listed(completion: str, sample: Sample) -> bool:
+    return not listed_answers(completion).isdisjoint(listed_answers(answer_of(sample)))
+
+
+def _expect(test: Callable[[str], Any], expected: str, sample: Sample) -> None:
+    if not test(answer_of(sample)):
+        raise ValueError(f"expected {expected} as the answer, got {answer_of(sample)!r}")
+
+
+_expect_number = partial(
+    _expect, lambda text: number_after_marker(text) is not None, "a number after ####"
+)
+_expect_list = partial(_expect, listed_answers, 'answers separated by "; "')
+_expect_choice = partial(_expect, lambda text: text.strip() in CHOICES, "A, B, C or D")
+
+_TEXT_RULES = {
+    "exact": Rule("exact", _matches, _accept),
+    "number": Rule("number", _has_the_number, _expect_number),
+    "any": Rule("any", _is_listed, _expect_list),
+    "choice": Rule("choice", _matches, _expect_choice, CHOICES),
+}

@@ -1,0 +1,1 @@
+"""Hugging Face models: loading them, and patching them to attend through view_attention."""

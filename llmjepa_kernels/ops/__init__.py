@@ -1,0 +1,1 @@
+"""The operations: attention under the view-isolation mask, and the loss of last tokens."""

@@ -1,0 +1,451 @@
+"""view_attention: validates, chooses a back end, and is one differentiable operation."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from llmjepa_kernels.ops import autotune
+from llmjepa_kernels.ops.block_mask import BlockMask, check_window, int32_positions
+from llmjepa_kernels.ops.common import empty_seq_major
+from llmjepa_kernels.ops.flash_plan import FlashPlan
+
+BACKENDS = {
+    "triton": "llmjepa_kernels.ops.triton.attention",
+    "cpu": "llmjepa_kernels.ops.cpu",
+    "reference": "llmjepa_kernels.ops.reference",
+    "flash": "llmjepa_kernels.ops.flash",
+}
+
+
+def view_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible_until: Tensor,
+    *,
+    position_ids: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    softmax_scale: float | None = None,
+    sinks: Tensor | None = None,
+    block_mask: BlockMask | None = None,
+    flash_plan: FlashPlan | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """Attention in which a token sees its own segment and the segments above it.
+
+    Query ``i`` sees key ``j`` if ``j <= i < visible_until[j]``. No tile of the score matrix in
+    which nothing is visible is ever touched, and nothing of size ``seq x seq`` is stored.
+
+    Args:
+        q: (batch, num_heads, seq, head_dim) with unit stride in head_dim.
+        k: (batch, num_kv_heads, seq, head_dim); num_kv_heads divides num_heads.
+        v: Like k.
+        visible_until: (batch, seq) int32, as in `PackedBatch`.
+        position_ids: (batch, seq) int that fits in int32; needed with `window`. Passed as int32
+            it need not be checked and copied in every call.
+        window: Sliding window: also require ``position[i] - position[j] < window``.
+        softcap: Replaces each score s by ``softcap * tanh(s / softcap)``.
+        softmax_scale: Multiplies q·k. Default: ``head_dim ** -0.5``.
+        sinks: (num_heads,); a learnable score per head that takes part in the softmax but has
+            no value (gpt-oss).
+        block_mask: The tiles to visit. Default: built here from `visible_until`, which costs
+            about as much as a small kernel; pass it when several layers share one mask.
+        flash_plan: The calls of ``impl="flash"``. Default: made here where they are needed, which
+            waits for the device; pass it when several layers share one mask.
+        impl: "triton", "cpu", "reference" or "flash" (flash-attn's kernels; CUDA only, installed
+            with the extra `flash`). An explicit choice never falls back to another. Default: by
+            the device of q. That is never "flash", unless ``LLMJEPA_AUTOTUNE=1`` is set and a
+            `flash_plan` given: then it is taken where a forward and backward in it were faster
+            than in Triton when such shapes were first met.
+
+    Returns:
+        out: Like q, stored as a contiguous (batch, seq, num_heads, head_dim) buffer.
+
+    Raises:
+        ValueError: A shape, dtype, device or option differs from the above; says which.
+        RuntimeError: The chosen back end cannot run here; says why.
+
+    Source: FlashAttention-2, arXiv:2307.08691; FlashMask, arXiv:2410.01359.
+    """
+    _check_tensors(q, k, v, visible_until, sinks)
+    if window is not None:
+        check_window(window, position_ids, visible_until)
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive, got {softcap}")
+    flash_plan = _fitting_plan(flash_plan, visible_until, position_ids, window, impl)
+    if impl == "flash":
+        block_mask = None
+    elif block_mask is None:
+        block_mask = BlockMask.from_visible_until(
+            visible_until, position_ids=position_ids, window=window
+        )
+    if block_mask is not None:
+        _check_block_mask(block_mask, visible_until, window)
+    out, _ = torch.ops.llmjepa_kernels.attention_forward(
+        q,
+        k,
+        v,
+        [] if block_mask is None else _mask_tensors(block_mask),
+        (0, 0) if block_mask is None else block_mask.block_size,
+        None if block_mask is None else block_mask.window,
+        [] if flash_plan is None else flash_plan.tensors(),
+        position_ids if window is not None else None,
+        window,
+        softcap,
+        q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+        sinks,
+        impl,
+    )
+    return out
+
+
+# At every call of a small operation the import system's own look-up would show.
+_module = functools.cache(importlib.import_module)
+
+
+def default_impl(device: torch.device) -> str:
+    """The back end for tensors on `device`."""
+    if device.type in ("cuda", "xpu"):
+        return "triton"
+    if device.type == "cpu":
+        if _module(BACKENDS["cpu"]).is_available():
+            return "cpu"
+        _warn_of_reference()
+    return "reference"
+
+
+def may_choose_flash() -> bool:
+    """Whether ``impl=None`` may come to mean "flash", for batches that have a `FlashPlan`."""
+    return autotune.is_enabled() and any(
+        importlib.util.find_spec(name) for name in ("flash_attn", "flash_attn_3")
+    )
+
+
+@functools.cache
+def _warn_of_reference() -> None:
+    warnings.warn(
+        "the compiled CPU kernels are missing, so attention builds the whole (seq, seq) matrix: "
+        "install a C++ compiler and reinstall llmjepa_kernels",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+def load_backend(backends: Mapping[str, str], impl: str | None, device: torch.device) -> ModuleType:
+    """The module of a back end by its name, or by the device where none is given.
+
+    Raises:
+        ValueError: There is no such back end.
+        RuntimeError: It does not run on `device`.
+    """
+    impl = default_impl(device) if impl is None else impl
+    if impl not in backends:
+        raise ValueError(f"impl must be one of {sorted(backends)}, got {impl!r}")
+    if impl == "cpu" and device.type != "cpu":
+        raise RuntimeError(f"impl='cpu' runs on CPU tensors, got tensors on {device}")
+    return _module(backends[impl])
+
+
+def operation(name: str) -> Callable[[Callable], Callable]:
+    """Makes a function an operation of torch, for all devices.
+
+    As `torch.library.custom_op` does, without its checks for aliases at every call, which take
+    longer than a small kernel; `torch.library.opcheck` makes them in the tests.
+    """
+
+    def register(function: Callable) -> Callable:
+        schema = torch.library.infer_schema(function, mutates_args=())
+        torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
+        torch.library.impl(name, "default", function)
+        return function
+
+    return register
+
+
+def backward_operation(name: str) -> Callable[[Callable], Callable]:
+    """Makes the gradients of an operation one themselves, which refuses to be differentiated.
+
+    Left alone, torch would drop second derivatives with no more than a warning.
+    """
+
+    def refuse(ctx, *gradients):
+        raise RuntimeError(
+            f"{name} is not differentiable: view_attention and last_token_loss have no second "
+            "derivatives"
+        )
+
+    def register(function: Callable) -> Callable:
+        operation(name)(function)
+        torch.library.register_autograd(name, refuse)
+        return function
+
+    return register
+
+
+# The operation as torch sees it. A BlockMask travels as its tensors and two plain values, a
+# FlashPlan as its tensors; one that is not needed, as no tensors.
+
+
+def _mask_tensors(mask: BlockMask) -> list[Tensor]:
+    return [mask.visible_until, *mask.schedule_tensors()]
+
+
+def _options(
+    position_ids: Tensor | None,
+    window: int | None,
+    softcap: float | None,
+    softmax_scale: float,
+    sinks: Tensor | None,
+) -> dict:
+    """What every back end takes besides tensors and mask."""
+    return {
+        "position_ids": None if position_ids is None else int32_positions(position_ids),
+        "window": window,
+        "softcap": softcap,
+        "softmax_scale": softmax_scale,
+        "sinks": sinks,
+    }
+
+
+def _resolve(
+    impl: str | None,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    mask: Sequence[Tensor],
+    block_size: Sequence[int],
+    mask_window: int | None,
+    plan: Sequence[Tensor],
+    options: dict,
+) -> tuple[ModuleType, BlockMask | FlashPlan]:
+    """The back end, and the mask in the form that it takes."""
+    device = qkv[0].device
+    if impl == "flash":
+        return load_backend(BACKENDS, impl, device), FlashPlan.from_tensors(plan, qkv[0].shape[2])
+    block_mask = BlockMask(mask[0], tuple(block_size), *mask[1:], mask_window)
+    if impl is None and plan and autotune.is_enabled():
+        flash_plan = FlashPlan.from_tensors(plan, qkv[0].shape[2])
+        if _flash_is_faster(*qkv, block_mask, flash_plan, options):
+            return load_backend(BACKENDS, "flash", device), flash_plan
+    return load_backend(BACKENDS, impl, device), block_mask
+
+
+def _flash_is_faster(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, plan: FlashPlan, options: dict
+) -> bool:
+    """Whether flash-attn can do it, and did such forwards and backwards faster than the default."""
+    flash = importlib.import_module(BACKENDS["flash"])
+    try:
+        kernels = flash.check(q, plan, options["softmax_scale"])
+    except (ValueError, RuntimeError):
+        return False
+
+    def run(impl: str, mask: BlockMask | FlashPlan) -> None:
+        backend = load_backend(BACKENDS, impl, q.device)
+        out, lse = backend.attention_forward(q, k, v, mask, **options)
+        backend.attention_backward(out, q, k, v, out, lse, mask, **options)
+
+    default = default_impl(q.device)
+    candidates = {
+        default: functools.partial(run, default, mask),
+        "flash": functools.partial(run, "flash", plan),
+    }
+    # Tokens, and how they fall into sequences and calls: to a power of two.
+    sizes = (len(q) * n for n in (q.shape[2], plan.calls[0].bounds.shape[2], plan.rows.shape[1]))
+    kind = (
+        *("attention", type(kernels).__name__, *mask.block_size),
+        *(q.dtype, q.shape[1], k.shape[1], q.shape[3]),
+        *(len(plan.calls), *(size.bit_length() for size in sizes)),
+        *(name for name, value in options.items() if value is not None),
+    )
+    return autotune.fastest(" ".join(map(str, kind)), candidates) == "flash"
+
+
+@operation("llmjepa_kernels::attention_forward")
+def _attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Sequence[Tensor],
+    block_size: Sequence[int],
+    mask_window: int | None,
+    plan: Sequence[Tensor],
+    position_ids: Tensor | None,
+    window: int | None,
+    softcap: float | None,
+    softmax_scale: float,
+    sinks: Tensor | None,
+    impl: str | None,
+) -> tuple[Tensor, Tensor]:
+    options = _options(position_ids, window, softcap, softmax_scale, sinks)
+    backend, mask = _resolve(impl, (q, k, v), mask, block_size, mask_window, plan, options)
+    return backend.attention_forward(q, k, v, mask, **options)
+
+
+@torch.library.register_fake("llmjepa_kernels::attention_forward")
+def _(q, k, v, *arguments):
+    lse_dtype = torch.promote_types(q.dtype, torch.float32)
+    return empty_seq_major(q), q.new_empty(q.shape[:3], dtype=lse_dtype)
+
+
+@backward_operation("llmjepa_kernels::attention_backward")
+def _attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Sequence[Tensor],
+    block_size: Sequence[int],
+    mask_window: int | None,
+    plan: Sequence[Tensor],
+    position_ids: Tensor | None,
+    window: int | None,
+    softcap: float | None,
+    softmax_scale: float,
+    sinks: Tensor | None,
+    impl: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    options = _options(position_ids, window, softcap, softmax_scale, sinks)
+    backend, mask = _resolve(impl, (q, k, v), mask, block_size, mask_window, plan, options)
+    dq, dk, dv, dsinks = backend.attention_backward(dout, q, k, v, out, lse, mask, **options)
+    # An operation cannot return None.
+    return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
+
+
+@torch.library.register_fake("llmjepa_kernels::attention_backward")
+def _(dout, q, k, v, out, lse, *arguments):
+    *_, sinks, _impl = arguments
+    dsinks = q.new_empty(0) if sinks is None else torch.empty_like(sinks)
+    return empty_seq_major(q), empty_seq_major(k), empty_seq_major(v), dsinks
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, mask, block_size, mask_window, plan, position_ids, *options, sinks, impl = inputs
+    ctx.save_for_backward(q, k, v, *output, position_ids, sinks, *mask, *plan)
+    ctx.mark_non_differentiable(output[1])
+    ctx.arguments = (len(mask), tuple(block_size), mask_window, options, impl)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout, _dlse):
+    q, k, v, out, lse, position_ids, sinks, *tensors = ctx.saved_tensors
+    size, block_size, mask_window, options, impl = ctx.arguments
+    mask, plan = tensors[:size], tensors[size:]
+    nothing = ([None] * len(mask), None, None, [None] * len(plan), *[None] * 4)
+    if dout is None:
+        return None, None, None, *nothing, None, None
+    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    dq, dk, dv, dsinks = torch.ops.llmjepa_kernels.attention_backward(
+        *(dout, q, k, v, out, lse, mask, block_size, mask_window, plan, position_ids, *options),
+        *(sinks, impl),
+    )
+    return dq, dk, dv, *nothing, None if sinks is None else dsinks, None
+
+
+torch.library.register_autograd(
+    "llmjepa_kernels::attention_forward", _backward, setup_context=_setup_context
+)
+
+
+def _check_tensors(
+    q: Tensor, k: Tensor, v: Tensor, visible_until: Tensor, sinks: Tensor | None
+) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            raise ValueError(
+                f"{name} must have shape (batch, heads, seq, head_dim), got {tuple(x.shape)}"
+            )
+        if x.dtype != q.dtype or not x.dtype.is_floating_point:
+            raise ValueError(
+                "q, k and v must share one floating-point dtype, got "
+                f"{q.dtype}, {k.dtype}, {v.dtype}"
+            )
+        if x.stride(-1) != 1 and x.shape[-1] != 1:
+            raise ValueError(
+                f"{name} must have unit stride in head_dim, got strides {x.stride()}; "
+                "call .contiguous()"
+            )
+    batch, num_heads, seq, head_dim = q.shape
+    if q.numel() == 0:
+        raise ValueError(f"q must not be empty, got shape {tuple(q.shape)}")
+    kv_shape = (batch, k.shape[1], seq, head_dim)
+    if k.shape != kv_shape or v.shape != kv_shape:
+        raise ValueError(
+            f"k and v must have shape (batch, num_kv_heads, seq, head_dim) matching q "
+            f"{tuple(q.shape)}, got {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    if k.shape[1] == 0 or num_heads % k.shape[1]:
+        raise ValueError(
+            f"num_kv_heads must divide num_heads, got {k.shape[1]} and {num_heads} heads"
+        )
+    if visible_until.dtype != torch.int32 or visible_until.shape != (batch, seq):
+        raise ValueError(
+            f"visible_until must be int32 of shape {(batch, seq)}, got "
+            f"{visible_until.dtype} of shape {tuple(visible_until.shape)}"
+        )
+    if sinks is not None and (sinks.shape != (num_heads,) or not sinks.dtype.is_floating_point):
+        raise ValueError(
+            f"sinks must be floating point of shape {(num_heads,)}, got "
+            f"{sinks.dtype} of shape {tuple(sinks.shape)}"
+        )
+    for name, x in (("k", k), ("v", v), ("visible_until", visible_until), ("sinks", sinks)):
+        if x is not None and x.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
+
+
+def _check_block_mask(mask: BlockMask, visible_until: Tensor, window: int | None) -> None:
+    if mask.visible_until.shape != visible_until.shape or (
+        mask.visible_until.device != visible_until.device
+    ):
+        raise ValueError(
+            "block_mask must be built from this visible_until: expected shape "
+            f"{tuple(visible_until.shape)} on {visible_until.device}, got "
+            f"{tuple(mask.visible_until.shape)} on {mask.visible_until.device}"
+        )
+    if (
+        mask.visible_until is not visible_until
+        and visible_until.device.type == "cpu"
+        and not torch.equal(mask.visible_until, visible_until)
+    ):
+        raise ValueError("block_mask was built from another visible_until than was given")
+    if mask.window is not None and mask.window != window:
+        raise ValueError(
+            f"block_mask was built for window={mask.window}, but window={window} was given"
+        )
+
+
+def _fitting_plan(
+    plan: FlashPlan | None,
+    visible_until: Tensor,
+    position_ids: Tensor | None,
+    window: int | None,
+    impl: str | None,
+) -> FlashPlan | None:
+    """A plan of this mask and window, if `impl` may need one."""
+    if impl not in (None, "flash"):
+        return None
+    if plan is not None:
+        shape = (len(plan.rows), plan.seq)
+        if shape != visible_until.shape or plan.rows.device != visible_until.device:
+            raise ValueError(
+                "flash_plan must be made from this visible_until: expected shape "
+                f"{tuple(visible_until.shape)} on {visible_until.device}, got {shape} on "
+                f"{plan.rows.device}"
+            )
+        if plan.window is not None and plan.window != window:
+            raise ValueError(
+                f"flash_plan was made for window={plan.window}, but window={window} was given"
+            )
+        if window == plan.window or (plan.reach is not None and plan.reach <= window):
+            return plan  # else one for this window is made, or says why there is none
+    if impl is None:
+        return None
+    return FlashPlan.from_visible_until(visible_until, position_ids=position_ids, window=window)

@@ -1,0 +1,38 @@
+"""What the operations share: how attention stores what it returns, and the pairs of the loss.
+
+Attention stores (batch, seq, heads, head_dim), as models take it. Pairs of last tokens are
+(batch, num_pairs, 2), padded with -1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def empty_seq_major(x: Tensor) -> Tensor:
+    """An uninitialised tensor of x's shape (batch, heads, seq, head_dim), stored as above."""
+    batch, heads, seq, head_dim = x.shape
+    return x.new_empty(batch, seq, heads, head_dim).transpose(1, 2)
+
+
+def count_pairs(pairs: Tensor) -> Tensor:
+    """How many are not padding, an integer scalar."""
+    return (pairs[..., 0] >= 0).sum()
+
+
+def check_pairs(pairs: Tensor, seq: int) -> None:
+    """Raises IndexError unless both indices of each pair lie in the row, or both are -1.
+
+    Elsewhere than on a CPU it is asserted, without waiting for the device.
+    """
+    padding = (pairs == -1).all(dim=-1, keepdim=True)
+    wrong = ~padding & ((pairs < 0) | (pairs >= seq))
+    if pairs.device.type != "cpu":
+        torch._assert_async(~wrong.any(), "pairs must hold indices in 0 .. seq - 1, or -1 twice")
+    elif wrong.any():
+        b, p, _ = wrong.nonzero()[0].tolist()
+        raise IndexError(
+            f"pairs must hold indices in 0 .. {seq - 1}, or -1 twice for padding; "
+            f"got pairs[{b}, {p}] = {pairs[b, p].tolist()}"
+        )

@@ -1,0 +1,1 @@
+"""The Triton back end of both operations."""

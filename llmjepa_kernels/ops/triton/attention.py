@@ -1,0 +1,258 @@
+"""The Triton back end of attention: lays out arguments and launches the kernels."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from llmjepa_kernels.ops.block_mask import BlockMask
+from llmjepa_kernels.ops.common import empty_seq_major
+from llmjepa_kernels.ops.triton import attention_kernels as kernels
+from llmjepa_kernels.ops.triton import configs as triton_configs
+from llmjepa_kernels.ops.triton.configs import Config, head_dim_pieces
+
+MAX_HEAD_DIM = 256
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+ROW_PADDING = 128  # the largest tile: row statistics of the backward are padded to it
+DELTA_ROWS = 32
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    *,
+    position_ids: Tensor | None,
+    window: int | None,
+    softcap: float | None,
+    softmax_scale: float,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """out (batch, num_heads, seq, head_dim) and the natural-log lse (batch, num_heads, seq)."""
+    _check(q)
+    batch, num_heads, seq, head_dim = q.shape
+    out = empty_seq_major(q)
+    lse = q.new_empty(batch, num_heads, seq, dtype=torch.float32)
+
+    def launch(config: Config) -> None:
+        grid = (triton.cdiv(seq, config.block_m) * batch * num_heads,)
+        kernels._attention_forward_kernel[grid](
+            _operand(q, config.block_m, config),
+            _operand(k, config.block_n, config),
+            _operand(v, config.block_n, config),
+            _strided(out),
+            lse,
+            *_lists(mask, "kv"),
+            _positions(position_ids, window),
+            None if sinks is None else sinks.contiguous(),
+            batch,
+            num_heads,
+            num_heads // k.shape[1],
+            seq,
+            mask.kv_indices.shape[1],
+            window or 0,
+            _scaling(softmax_scale, softcap),
+            FOLD_SCALE=softcap is None and softmax_scale > 0,
+            **_constants(config, head_dim, mask, window),
+        )
+
+    triton_configs.launch("forward", launch, **_kind(q, mask, (q, k, v)))
+    return out, lse
+
+
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: BlockMask,
+    *,
+    position_ids: Tensor | None,
+    window: int | None,
+    softcap: float | None,
+    softmax_scale: float,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """dq, dk, dv and dsinks (None without sinks). Source: arXiv:2307.08691, Algorithm 2."""
+    _check(q)
+    batch, num_heads, seq, head_dim = q.shape
+    num_kv_heads = k.shape[1]
+    dq, dk, dv = empty_seq_major(q), empty_seq_major(k), empty_seq_major(v)
+    lse2, delta, dsinks = _row_statistics(dout, out, lse, sinks)
+    padded = lse2.shape[-1]
+
+    def launch_dkdv(config: Config, want: str) -> None:
+        grid = (triton.cdiv(seq, config.block_n) * batch * num_kv_heads,)
+        kernels._attention_dkdv_kernel[grid](
+            _operand(q, config.block_m, config),
+            _operand(k, config.block_n, config),
+            _operand(v, config.block_n, config),
+            _operand(dout, config.block_m, config),
+            lse2,
+            delta,
+            _strided(dk),
+            _strided(dv),
+            *_lists(mask, "q"),
+            _positions(position_ids, window),
+            batch,
+            num_kv_heads,
+            num_heads // num_kv_heads,
+            seq,
+            padded,
+            mask.q_indices.shape[1],
+            window or 0,
+            softmax_scale,
+            _scaling(softmax_scale, softcap),
+            WANT_DK="dk" in want,
+            WANT_DV="dv" in want,
+            EAGER_DP=config.eager_dp and "dk" in want,
+            **_constants(config, head_dim, mask, window),
+        )
+
+    def launch_dq(config: Config) -> None:
+        grid = (triton.cdiv(seq, config.block_m) * batch * num_heads,)
+        kernels._attention_dq_kernel[grid](
+            _operand(q, config.block_m, config),
+            _operand(k, config.block_n, config),
+            _operand(v, config.block_n, config),
+            _operand(dout, config.block_m, config),
+            lse2,
+            delta,
+            _strided(dq),
+            *_lists(mask, "kv"),
+            _positions(position_ids, window),
+            batch,
+            num_heads,
+            num_heads // num_kv_heads,
+            seq,
+            padded,
+            mask.kv_indices.shape[1],
+            window or 0,
+            softmax_scale,
+            _scaling(softmax_scale, softcap),
+            EAGER_DP=config.eager_dp,
+            **_constants(config, head_dim, mask, window),
+        )
+
+    kind = _kind(q, mask, (q, k, v, dout))
+    _, *directions = triton_configs.directions(triton_configs.current_arch(), head_dim, q.dtype)
+    for direction in directions:
+        run = launch_dq if direction == "dq" else partial(launch_dkdv, want=direction)
+        triton_configs.launch(direction, run, **kind)
+    return dq, dk, dv, dsinks
+
+
+def _row_statistics(
+    dout: Tensor, out: Tensor, lse: Tensor, sinks: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """lse in base 2 and delta, (batch, num_heads, padded seq), and the gradient of the sinks."""
+    batch, num_heads, seq, head_dim = out.shape
+    padded = triton.cdiv(seq, ROW_PADDING) * ROW_PADDING
+    tiles = padded // DELTA_ROWS
+    lse2 = lse.new_empty(batch, num_heads, padded)
+    delta = torch.empty_like(lse2)
+    partial = None if sinks is None else lse.new_empty(batch, num_heads, tiles)
+    kernels._attention_row_statistics_kernel[(tiles * batch * num_heads,)](
+        _strided(out),
+        _strided(dout),
+        lse.contiguous(),
+        lse2,
+        delta,
+        None if sinks is None else sinks.contiguous(),
+        partial,
+        batch,
+        num_heads,
+        seq,
+        padded,
+        D=(head_dim, *head_dim_pieces(head_dim)),
+        BLOCK_M=DELTA_ROWS,
+        enable_fp_fusion=True,
+    )
+    return lse2, delta, None if sinks is None else partial.sum(dim=(0, 2)).to(sinks.dtype)
+
+
+def _kind(q: Tensor, mask: BlockMask, operands: tuple[Tensor, ...]) -> dict:
+    """What the choice of a configuration depends on."""
+    return {
+        "head_dim": q.shape[3],
+        "dtype": q.dtype,
+        "block_size": tuple(mask.block_size),
+        "allow_tma": all(map(_aligned, operands)),
+    }
+
+
+def _lists(mask: BlockMask, side: str) -> list[Tensor]:
+    names = ("visible_until", f"{side}_offsets", f"{side}_full_start", f"{side}_indices")
+    return [getattr(mask, name).contiguous() for name in names]
+
+
+def _positions(position_ids: Tensor | None, window: int | None) -> Tensor | None:
+    return None if window is None else position_ids.contiguous()
+
+
+def _scaling(softmax_scale: float, softcap: float | None) -> tuple[float, float | None]:
+    """(a, c) of the base-2 scores a q.k, or c tanh(a q.k) with a softcap."""
+    if softcap is None:
+        return softmax_scale * math.log2(math.e), None
+    return softmax_scale / softcap, softcap * math.log2(math.e)
+
+
+def _constants(config: Config, head_dim: int, mask: BlockMask, window: int | None) -> dict:
+    constants = {
+        "D": (head_dim, *head_dim_pieces(head_dim, config.pieces)),
+        "MASK_M": mask.block_size[0],
+        "MASK_N": mask.block_size[1],
+        "ALL_MASKED": window != mask.window,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "TMA": config.tma,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "enable_fp_fusion": True,
+    }
+    if config.maxnreg is not None:
+        constants["maxnreg"] = config.maxnreg
+    return constants
+
+
+def _operand(x: Tensor, rows: int, config: Config) -> tuple:
+    """What a kernel reads x through: its pointer and strides, or a tensor descriptor per piece."""
+    if not config.tma:
+        return _strided(x)
+    # A stride over a dimension of size 1 is arbitrary, but the hardware wants it aligned.
+    strides = [s if n > 1 else x.shape[3] for n, s in zip(x.shape, x.stride(), strict=True)]
+    strides[3] = 1
+    widths = dict.fromkeys(head_dim_pieces(x.shape[3], config.pieces))  # each once
+    return tuple(TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, d]) for d in widths)
+
+
+def _strided(x: Tensor) -> tuple:
+    # Over a dimension of size 1 a stride is arbitrary: zero keeps it from compiling anew. The
+    # stride between tokens is a constant of the model; known to the compiler, it turns most
+    # addresses into immediates.
+    batch, head = (x.stride(dim) if x.shape[dim] > 1 else 0 for dim in (0, 1))
+    return x, batch, head, tl.constexpr(x.stride(2))
+
+
+def _aligned(x: Tensor) -> bool:
+    """Whether a tensor descriptor can address x."""
+    return x.data_ptr() % 16 == 0 and all(
+        n == 1 or (stride > 0 and stride * x.element_size() % 16 == 0)
+        for n, stride in zip(x.shape[:3], x.stride()[:3], strict=True)
+    )
+
+
+def _check(q: Tensor) -> None:
+    if q.dtype not in DTYPES:
+        raise ValueError(f"q must be float16, bfloat16 or float32 for impl='triton', got {q.dtype}")
+    if q.shape[3] > MAX_HEAD_DIM:
+        raise ValueError(f"head_dim must be at most {MAX_HEAD_DIM}, got {q.shape[3]}")

@@ -1,0 +1,292 @@
+"""Tile configurations of the Triton attention kernels: a table, and the choice from it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+import triton
+
+from llmjepa_kernels.ops import autotune
+
+MIN_TILE = 16  # the smallest side of a matrix product
+
+
+@dataclass(frozen=True)
+class Config:
+    """One way to compile a kernel.
+
+    Attributes:
+        block_m, block_n: Queries and keys of a compute tile; they divide the mask's block.
+        tma: Read tiles through tensor descriptors instead of pointers.
+        pieces: Hold the head dim as so many pieces, which shortens the life of registers.
+        eager_dp: In the backward, start dP before the softmax that it does not depend on:
+            asynchronous matrix units then overlap the two, for more live registers.
+        maxnreg: Upper bound on the registers of a thread.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int = 4
+    num_stages: int = 2
+    tma: bool = False
+    pieces: int = 1
+    eager_dp: bool = False
+    maxnreg: int | None = None
+
+
+# {(architecture, head dim): {direction: candidates}}, the best by the static model of
+# benchmarks/gpu_static.py first; the last of each direction reads through pointers and divides
+# 64 x 64 masks. A smaller head dim uses the entry of the next larger one. Where registers cannot
+# hold both of dK and dV, they are computed apart, at the price of one more product.
+TABLE: dict[tuple[str, int], dict[str, list[Config]]] = {
+    ("sm_80", 64): {
+        "forward": [Config(128, 64, 4, 3), Config(64, 64, 2, 2), Config(64, 64, 4, 3)],
+        "dkdv": [Config(32, 128, 4, 3), Config(32, 64, 2, 3), Config(64, 64, 4, 2)],
+        "dq": [Config(128, 32, 4, 3), Config(64, 32, 2, 3), Config(64, 64, 4, 3)],
+    },
+    ("sm_80", 128): {
+        "forward": [
+            Config(128, 32, 4, 3, pieces=2),
+            Config(64, 32, 2, 2, pieces=2),
+            Config(64, 64, 4, 2, pieces=2),
+        ],
+        "dkdv": [Config(64, 64, 4, 2)],
+        "dq": [Config(128, 32, 4, 2), Config(64, 64, 4, 2)],
+    },
+    ("sm_80", 256): {
+        "forward": [Config(128, 64, 8, 2, pieces=4), Config(64, 32, 4, 2, pieces=4)],
+        "dkdv": [Config(64, 64, 8, 2, pieces=2)],
+        "dq": [Config(64, 64, 8, 2, pieces=2)],
+    },
+    ("sm_86", 64): {
+        "forward": [Config(128, 64, 4, 3), Config(64, 64, 2, 2), Config(64, 64, 4, 3)],
+        "dkdv": [Config(32, 128, 4, 3), Config(32, 64, 2, 3), Config(64, 64, 4, 2)],
+        "dq": [Config(128, 32, 4, 3), Config(64, 32, 2, 3), Config(64, 64, 4, 3)],
+    },
+    ("sm_86", 128): {
+        "forward": [
+            Config(128, 64, 8, 2, pieces=2),
+            Config(64, 32, 2, 2, pieces=2),
+            Config(64, 64, 4, 2, pieces=2),
+        ],
+        "dkdv": [Config(64, 64, 4, 2)],
+        "dq": [Config(128, 32, 4, 2), Config(64, 64, 4, 2)],
+    },
+    ("sm_86", 256): {
+        "forward": [Config(64, 32, 4, 2, pieces=4)],
+        "dkdv": [Config(32, 32, 4, 2, pieces=2)],
+        "dq": [Config(32, 32, 4, 2, pieces=2)],
+    },
+    ("sm_90", 64): {
+        "forward": [
+            Config(64, 128, 4, 2, tma=True, maxnreg=168),
+            Config(64, 64, 4, 2, tma=True, maxnreg=96),
+            Config(64, 64, 4, 2),
+        ],
+        "dkdv": [Config(64, 64, 4, 2, tma=True, eager_dp=True), Config(64, 64, 4, 2)],
+        "dq": [Config(64, 64, 4, 2, tma=True, eager_dp=True), Config(64, 64, 4, 2)],
+    },
+    ("sm_90", 128): {
+        "forward": [
+            Config(128, 128, 8, 2, tma=True),
+            Config(64, 64, 4, 2, tma=True),
+            Config(64, 64, 4, 2),
+        ],
+        "dkdv": [Config(64, 64, 4, 2, tma=True, eager_dp=True), Config(32, 64, 4, 2)],
+        "dq": [Config(64, 64, 4, 2, tma=True, eager_dp=True), Config(64, 64, 4, 2)],
+    },
+    ("sm_90", 256): {
+        "forward": [
+            Config(128, 64, 8, 2, tma=True),
+            Config(64, 64, 4, 1, tma=True),
+            Config(64, 32, 4, 2),
+        ],
+        "dk": [Config(64, 64, 4, 2, tma=True, eager_dp=True), Config(16, 64, 4, 1)],
+        "dv": [Config(64, 64, 4, 1, tma=True), Config(32, 64, 4, 1)],
+        "dq": [Config(64, 64, 4, 2, tma=True, eager_dp=True), Config(64, 32, 4, 2)],
+    },
+    ("sm_100", 64): {
+        "forward": [
+            Config(128, 64, 4, 2, tma=True),
+            Config(64, 64, 4, 2, tma=True),
+            Config(64, 64, 4, 2),
+        ],
+        "dkdv": [
+            Config(128, 128, 8, 1, tma=True, eager_dp=True),
+            Config(64, 64, 4, 2, tma=True, eager_dp=True),
+            Config(64, 64, 4, 2),
+        ],
+        "dq": [
+            Config(128, 64, 4, 1, tma=True, eager_dp=True),
+            Config(64, 64, 4, 2, tma=True, eager_dp=True),
+            Config(64, 64, 4, 2),
+        ],
+    },
+    ("sm_100", 128): {
+        "forward": [
+            Config(128, 128, 8, 2, tma=True),
+            Config(64, 64, 4, 2, tma=True),
+            Config(64, 64, 4, 2),
+        ],
+        "dkdv": [
+            Config(128, 128, 8, 1, tma=True, eager_dp=True),
+            Config(64, 64, 4, 2, tma=True, eager_dp=True),
+            Config(64, 64, 4, 2),
+        ],
+        "dq": [
+            Config(128, 64, 4, 1, tma=True, eager_dp=True),
+            Config(64, 64, 4, 2, tma=True, eager_dp=True),
+            Config(64, 64, 4, 2),
+        ],
+    },
+    ("sm_100", 256): {
+        "forward": [
+            Config(128, 64, 8, 2, tma=True),
+            Config(64, 64, 4, 2, tma=True),
+            Config(64, 32, 4, 1),
+        ],
+        "dk": [Config(64, 64, 4, 1, tma=True), Config(32, 64, 4, 1)],
+        "dv": [Config(64, 64, 4, 1, tma=True), Config(32, 64, 4, 1)],
+        "dq": [Config(64, 64, 4, 2, tma=True, eager_dp=True), Config(64, 32, 4, 1)],
+    },
+    ("gfx942", 64): {
+        "forward": [Config(128, 64, 4, 1), Config(64, 64, 4, 1)],
+        "dkdv": [Config(64, 64, 4, 1)],
+        "dq": [Config(64, 64, 4, 1)],
+    },
+    ("gfx942", 128): {
+        "forward": [Config(128, 64, 4, 1), Config(64, 64, 4, 1)],
+        "dkdv": [Config(32, 64, 4, 1)],
+        "dq": [Config(64, 64, 4, 1)],
+    },
+    ("gfx942", 256): {
+        "forward": [Config(64, 64, 4, 1), Config(64, 32, 4, 1)],
+        "dkdv": [Config(32, 32, 4, 1)],
+        "dq": [Config(64, 32, 4, 1)],
+    },
+}
+
+
+def candidates(
+    direction: str,
+    *,
+    arch: str,
+    head_dim: int,
+    dtype: torch.dtype,
+    block_size: tuple[int, int],
+    allow_tma: bool = True,
+) -> list[Config]:
+    """The configurations worth trying, the one that the static model prefers first.
+
+    Args:
+        direction: "forward", "dq", and "dkdv" or "dk" and "dv".
+        block_size: Of the mask; a configuration's tile must divide it.
+        allow_tma: Whether the tensors are aligned as descriptors require.
+
+    Raises:
+        ValueError: `block_size` is no pair of powers of two of at least 16.
+    """
+    if any(size < MIN_TILE or size & (size - 1) for size in block_size):
+        raise ValueError(
+            "block_size of the block_mask must be powers of two of at least "
+            f"{MIN_TILE} for impl='triton', got {tuple(block_size)}"
+        )
+    fitting = []
+    if dtype != torch.float32:
+        fitting = [
+            config
+            for config in _table_entry(direction, arch, head_dim)
+            if block_size[0] % config.block_m == 0
+            and block_size[1] % config.block_n == 0
+            and (allow_tma or not config.tma)
+        ]
+    # float32 and unknown architectures may run outside the matrix units, where a large tile is a
+    # long program; small masks want small tiles anyway.
+    side = 64 if head_dim <= 64 else 32
+    if dtype == torch.float32 or not (_family(arch) or arch == "interpreter"):
+        side //= 2
+    safe = Config(min(block_size[0], side), min(block_size[1], side), num_stages=1)
+    return fitting or [safe]
+
+
+def directions(arch: str, head_dim: int, dtype: torch.dtype) -> tuple[str, ...]:
+    """The kernels of one forward and backward."""
+    tuned = {} if dtype == torch.float32 else TABLE.get(_table_key(arch, head_dim), {})
+    return tuple(tuned) or ("forward", "dkdv", "dq")
+
+
+def launch(
+    direction: str,
+    run: Callable[[Config], None],
+    *,
+    head_dim: int,
+    dtype: torch.dtype,
+    block_size: tuple[int, int],
+    allow_tma: bool,
+) -> None:
+    """Runs a kernel in its best configuration.
+
+    That is the first candidate or, with ``LLMJEPA_AUTOTUNE=1``, the one that was fastest on this
+    device when first met, see `autotune`.
+    """
+    arch = current_arch()
+    kind = {"head_dim": head_dim, "dtype": dtype, "block_size": block_size, "allow_tma": allow_tma}
+    options = {str(config): config for config in candidates(direction, arch=arch, **kind)}
+    best = next(iter(options))
+    if len(options) > 1 and autotune.is_enabled():
+        runs = {name: partial(run, config) for name, config in options.items()}
+        best = autotune.fastest(" ".join([direction, *map(str, kind.values())]), runs)
+    run(options[best])
+
+
+def head_dim_pieces(head_dim: int, pieces: int = 1) -> tuple[int, ...]:
+    """Powers of two that cover the head dim with the least padding: (64, 16) for 80.
+
+    With `pieces` > 1 they are so many of one width, or fewer where that would be too narrow.
+    """
+    whole = max(MIN_TILE, triton.next_power_of_2(head_dim))
+    if pieces > 1:
+        return (max(MIN_TILE, whole // pieces),) * min(pieces, whole // MIN_TILE)
+    first = whole // 2
+    rest = max(MIN_TILE, triton.next_power_of_2(max(head_dim - first, 1)))
+    return (first, rest) if first >= MIN_TILE and first + rest < whole else (whole,)
+
+
+def current_arch() -> str:
+    """`sm_90`, `gfx942`, … of the current device; `interpreter` where Triton interprets."""
+    if triton.knobs.runtime.interpret:
+        return "interpreter"
+    target = triton.runtime.driver.active.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
+
+
+def _table_entry(direction: str, arch: str, head_dim: int) -> list[Config]:
+    key = _table_key(arch, head_dim)
+    entry = TABLE.get(key, {}).get(direction, [])
+    if head_dim == key[1]:
+        return entry
+    # In pieces of unequal size, or overhanging the head dim: read through pointers.
+    return [replace(config, pieces=1) for config in entry if not config.tma]
+
+
+def _table_key(arch: str, head_dim: int) -> tuple[str | None, int]:
+    return _family(arch), next(width for width in (64, 128, 256) if head_dim <= width)
+
+
+def _family(arch: str) -> str | None:
+    """The architecture whose entries serve `arch`: same instructions, no less shared memory."""
+    if match := re.fullmatch(r"sm_(\d+)", arch):
+        version = int(match[1])
+        if version in (80, 87):
+            return "sm_80"
+        if version in (86, 89) or version >= 120:
+            return "sm_86"
+        if version == 90:
+            return "sm_90"
+        if 100 <= version < 110:
+            return "sm_100"
+    return "gfx942" if arch in ("gfx942", "gfx950") else None

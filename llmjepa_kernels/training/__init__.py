@@ -1,0 +1,1 @@
+"""Training: one forward to the loss, the collator and the Trainer."""

@@ -1,0 +1,208 @@
+"""llm_jepa_loss: next-token and JEPA loss of packed rows from one forward of any training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn import functional
+from transformers.utils import ModelOutput
+
+from llmjepa_kernels.hf.patch import patched_impl
+from llmjepa_kernels.ops.common import count_pairs
+from llmjepa_kernels.ops.loss import BACKENDS as LOSS_BACKENDS
+from llmjepa_kernels.ops.loss import last_token_loss
+from llmjepa_kernels.packing import IGNORE, schedule_of
+
+if TYPE_CHECKING:  # builds of torch without distributed lack it
+    from torch.distributed import ProcessGroup
+
+REQUIRED_KEYS = ("input_ids", "position_ids", "labels", "visible_until", "view_pairs")
+
+
+@dataclass
+class LLMJEPAOutput(ModelOutput):
+    """Losses of one batch, float32 scalars (float64 for a float64 model).
+
+    Attributes:
+        loss: ``ntp_loss + jepa_weight * jepa_loss``, the one to call backward on.
+        ntp_loss: Sum over the supervised tokens divided by `num_items`, or by
+            `num_items_in_batch` where that was given.
+        jepa_loss: Sum over the pairs divided by `num_pairs`, or by `num_pairs_in_batch`.
+        cosine: Cosine similarity of the pairs, normalised like `jepa_loss`, without gradient.
+        num_items: Supervised tokens of this batch, an integer scalar.
+        num_pairs: Pairs of this batch, an integer scalar.
+    """
+
+    loss: Tensor | None = None
+    ntp_loss: Tensor | None = None
+    jepa_loss: Tensor | None = None
+    cosine: Tensor | None = None
+    num_items: Tensor | None = None
+    num_pairs: Tensor | None = None
+
+
+def llm_jepa_loss(
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    *,
+    jepa_weight: float = 1.0,
+    metric: str = "cosine",
+    temperature: float = 0.07,
+    num_items_in_batch: int | Tensor | None = None,
+    num_pairs_in_batch: int | Tensor | None = None,
+    detach_target: bool = False,
+    gather_negatives: bool | ProcessGroup = True,
+) -> LLMJEPAOutput:
+    """``L = L_NTP + jepa_weight · d(Pred(Enc(Text)), Enc(Code))`` from one forward pass.
+
+    The language model head runs on the supervised tokens only. For gradient accumulation, pass
+    the counts of the whole accumulated batch: the losses of its parts then add up to the means
+    over it. A term with nothing to average over is 0.
+
+    Args:
+        model: A causal language model after `patch_model`; PEFT, DDP, FSDP and torch.compile may
+            wrap it.
+        batch: A `PackedBatch` or any mapping with its keys, on the model's device. `supervised`
+            of `supervised_positions` spares a GPU one synchronisation, and a schedule another.
+        jepa_weight: λ.
+        metric: "cosine", "l2", "mse" or "infonce", see `last_token_loss`.
+        temperature: Of "infonce" only.
+        num_items_in_batch: Divides the sum over supervised tokens. Default: their number here.
+        num_pairs_in_batch: Divides the sum over pairs. Default: their number here.
+        detach_target: Let no gradient flow into the target views.
+        gather_negatives: With "infonce" under torch.distributed, contrast with the targets of all
+            processes, or of a group of them: that of data parallelism, where processes share
+            batches otherwise. All must call this together, with any number of pairs each. The
+            negatives are those of this forward, not of a whole accumulated batch.
+
+    Raises:
+        ValueError: The batch lacks a key, or the model adds a loss of its own.
+        RuntimeError: The model is not patched, or does not return the logits or states asked for.
+
+    Source: LLM-JEPA, arXiv:2509.14252.
+    """
+    impl = patched_impl(model)
+    if impl not in LOSS_BACKENDS:  # a back end of attention alone
+        impl = None
+    missing = [key for key in REQUIRED_KEYS if batch.get(key) is None]
+    if missing:
+        raise ValueError(f"batch must have the keys of a PackedBatch, it lacks {missing}")
+
+    positions, targets = _supervised(batch)
+    outputs = model(
+        input_ids=batch["input_ids"],
+        position_ids=batch["position_ids"],
+        visible_until=batch["visible_until"],
+        **schedule_of(batch),
+        logits_to_keep=positions,
+        output_hidden_states=-1,  # only the last one is kept
+        use_cache=False,
+    )
+    logits = outputs.logits
+    hidden = outputs.hidden_states[-1] if outputs.hidden_states else None
+    if logits.shape[:-1] != targets.shape:
+        raise RuntimeError(
+            f"the model must return logits of shape {(*targets.shape, 'vocab')} for logits_to_keep "
+            f"of shape {tuple(positions.shape)}, got {tuple(logits.shape)}"
+        )
+    if getattr(outputs, "aux_loss", None) is not None:
+        raise ValueError(
+            "the model returns aux_loss, a router's loss that llm_jepa_loss would leave out: set "
+            "output_router_logits=False in its config"
+        )
+    if hidden is None:
+        raise RuntimeError("the model must return hidden_states for output_hidden_states, got None")
+
+    num_items = (targets != IGNORE).sum()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    ntp_sum = functional.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+    ntp_loss = _divide(ntp_sum, num_items_in_batch, num_items)
+
+    pairs = batch["view_pairs"]
+    num_pairs = count_pairs(pairs)
+    if detach_target:
+        hidden, pairs = _with_detached_targets(hidden, pairs)
+    jepa_sum = last_token_loss(
+        hidden,
+        pairs,
+        metric=metric,
+        reduction="sum",
+        temperature=temperature,
+        group=_group(gather_negatives),
+        impl=impl,
+    )
+    jepa_loss = _divide(jepa_sum, num_pairs_in_batch, num_pairs)
+
+    with torch.no_grad():
+        distance = jepa_sum
+        if metric != "cosine":
+            distance = last_token_loss(hidden, pairs, reduction="sum", impl=impl)
+        cosine = _divide(num_pairs - distance, num_pairs_in_batch, num_pairs)
+    return LLMJEPAOutput(
+        loss=ntp_loss + jepa_weight * jepa_loss,
+        ntp_loss=ntp_loss,
+        jepa_loss=jepa_loss,
+        cosine=cosine,
+        num_items=num_items,
+        num_pairs=num_pairs,
+    )
+
+
+def supervised_positions(labels: Tensor) -> Tensor:
+    """The tokens whose successor is supervised: those that need logits.
+
+    Args:
+        labels: (batch, seq) int64, −100 where there is no loss.
+
+    Returns:
+        positions: (batch, most of any row, but at least 1) int64, ascending, padded with −1.
+    """
+    wanted = labels[:, 1:] != IGNORE
+    count = wanted.sum(dim=1)
+    most = max(int(count.max()), 1)
+    # A stable sort brings the wanted positions to the front in order.
+    order = wanted.int().argsort(dim=1, descending=True, stable=True)
+    order = functional.pad(order, (0, most), value=-1)[:, :most]
+    slot = torch.arange(most, device=labels.device)
+    return order.masked_fill(slot >= count[:, None], -1)
+
+
+def _supervised(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Positions to compute logits at, and the label of each: −100 for padding."""
+    labels = batch["labels"]
+    positions = batch.get("supervised")
+    if positions is None:
+        positions = supervised_positions(labels)
+    padding = positions < 0
+    positions = positions.clamp(min=0)
+    targets = labels.gather(1, (positions + 1).clamp(max=labels.shape[1] - 1))
+    return positions, targets.masked_fill(padding, IGNORE)
+
+
+def _with_detached_targets(hidden: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of all predictors, then of all targets cut off the graph, and the pairs among them."""
+    index = pairs.clamp(min=0).mT.flatten(1)
+    rows = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
+    predictors, targets = rows.chunk(2, dim=1)
+    place = torch.arange(pairs.shape[1], device=pairs.device)
+    place = torch.stack([place, place + pairs.shape[1]], dim=-1)
+    hidden = torch.cat([predictors, targets.detach()], dim=1)
+    return hidden, torch.where(pairs < 0, -1, place)
+
+
+def _group(gather_negatives: bool | ProcessGroup) -> ProcessGroup | None:
+    if gather_negatives is True:
+        initialized = distributed.is_available() and distributed.is_initialized()
+        return distributed.group.WORLD if initialized else None
+    return gather_negatives or None
+
+
+def _divide(total: Tensor, given: int | Tensor | None, counted: Tensor) -> Tensor:
+    count = counted if given is None else torch.as_tensor(given, device=total.device)
+    return total / count.clamp(min=1)

@@ -1,0 +1,430 @@
+"""LLM-JEPA in Hugging Face's Trainer: a collator that packs, a trainer that adds the JEPA term."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.data_loader import SeedableRandomSampler
+from torch import Tensor
+from torch.utils.data import RandomSampler, SequentialSampler
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import rotate_checkpoints
+
+from llmjepa_kernels.data.chat import without_views
+from llmjepa_kernels.data.example_format import ExampleFormat
+from llmjepa_kernels.hf.patch import patch_model, patched_impl
+from llmjepa_kernels.ops.attention import may_choose_flash
+from llmjepa_kernels.packing import IGNORE, Example, PackedBatch, pack
+from llmjepa_kernels.training.checkpoints import FILE_NAME as COMPLETE
+from llmjepa_kernels.training.checkpoints import mark_complete, saving
+from llmjepa_kernels.training.loss_dropout import LossDropout
+from llmjepa_kernels.training.objective import llm_jepa_loss, supervised_positions
+from llmjepa_kernels.training.sampler import UpdateSampler, example_work
+
+if TYPE_CHECKING:  # builds of torch without distributed lack it
+    from torch.distributed import ProcessGroup
+
+
+@dataclass
+class LLMJEPACollator:
+    """Packs a list of examples into rows.
+
+    A feature is an `Example`, or a mapping with ``messages`` ([system,] user and assistant turns)
+    that `tokenizer` turns into one; it may have ``text``, ``code``, ``views`` and ``pairs``, see
+    `chat_example`, and ``without_views``, True if it is to go without any.
+
+    Attributes:
+        tokenizer: A fast tokenizer; needed for features with ``messages``.
+        example_format: How `tokenizer` turns those into examples, [PRED] tokens included.
+        max_length: Tokens in a row at most. Default: one row per batch, without any padding.
+        packing_strategy: "bfd", best-fit decreasing; an example is never split.
+        share_prefixes: Store equal prefixes once per row.
+        views: False leaves the views out: next-token loss alone, plain fine-tuning.
+        pad_to_multiple_of: Pads rows to a multiple of this, for fewer different shapes.
+        flash_plan: Also plan the calls of ``impl="flash"``. Default: where ``LLMJEPA_AUTOTUNE=1``
+            is to choose between the back ends and flash-attn is installed.
+
+    Raises:
+        ValueError: An example is malformed or longer than `max_length`; names it by its index in
+            the batch.
+    """
+
+    tokenizer: Any = None
+    example_format: ExampleFormat = field(default_factory=ExampleFormat)
+    max_length: int | None = None
+    packing_strategy: str = "bfd"
+    share_prefixes: bool = True
+    views: bool = True
+    pad_to_multiple_of: int | None = None
+    flash_plan: bool | None = None
+
+    def __post_init__(self):
+        if self.packing_strategy != "bfd":
+            raise ValueError(f"packing_strategy must be 'bfd', got {self.packing_strategy!r}")
+        # Asked here, as a worker process could not.
+        cuda = torch.cuda.is_available() and torch.version.hip is None
+        self._compute_capability = torch.cuda.get_device_capability() if cuda else None
+
+    def __call__(self, features: Sequence[Example | Mapping[str, Any]]) -> PackedBatch:
+        """Packs the features, and adds how many tokens their chats alone take.
+
+        Returns:
+            batch: A `PackedBatch`; ``supervised``, the positions that need logits, computed here
+                to spare the training process the work; and ``sft_tokens`` (batch,) int64, whose
+                sum is how many tokens plain fine-tuning on the same chats takes, unpadded.
+        """
+        examples = [self.example(feature) for feature in features]
+        batch = pack(
+            examples if self.views else [without_views(example) for example in examples],
+            self.max_length,
+            share_prefixes=self.share_prefixes,
+            pad_token_id=getattr(self.tokenizer, "pad_token_id", None) or 0,
+            pad_to_multiple_of=self.pad_to_multiple_of,
+            compute_capability=self._compute_capability,
+            flash_plan=may_choose_flash() if self.flash_plan is None else self.flash_plan,
+        )
+        batch["supervised"] = supervised_positions(batch["labels"])
+        batch["sft_tokens"] = torch.zeros(len(batch["input_ids"]), dtype=torch.int64)
+        batch["sft_tokens"][0] = sum(map(chat_tokens, examples))
+        return batch
+
+    def example(self, feature: Example | Mapping[str, Any]) -> Example:
+        """The `Example` of one feature."""
+        if isinstance(feature, Example):
+            return feature
+        if not isinstance(feature, Mapping) or "messages" not in feature:
+            found = sorted(feature) if isinstance(feature, Mapping) else type(feature).__name__
+            raise ValueError(
+                f"features must be Examples or mappings with the key messages, got {found}"
+            )
+        if self.tokenizer is None:
+            raise ValueError("features with messages need a tokenizer, got tokenizer=None")
+        example = self.example_format.example(feature, self.tokenizer)
+        return without_views(example) if feature.get("without_views") else example
+
+
+def chat_tokens(example: Example) -> int:
+    """Tokens of an example without its views: what plain fine-tuning takes for it."""
+    return sum(len(segment.input_ids) for segment in without_views(example).segments)
+
+
+class LLMJEPATrainer(Trainer):
+    """Trains with ``ntp_loss + jepa_weight * jepa_loss``, one forward pass per batch.
+
+    Both means are exact under gradient accumulation and across processes: they are taken over
+    the supervised tokens and over the pairs of all batches that make up an update, so 1 x 8 and
+    4 x 2 examples give the same one. With ``average_tokens_across_devices=False`` they are taken
+    per process, as in Transformers.
+
+    Besides ``loss`` it logs, as means over the updates since the last log,
+
+    - ``ntp_loss``, ``jepa_loss`` and ``cosine``, the mean cosine similarity of the pairs, the
+      latter two over the updates that have any;
+    - ``tokens_per_step``, all tokens through the model, padding included, and
+      ``tokens_per_second``, both over all processes;
+    - ``relative_cost``, tokens through the model over the tokens of the same chats alone, packed
+      without padding or prefix sharing: what plain fine-tuning on them takes.
+
+    With several processes the examples of an update are dealt to them by work, see
+    `UpdateSampler`, where ``train_dataset`` is a sequence of `Example`s, or `LossDropout` of one,
+    and sampling is random or sequential.
+
+    Evaluation gives ``eval_loss``, ``eval_ntp_loss``, ``eval_jepa_loss`` and ``eval_cosine`` as
+    means over the whole set, in which Accelerate repeats its first samples where several processes
+    leave their last batches unfilled. Without any pair there is neither ``jepa_loss`` nor
+    ``cosine``. Rows differ in shape and the head runs on supervised tokens only, so there are no
+    predictions: `predict` returns the same metrics.
+
+    Args:
+        model, args, data_collator, *other, **more: As in `Trainer`. A model that is not patched
+            yet is patched here. The collator defaults to ``LLMJEPACollator(processing_class)``.
+        jepa_weight: λ.
+        metric: "cosine", "l2", "mse" or "infonce", see `last_token_loss`.
+        temperature: Of "infonce", whose negatives are the other targets of the same micro-batch,
+            over all processes.
+        detach_target: Let no gradient flow into the target views.
+        gather_negatives: False keeps the negatives to those of the process; a process group
+            takes those of its members, which tensor parallelism needs. See `llm_jepa_loss`.
+
+    Raises:
+        ValueError: DataParallel, label smoothing, a loss function or metrics of logits are asked
+            for, none of which fits a packed row.
+    """
+
+    # Trainer must not divide by the accumulation steps what is already normalised over them.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model=None,
+        args=None,
+        data_collator=None,
+        *other,
+        jepa_weight: float = 1.0,
+        metric: str = "cosine",
+        temperature: float = 0.07,
+        detach_target: bool = False,
+        gather_negatives: bool | ProcessGroup = True,
+        **more,
+    ):
+        if data_collator is None:
+            data_collator = LLMJEPACollator(more.get("processing_class"))
+        super().__init__(model, args, data_collator, *other, **more)
+        self._check_supported()
+        if not _is_patched(self.model):
+            patch_model(self.model)
+        self.loss_options = {
+            "jepa_weight": jepa_weight,
+            "metric": metric,
+            "temperature": temperature,
+            "detach_target": detach_target,
+            "gather_negatives": gather_negatives,
+        }
+        if metric == "infonce" and gather_negatives is True and self.get_tp_size() > 1:
+            raise ValueError(
+                "gather_negatives must be the process group of data parallelism, or False, where "
+                "tensor parallelism lets processes share a batch; got True"
+            )
+        # A stream is read by every process; a batch packed by the first could not be cut apart.
+        self.accelerator.dataloader_config.dispatch_batches = False
+        self._update_sampler: UpdateSampler | None = None
+        self.add_callback(_SetEpoch(self))
+        self.args.remove_unused_columns = False  # the collator takes the columns it knows
+        self.model_accepts_loss_kwargs = True  # makes Trainer count the supervised tokens
+        self._num_pairs: Tensor | None = None
+        self._eval_sums: Tensor | None = None
+        self._reset_train_sums()
+
+    def _check_supported(self) -> None:
+        unsupported = {
+            "DataParallel (start one process per GPU with torchrun)": self.args.n_gpu > 1,
+            "label_smoothing_factor": self.args.label_smoothing_factor,
+            "compute_loss_func": self.compute_loss_func,
+            "compute_metrics": self.compute_metrics,
+            "dispatch_batches": self.accelerator.dispatch_batches,
+        }
+        for name, given in unsupported.items():
+            if given:
+                raise ValueError(f"LLMJEPATrainer does not support {name}, got {given!r}")
+
+    def _reset_train_sums(self) -> None:
+        self._train_sums = torch.zeros(6)  # ntp_loss, jepa_loss, cosine, pairs, tokens, sft
+        self._updates = 0
+        self._updates_with_pairs = 0
+        self._started: float | None = None
+
+    def _get_train_sampler(self, train_dataset=None):
+        """Deals the examples of an update to the processes by work, where that is known.
+
+        Unlike Accelerate's own sampler it knows its epoch after a resume with several processes.
+        """
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        base = super()._get_train_sampler(dataset)
+        per_step = isinstance(dataset, LossDropout) and dataset.per == "step"
+        num_processes = self.accelerator.num_processes // self.get_tp_size()
+        if num_processes == 1 and not per_step:
+            return base
+        if isinstance(base, RandomSampler) and self.accelerator.use_seedable_sampler:
+            # As Accelerate would, so that the order stays that of a plain Trainer.
+            base = SeedableRandomSampler(dataset, data_seed=self.args.data_seed)
+        elif not isinstance(base, SequentialSampler):
+            if per_step:
+                raise ValueError(
+                    "loss dropout per step needs train_sampling_strategy random or sequential and "
+                    f"a seedable sampler, got {self.args.train_sampling_strategy}"
+                )
+            return base
+        split = num_processes if self.accelerator.split_batches else 1
+        self._update_sampler = UpdateSampler(
+            base,
+            self._train_batch_size // split,
+            num_processes=num_processes,
+            accumulation_steps=self.args.gradient_accumulation_steps,
+            drop_last=self.args.dataloader_drop_last,
+            even_batches=self.accelerator.even_batches,
+            work=self._work_of(dataset) if num_processes > 1 else None,
+            with_update=per_step,
+        )
+        return self._update_sampler
+
+    def _work_of(self, dataset) -> Callable[[int, int], float] | None:
+        """The work of (index, update) of a dataset, or None if it cannot be known beforehand."""
+        dropout = dataset if isinstance(dataset, LossDropout) else None
+        examples = dataset.data if dropout else dataset
+        if not isinstance(examples, Sequence) or not all(isinstance(x, Example) for x in examples):
+            return None
+        hidden_size = self.model.get_input_embeddings().weight.shape[-1]
+
+        def works(examples: Iterable[Example]) -> list[float]:
+            return [example_work(example, hidden_size) for example in examples]
+
+        if not getattr(self.data_collator, "views", True):
+            bare = works(map(without_views, examples))
+            return lambda index, update: bare[index]
+        whole = works(examples)
+        if not dropout or not dropout.rate:
+            return lambda index, update: whole[index]
+        bare = works(map(without_views, examples))
+        return lambda index, update: (bare if dropout.drops(index, update) else whole)[index]
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Collects the batches of an update, and counts their pairs."""
+        if self._started is None:
+            self._started = time.perf_counter()
+        self._updates += 1
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        predictors = [batch["view_pairs"][..., 0] for batch in batches]
+        labels = [predictor.masked_fill(predictor < 0, IGNORE) for predictor in predictors]
+        # Counted like supervised tokens, so whatever parallelism means for those holds for pairs.
+        self._num_pairs = self._get_num_items_in_batch(
+            [{"labels": label, "shift_labels": label} for label in labels], device
+        )
+        self._updates_with_pairs = self._updates_with_pairs + (self._num_pairs > 0)
+        return batches, num_items
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The loss of one batch: its share of the update's, given `num_items_in_batch`."""
+        batch = dict(inputs)
+        sft_tokens = batch.pop("sft_tokens", None)
+        counts = {}
+        if num_items_in_batch is not None:
+            counts = {
+                "num_items_in_batch": num_items_in_batch,
+                "num_pairs_in_batch": self._num_pairs,
+            }
+        outputs = llm_jepa_loss(model, batch, **self.loss_options, **counts)
+        loss = outputs.loss
+        if counts:
+            scale = self._loss_scale()
+            loss = loss * scale
+            tokens = batch["input_ids"].numel()
+            sft = tokens if sft_tokens is None else sft_tokens.sum()
+            shares = [outputs.ntp_loss, outputs.jepa_loss, outputs.cosine]
+            shares = [scale * share.detach() for share in shares]
+            values = (*shares, outputs.num_pairs, tokens, sft)
+            values = torch.stack([torch.as_tensor(x, device=loss.device) for x in values])
+            self._train_sums = self._train_sums.to(loss.device) + values
+        return (loss, outputs) if return_outputs else loss
+
+    def _loss_scale(self) -> int:
+        """Makes the mean over processes, which DistributedDataParallel takes, a sum."""
+        if not self.args.average_tokens_across_devices:
+            return 1
+        return self.accelerator.num_processes // self.get_tp_size()
+
+    def log(self, logs, start_time=None):
+        """Adds what was summed up since the last log to the log of the loss."""
+        if "loss" in logs and self._updates:
+            sums = self.accelerator.reduce(self._train_sums, reduction="mean") / self._updates
+            ntp_loss, jepa_loss, cosine, pairs, tokens, sft_tokens = sums.tolist()
+            with_pairs = int(self._updates_with_pairs) / self._updates
+            tokens_per_step = tokens * self.accelerator.num_processes // self.get_tp_size()
+            seconds = time.perf_counter() - self._started
+            logs["ntp_loss"] = ntp_loss
+            if pairs:
+                logs |= {"jepa_loss": jepa_loss / with_pairs, "cosine": cosine / with_pairs}
+            logs |= {
+                "tokens_per_step": tokens_per_step,
+                "tokens_per_second": tokens_per_step * self._updates / seconds,
+            }
+            if sft_tokens:
+                logs["relative_cost"] = tokens / sft_tokens
+            self._reset_train_sums()
+        super().log(logs, start_time)
+
+    def _save(self, output_dir=None, state_dict=None):
+        """Saves a checkpoint's weights, and the collator's example format beside them."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save and isinstance(self.data_collator, LLMJEPACollator):
+            self.data_collator.example_format.save(output_dir or self.args.output_dir)
+
+    def _save_checkpoint(self, model, trial):
+        """Saves a checkpoint, marks it as complete, and only then deletes older ones."""
+        run_directory = self._get_output_dir(trial)
+        directory = Path(run_directory, f"checkpoint-{self.state.global_step}")
+        if self.args.should_save:  # an interrupted run may have left it there
+            (directory / COMPLETE).unlink(missing_ok=True)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            with saving(directory):
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    mark_complete(directory)
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=run_directory,
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """The loss of one batch; there are no predictions."""
+        batch = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, batch, return_outputs=True)
+        items, pairs = outputs.num_items, outputs.num_pairs
+        sums = [outputs.ntp_loss * items, outputs.jepa_loss * pairs, outputs.cosine * pairs]
+        self._eval_sums += torch.stack([*sums, items, pairs]).to(self._eval_sums)
+        return loss, None, None
+
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
+        """Evaluates; each loss is the mean over all tokens or pairs, however they are batched."""
+        paused = time.perf_counter()
+        self._eval_sums = torch.zeros(5, device=self.args.device)
+        output = super().evaluation_loop(
+            dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs
+        )
+        sums = self.accelerator.reduce(self._eval_sums, reduction="sum")
+        ntp_loss, jepa_loss, cosine, items, pairs = sums.tolist()
+        ntp_loss, jepa_loss = ntp_loss / max(items, 1), jepa_loss / max(pairs, 1)
+        loss = ntp_loss + self.loss_options["jepa_weight"] * jepa_loss
+        metrics = {"loss": loss, "ntp_loss": ntp_loss}
+        if pairs:
+            metrics |= {"jepa_loss": jepa_loss, "cosine": cosine / pairs}
+        output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in metrics.items()})
+        if self._started is not None:
+            self._started += time.perf_counter() - paused  # not time spent on training
+        return output
+
+
+class _SetEpoch(TrainerCallback):
+    """Tells sampler and dataset the epoch, as Accelerate does only in one process, not resumed."""
+
+    def __init__(self, trainer: LLMJEPATrainer):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        dataset = getattr(train_dataloader, "dataset", None)
+        for stage in (dataset, self.trainer._update_sampler):
+            if hasattr(stage, "set_epoch"):
+                stage.set_epoch(int(state.epoch or 0))
+
+
+def _is_patched(model) -> bool:
+    try:
+        patched_impl(model)
+    except RuntimeError:
+        return False
+    return True
+
+
+class ProgressBar(ProgressCallback):
+    """Trainer's progress bar, with the latest losses on it instead of a line for each log."""
+
+    SHOWN = ("loss", "ntp_loss", "jepa_loss", "cosine", "tokens_per_second")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and self.training_bar is not None:
+            shown = {key: f"{logs[key]:.4g}" for key in self.SHOWN if key in logs}
+            if shown:
+                self.training_bar.set_postfix(shown, refresh=False)

@@ -1,0 +1,362 @@
+"""`llmjepa train` from its arguments to the files it leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from statistics import mean, stdev
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llmjepa_kernels.cli import main as cli
+from llmjepa_kernels.data import grammar
+from llmjepa_kernels.data.example_format import ExampleFormat
+from llmjepa_kernels.evaluation.predict import evaluate
+from llmjepa_kernels.hf.patch import patch_model
+from llmjepa_kernels.training.checkpoints import checkpoints, why_incomplete
+
+MINIATURE = ["--train-samples", "40", "--eval-samples", "6", "--batch-size", "8"]
+
+
+def run(*options: object) -> int:
+    return cli.main(["train", *map(str, options)])
+
+
+@pytest.fixture(scope="module")
+def miniature(tmp_path_factory):
+    """The default run in small: both models, table, picture, checkpoints."""
+    directory = tmp_path_factory.mktemp("run")
+    assert run(*MINIATURE, "--max-steps", 3, "--output-dir", directory) == 0
+    return directory
+
+
+def report(directory) -> dict[str, dict]:
+    runs = json.loads((directory / "report.json").read_text())["runs"]
+    return {run["name"]: run for run in runs}
+
+
+def losses(run: dict) -> list[float]:
+    return [log["loss"] for log in run["history"] if "loss" in log]
+
+
+def test_default_run_reports_both_models(miniature):
+    runs = report(miniature)
+    assert list(runs) == ["NTP only", "LLM-JEPA"]
+    table = (miniature / "report.txt").read_text()
+    assert table.split()[:4] == ["NTP", "only", "LLM-JEPA", "difference"]
+    assert (miniature / "report.png").read_bytes().startswith(b"\x89PNG")
+    for name, cost in (("NTP only", 1.0), ("LLM-JEPA", None)):
+        metrics = runs[name]["metrics"]
+        assert losses(runs[name])[-1] == metrics["loss"] < losses(runs[name])[0]
+        assert metrics["accuracy"] == 0.0  # after three updates
+        cosines = runs[name]["cosines"]
+        assert len(cosines) == 6
+        assert metrics["pair_cosine"] == pytest.approx(sum(cosines) / 6) != metrics["view_cosine"]
+        assert metrics["relative_cost"] == pytest.approx(cost or metrics["relative_cost"])
+        assert metrics["seconds_per_example"] > 0
+        assert f"{metrics['eval_ntp_loss']:.4f}" in table
+    evaluated = runs["LLM-JEPA"]["history"][-1]["eval_cosine"]
+    assert runs["LLM-JEPA"]["metrics"]["pair_cosine"] == pytest.approx(evaluated, abs=1e-5)
+    # The same weights and the same first batch: only the objective and the packing differ.
+    first = [run["history"][0]["ntp_loss"] for run in runs.values()]
+    assert first[0] == pytest.approx(first[1], rel=1e-5)
+    assert runs["LLM-JEPA"]["metrics"]["relative_cost"] < 1
+
+
+@pytest.mark.parametrize("name", ["ntp-only", "llm-jepa"])
+def test_checkpoint_loads_and_generates_patched_as_unpatched(miniature, name):
+    model = AutoModelForCausalLM.from_pretrained(miniature / name)
+    tokenizer = AutoTokenizer.from_pretrained(miniature / name)
+    assert tokenizer.convert_tokens_to_ids("<|predictor_1|>") == len(tokenizer) - 1
+    assert model.config.vocab_size == len(tokenizer)
+    assert model.config.use_cache
+    assert ExampleFormat.load(miniature / name) == ExampleFormat(pred_ids=(len(tokenizer) - 1,))
+    texts = ("lines with a vowel", "not", "a b c d e")
+    answer = {"role": "assistant", "content": "x"}
+    samples = [{"messages": [{"role": "user", "content": text}, answer]} for text in texts]
+    options = {"max_new_tokens": 8}
+    expected = [evaluate(model, tokenizer, [sample], **options)[0].completion for sample in samples]
+    patched = evaluate(patch_model(model), tokenizer, samples, **options)
+    assert [prediction.completion for prediction in patched] == expected
+
+
+def test_same_seed_same_numbers(miniature, tmp_path):
+    assert run(*MINIATURE, "--max-steps", 3, "--no-compare", "--output-dir", tmp_path) == 0
+    again = report(tmp_path)
+    assert list(again) == ["LLM-JEPA"]
+    assert losses(again["LLM-JEPA"]) == losses(report(miniature)["LLM-JEPA"])
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_it_ends_where_the_uninterrupted_run_ends(tmp_path, capsys):
+    options = [*MINIATURE, "--no-compare", "--max-steps", 12]
+    options += [
+        "--loss-dropout",
+        0.5,
+        "--loss-dropout-per",
+        "step",
+        "--lr-scheduler-type",
+        "linear",
+    ]
+    options += ["--hidden-size", 64, "--num-layers", 1, "--save-strategy", "steps"]
+    options += ["--save-steps", 1, "--logging-steps", 1, "--batch-size", 16]  # 3 updates an epoch
+    assert run(*options, "--output-dir", tmp_path / "whole") == 0
+    killed = [*options, "--output-dir", tmp_path / "killed"]
+    command = [sys.executable, "-m", "llmjepa_kernels", "train", *map(str, killed)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    checkpoint = tmp_path / "killed" / "llm-jepa"
+    while process.poll() is None and not (checkpoint / "checkpoint-5" / "complete.json").exists():
+        time.sleep(0.001)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert json.loads((checkpoint / "run.json").read_text())["result"] is None
+    assert run(*killed) == 2
+    assert "holds checkpoints of an earlier run: go on with it by" in capsys.readouterr().err
+
+    last = next(path for path in checkpoints(checkpoint) if why_incomplete(path) is None)
+    with open(last / "optimizer.pt", "r+b") as file:
+        file.truncate(1000)
+    assert run(*killed, "--resume") == 0
+    output = capsys.readouterr().out
+    assert f"{last} is incomplete: optimizer.pt has 1000 bytes instead of" in output
+    before = int(last.name.split("-")[1]) - 1
+    assert f"resuming from {last.with_name(f'checkpoint-{before}')}" in output
+    whole, resumed = tmp_path / "whole", tmp_path / "killed"
+    weights = [(path / "llm-jepa/model.safetensors").read_bytes() for path in (whole, resumed)]
+    assert weights[0] == weights[1]
+    assert losses(report(whole)["LLM-JEPA"]) == losses(report(resumed)["LLM-JEPA"])
+
+
+def test_lora_from_a_directory_on_jsonl(miniature, tmp_path):
+    data = tmp_path / "data.jsonl"
+    rows = grammar.generate(8, seed=5)
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--model", miniature / "llm-jepa", "--data", data, "--eval-data", data]
+    options += [
+        "--lora-rank",
+        4,
+        "--max-steps",
+        2,
+        "--learning-rate",
+        "1e-2",
+        "--layout",
+        "official",
+    ]
+    options += ["--metric", "infonce", "--jepa-weight", 0.5, "--num-pred-tokens", 2, "--bf16"]
+    options += ["--weight-decay", 0.1, "--max-length", 400]
+    options += ["--direction", "both", "--pred-position", "prepend", "--detach-target"]
+    assert run(*options, "--output-dir", tmp_path / "out") == 0
+    assert list(report(tmp_path / "out")) == ["LLM-JEPA"]
+
+    checkpoint = tmp_path / "out" / "llm-jepa"
+    saved = ExampleFormat.load(checkpoint)
+    assert (saved.layout, saved.direction, saved.pred_position) == ("official", "both", "prepend")
+    assert len(saved.pred_ids) == 2
+    assert ExampleFormat.load(checkpoint / "adapter") == saved
+    arguments = torch.load(checkpoint / "adapter" / "training_args.bin", weights_only=False)
+    assert (arguments.weight_decay, arguments.learning_rate) == (0.1, 0.01)
+    before = AutoModelForCausalLM.from_pretrained(miniature / "llm-jepa").state_dict()
+    after = AutoModelForCausalLM.from_pretrained(checkpoint).state_dict()
+    assert before.keys() == after.keys()
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(before[name], after[name])
+    old, new = (state["model.embed_tokens.weight"] for state in (before, after))
+    assert len(new) == len(old) + 1  # one [PRED] token was there, one is new
+    assert torch.equal(new[: len(old) - 1], old[:-1])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "data.jsonl:2: "),
+        ('{"messages": []}', r"data.jsonl:2: messages must have the roles"),
+    ],
+)
+def test_malformed_data_is_named_by_line(tmp_path, capsys, line, message):
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps(grammar.generate(1)[0]) + "\n" + line + "\n")
+    assert run("--data", data, "--output-dir", tmp_path) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_tokenizer_without_chat_template_points_to_the_plain_format(miniature, tmp_path, capsys):
+    model = shutil.copytree(miniature / "llm-jepa", tmp_path / "model")
+    (model / "chat_template.jinja").unlink()
+    options = ["--model", model, "--train-samples", 8, "--max-steps", 1, "--no-compare"]
+    options += ["--eval-samples", 2, "--output-dir", tmp_path / "out"]
+    assert run(*options) == 2
+    assert "has no chat template: train with --format plain" in capsys.readouterr().err
+    assert run(*options, "--format", "plain", "--separator", "<|user|>") == 0
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    saved = ExampleFormat.load(tmp_path / "out" / "llm-jepa")
+    assert saved.separator_id == tokenizer.convert_tokens_to_ids("<|user|>")
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out" / "llm-jepa")) == len(tokenizer)
+
+
+def test_overlong_example_is_named_by_line(tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    long, short = (json.dumps(row) for row in grammar.generate(2))
+    row = json.loads(long)
+    row["messages"][1]["content"] *= 40
+    data.write_text(f"{short}\n\n{short}\n{json.dumps(row)}\n")
+    assert run("--data", data, "--max-length", 150, "--output-dir", tmp_path) == 2
+    error = capsys.readouterr().err
+    assert "data.jsonl:4: it takes " in error
+    assert "more than --max-length 150" in error
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--max-length", "20"], "built-in sample 0: it takes "),
+        (["--max-length", "0"], "--max-length must be at least 1, got 0"),
+        (["--num-pred-tokens", "-1"], "--num-pred-tokens must be 0 or more, got -1"),
+        (["--data", "none.jsonl"], "no file 'none.jsonl'"),
+        (["--model", "none.gguf"], "no file 'none.gguf'"),
+        (["--loss-dropout", "2"], "--loss-dropout must be from 0 to 1, got 2.0"),
+        (["--resume-from-checkpoint", "x"], "use --resume"),
+        (["--weight-decay", "much"], "--weight-decay: invalid float value: 'much'"),
+        (["--weight-decoy", "1"], "unknown options --weight-decoy 1"),
+        (["--from-scratch"], "--from-scratch needs --model, whose architecture it takes"),
+        (["--model", "x", "--hidden-size", "64"], "--hidden-size is for the small Llama"),
+        (["--model", "x", "--vocab-size", "300"], "--vocab-size is for a model --from-scratch"),
+        (["--lora-rank", "4"], "--lora-rank adapts a trained --model, not random weights"),
+        (["--format", "plain", "--layout", "official"], "has the shared --layout only"),
+        (["--separator", ";"], "--separator is for --format plain"),
+        (["--streaming"], "--streaming needs --data"),
+        (["--streaming", "--data", "x"], "--streaming needs --max-steps"),
+        (["--shuffle-buffer", "0"], "--shuffle-buffer must be at least 1, got 0"),
+        (["--seeds", "1", "2", "1"], "--seeds must differ, got [1, 2, 1]"),
+        (["--split", "depth"], "split must be depth:N"),
+    ],
+)
+def test_mistakes_are_named_before_training(tmp_path, capsys, options, message):
+    assert run(*options, "--train-samples", 3, "--output-dir", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("llmjepa train: error: ")
+    assert message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_seeds_and_a_split(tmp_path):
+    """Three times in one directory: to the end, resumed for a third seed, and with changes."""
+    options = [*MINIATURE, "--max-steps", 2, "--split", "depth:1", "--hidden-size", 64]
+    options += ["--num-layers", 1, "--output-dir", tmp_path]
+    assert run(*options, "--seeds", 1, 2) == 0
+    full = json.loads((tmp_path / "report.json").read_text())
+    names = [(r["seed"], r["name"]) for r in full["runs"]]
+    assert names == [(1, "NTP only"), (1, "LLM-JEPA"), (2, "NTP only"), (2, "LLM-JEPA")]
+    ntp_1, jepa_1, ntp_2, jepa_2 = (r["metrics"] for r in full["runs"])
+    assert ntp_1["eval_ntp_loss"] != ntp_2["eval_ntp_loss"]
+    assert {"ood_ntp_loss", "ood_accuracy", "accuracy"} <= ntp_1.keys()
+    found = full["summary"]["LLM-JEPA"]["ood_ntp_loss"]
+    values = [jepa_1["ood_ntp_loss"], jepa_2["ood_ntp_loss"]]
+    assert found == {"mean": mean(values), "std": stdev(values), "seeds": 2}
+    differences = [b["loss"] - a["loss"] for a, b in ((ntp_1, jepa_1), (ntp_2, jepa_2))]
+    assert full["summary"]["difference"]["loss"]["mean"] == pytest.approx(mean(differences))
+    assert f"{mean(values):.4f} ± {stdev(values):.4f}" in (tmp_path / "report.txt").read_text()
+    # The same first batch for both objectives of a seed.
+    first = [r["history"][0]["ntp_loss"] for r in full["runs"]]
+    assert first[0] == pytest.approx(first[1], rel=1e-5)
+    assert first[0] != pytest.approx(first[2], rel=1e-5)
+
+    kept = tmp_path / "seed-1" / "ntp-only" / "model.safetensors"
+    kept.unlink()  # a run that were trained again would write it
+    record = tmp_path / "seed-2" / "llm-jepa" / "run.json"
+    interrupted = json.loads(record.read_text()) | {"result": None}
+    record.write_text(json.dumps(interrupted))
+    assert run(*options, "--seeds", 1, 2, "--resume") == 0
+    again = json.loads((tmp_path / "report.json").read_text())
+    assert not kept.exists()
+    assert losses(again["runs"][3]) == losses(full["runs"][3])
+    assert again["runs"][:3] == full["runs"][:3]
+
+
+def test_resume_refuses_other_options(miniature, capsys):
+    options = [*MINIATURE, "--max-steps", 3, "--output-dir", miniature, "--resume"]
+    assert run(*options, "--jepa-weight", 2) == 2
+    assert "had other options: jepa_weight 1.0, now 2.0" in capsys.readouterr().err
+    assert run(*options, "--seed", 3) == 2
+    assert "data_seed 42, now 3" in capsys.readouterr().err
+
+
+def test_plain_format_with_loss_on_all_tokens(tmp_path):
+    options = [*MINIATURE, "--format", "plain", "--supervise", "all", "--max-steps", 2]
+    options += ["--no-compare", "--vocab-size", 300, "--output-dir", tmp_path]
+    assert run(*options) == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "llm-jepa")
+    saved = ExampleFormat.load(tmp_path / "llm-jepa")
+    ids = tokenizer.convert_tokens_to_ids(["<|predictor_1|>", "<|separator|>"])
+    assert saved == ExampleFormat("plain", pred_ids=[300], separator_id=301, supervise="all")
+    assert ids == [300, 301]
+    assert set(losses(report(tmp_path)["LLM-JEPA"])) != {0.0}
+
+
+def test_architecture_of_a_model_with_random_weights(miniature, tmp_path):
+    options = [*MINIATURE, "--model", miniature / "llm-jepa", "--from-scratch", "--max-steps", 1]
+    assert run(*options, "--no-compare", "--output-dir", tmp_path) == 0
+    before = AutoModelForCausalLM.from_pretrained(miniature / "llm-jepa")
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "llm-jepa")
+    assert {n: p.shape for n, p in before.named_parameters()} == {
+        n: p.shape for n, p in after.named_parameters()
+    }
+    name = "model.layers.0.self_attn.q_proj.weight"
+    cosine = torch.cosine_similarity(*(m.state_dict()[name].flatten() for m in (before, after)), 0)
+    assert cosine.abs() < 0.1
+
+
+def test_bad_lines_and_long_samples_can_be_left_out_and_are_counted(tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    rows = grammar.generate(8)
+    rows[2]["messages"][1]["content"] *= 40
+    lines = [json.dumps(row) for row in rows]
+    lines.insert(1, '{"messages": []}')
+    data.write_text("\n".join(lines))
+    options = ["--data", data, "--max-length", 150, "--no-compare", "--max-steps", 1]
+    options += ["--hidden-size", 64, "--num-layers", 1, "--output-dir", tmp_path / "out"]
+    assert run(*options, "--skip-bad-lines") == 2
+    assert "data.jsonl:4: it takes" in capsys.readouterr().err
+    assert run(*options, "--skip-bad-lines", "--skip-too-long") == 0
+    captured = capsys.readouterr()
+    assert "left out 1 samples: malformed" in captured.out
+    assert "left out 1 samples: too long" in captured.out
+    assert "data.jsonl:2: messages must have the roles" in captured.err
+    assert "LLM-JEPA, seed 42: 7 examples" in captured.out
+
+
+@pytest.mark.slow
+def test_streaming_resumes_and_counts_what_it_leaves_out(tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    rows = grammar.generate(20, max_depth=1)
+    rows[2]["messages"][1]["content"] *= 60
+    rows += grammar.generate(4, min_depth=2)
+    data.write_text("\n".join(["{", *map(json.dumps, rows)]))
+    options = ["--data", data, "--streaming", "--shuffle-buffer", 6, "--skip-bad-lines"]
+    options += ["--skip-too-long", "--max-length", 200, "--split", "depth:1", "--no-compare"]
+    options += ["--hidden-size", 64, "--num-layers", 1, "--loss-dropout", 0.5, "--batch-size", 8]
+    options += ["--save-strategy", "steps", "--save-steps", 4, "--output-dir", tmp_path / "out"]
+    options += ["--dataloader-num-workers", 2]
+    assert run(*options, "--max-steps", 6) == 0
+    output = capsys.readouterr().out
+    for kind, count in (("out of distribution", 4), ("malformed", 1), ("too long", 1)):
+        assert f"left out {count} samples: {kind}" in output
+    metrics = report(tmp_path / "out")["LLM-JEPA"]["metrics"]
+    assert metrics["tokens_per_example"] > 10
+    checkpoint = tmp_path / "out" / "llm-jepa"
+    weights = (checkpoint / "model.safetensors").read_bytes()
+    (checkpoint / "model.safetensors").unlink()
+    (checkpoint / "run.json").unlink()
+    (checkpoint / "checkpoint-6" / "complete.json").unlink()
+    assert run(*options, "--max-steps", 6, "--resume") == 0
+    assert (checkpoint / "model.safetensors").read_bytes() == weights

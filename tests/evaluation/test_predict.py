@@ -1,0 +1,208 @@
+"""Generation in batches, the rules applied to it, and what is reported."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from llmjepa_kernels.data import grammar
+from llmjepa_kernels.data.example_format import ExampleFormat
+from llmjepa_kernels.data.samples import train_tokenizer
+from llmjepa_kernels.data.splits import Split
+from llmjepa_kernels.evaluation.predict import (
+    Accuracy,
+    Prediction,
+    accuracies,
+    evaluate,
+    predict,
+)
+from llmjepa_kernels.evaluation.rules import Rule, rule
+from llmjepa_kernels.hf import load as models
+from llmjepa_kernels.hf.patch import patch_model
+
+MAX_NEW_TOKENS = 5
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return grammar.generate(6, seed=3)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(samples):
+    return train_tokenizer(samples)
+
+
+@pytest.fixture
+def model(tokenizer):
+    return talkative_llama(tokenizer)
+
+
+def talkative_llama(tokenizer):
+    """Random weights so large that it does not just repeat the last token."""
+    torch.manual_seed(0)
+    model = models.small_llama(tokenizer, hidden_size=64, num_layers=2)
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.mlp.down_proj.weight, std=0.5)
+        torch.nn.init.normal_(layer.self_attn.v_proj.weight, std=0.5)
+    return model
+
+
+def with_answers(samples, answers):
+    return [
+        {"messages": [*sample["messages"][:-1], {"role": "assistant", "content": answer}]}
+        for sample, answer in zip(samples, answers, strict=True)
+    ]
+
+
+@torch.no_grad()
+def argmax_completion(model, tokenizer, prompt) -> str:
+    """One token after the other, without cache, batch and padding."""
+    ids = list(prompt)
+    for _ in range(MAX_NEW_TOKENS):
+        token = int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
+        if token == tokenizer.eos_token_id:
+            break
+        ids.append(token)
+    return tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+@pytest.mark.parametrize("template", ["chat", "plain"])
+@pytest.mark.parametrize("patched", [False, True])
+def test_predictions_are_the_argmax(model, tokenizer, samples, batch_size, template, patched):
+    separator = tokenizer.convert_tokens_to_ids("<|assistant|>")
+    example_format = ExampleFormat(
+        template=template, separator_id=separator if template == "plain" else None
+    )
+    prompts = [example_format.prompt(sample, tokenizer) for sample in samples]
+    assert len({len(prompt) for prompt in prompts}) > 2  # so that there is padding
+    expected = [argmax_completion(model, tokenizer, prompt) for prompt in prompts]
+    assert len(set(expected)) > 2
+    # What a model's own configuration asks for must not bend it.
+    model.generation_config.update(do_sample=True, temperature=9.0, repetition_penalty=5.0)
+    mixed = with_answers(samples, [e if i % 2 else "(x)*" for i, e in enumerate(expected)])
+    found = evaluate(
+        patch_model(model) if patched else model,
+        tokenizer,
+        mixed,
+        example_format,
+        max_new_tokens=MAX_NEW_TOKENS,
+        batch_size=batch_size,
+    )
+    assert [p.completion for p in found] == expected
+    assert [p.index for p in found] == list(range(6))
+    assert [p.correct for p in found] == [False, True] * 3
+    assert [p.answer for p in found] == [s["messages"][-1]["content"] for s in mixed]
+    assert [p.prompt for p in found] == tokenizer.batch_decode(prompts)
+
+
+class Parrot(torch.nn.Module):
+    """Answers everything alike, and writes on behind the end of its turn."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, tokenizer, answer: str):
+        super().__init__()
+        ids = tokenizer(answer)["input_ids"]
+        self.tail = torch.tensor([*ids, tokenizer.eos_token_id, *ids])
+        self.stop_id, self.calls = tokenizer.eos_token_id, []
+
+    def generate(self, input_ids, attention_mask, eos_token_id, **options):
+        assert (attention_mask.sum(dim=1) > 0).all()
+        assert self.stop_id in eos_token_id
+        assert not self.training
+        self.calls.append((len(input_ids), options["max_new_tokens"]))
+        return torch.cat([input_ids, self.tail.expand(len(input_ids), -1)], dim=1)
+
+
+def test_whole_answers_are_compared_up_to_the_stop_token(tokenizer, samples):
+    parrot = Parrot(tokenizer, samples[0]["messages"][-1]["content"])
+    assert [p.correct for p in evaluate(parrot, tokenizer, samples)] == [True] + [False] * 5
+    assert parrot.training  # as before
+    lengths = [len(tokenizer(s["messages"][-1]["content"])["input_ids"]) for s in samples]
+    # The longest answer with the end of its turn, and one more.
+    assert parrot.calls == [(6, max(lengths) + 2)]
+
+
+def test_batches_hold_answers_of_similar_length_and_leave_out_what_is_done(tokenizer, samples):
+    parrot = Parrot(tokenizer, "x")
+    batches = list(predict(parrot, tokenizer, samples, batch_size=2, done={0, 5}))
+    assert [len(batch) for batch in batches] == [2, 2]
+    found = [prediction.index for batch in batches for prediction in batch]
+    assert sorted(found) == [1, 2, 3, 4]
+    lengths = [len(tokenizer(samples[i]["messages"][-1]["content"])["input_ids"]) for i in found]
+    assert lengths == sorted(lengths, reverse=True)
+    assert list(predict(parrot, tokenizer, [])) == []
+
+
+def test_choice_takes_the_most_likely_letter(model, tokenizer, samples):
+    asked = with_answers(samples, "ABCDAB")
+    letters = [tokenizer.convert_tokens_to_ids(letter) for letter in "ABCD"]
+    expected = []
+    for sample in asked:
+        prompt = ExampleFormat().prompt(sample, tokenizer)
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt])).logits[0, -1]
+        assert int(logits.argmax()) not in letters
+        expected.append("ABCD"[int(logits[letters].argmax())])
+    found = evaluate(model, tokenizer, asked, rule=rule("choice"), batch_size=4)
+    assert [p.completion for p in found] == expected
+    assert [p.correct for p in found] == [e == a for e, a in zip(expected, "ABCDAB", strict=True)]
+
+
+def test_choices_must_differ_in_their_first_token(model, tokenizer, samples):
+    alike = Rule("choice", lambda completion, sample: True, lambda sample: None, ("(a", "(b"))
+    with pytest.raises(ValueError, match="begins several of \\(a, \\(b with one token"):
+        evaluate(model, tokenizer, samples, rule=alike)
+
+
+def test_nan_is_no_answer(model, tokenizer, samples):
+    torch.nn.init.constant_(model.model.norm.weight, float("nan"))
+    with pytest.raises(ValueError, match="logits are NaN"):
+        evaluate(model, tokenizer, samples)
+    with pytest.raises(ValueError, match="logits are NaN"):
+        evaluate(model, tokenizer, with_answers(samples, "ABCDAB"), rule=rule("choice"))
+    assert model.training
+
+
+def test_mistakes_are_found_before_anything_is_generated(tokenizer, samples):
+    parrot = Parrot(tokenizer, "x")
+    with pytest.raises(ValueError, match="sample 0: expected a number after ####"):
+        evaluate(parrot, tokenizer, samples, rule=rule("number"))
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        evaluate(parrot, tokenizer, samples, batch_size=0)
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
+        evaluate(parrot, tokenizer, samples, max_new_tokens=0)
+    assert parrot.calls == []
+
+
+@pytest.mark.parametrize(("correct", "total"), [(0, 20), (3, 7), (143, 200), (20, 20)])
+def test_interval_is_wilsons(correct, total):
+    z = 1.959963984540054
+    p = correct / total
+    center = (p + z**2 / (2 * total)) / (1 + z**2 / total)
+    half = z / (1 + z**2 / total) * math.sqrt(p * (1 - p) / total + z**2 / (4 * total**2))
+    accuracy = Accuracy(correct, total)
+    assert accuracy.value == p
+    assert accuracy.interval() == pytest.approx((center - half, center + half), abs=1e-12)
+
+
+def test_nothing_has_no_accuracy():
+    assert math.isnan(Accuracy(0, 0).value)
+    assert Accuracy(0, 0).interval() == (0.0, 1.0)
+
+
+def test_accuracies_in_and_out_of_distribution(samples):
+    answered = with_answers(samples, ["a", "abc", "b", "abcd", "c", "abcde"])
+    predictions = [Prediction(i, "", "", "", correct=i in (0, 2, 3)) for i in (5, 3, 2, 0)]
+    assert accuracies(predictions, answered) == {"all": Accuracy(3, 4)}
+    assert accuracies(predictions, answered, Split.parse("length:2")) == {
+        "all": Accuracy(3, 4),
+        "in_distribution": Accuracy(2, 2),
+        "out_of_distribution": Accuracy(1, 2),
+    }

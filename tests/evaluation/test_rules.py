@@ -1,0 +1,139 @@
+"""The answer rules, on what models write."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+
+import pytest
+
+from llmjepa_kernels.evaluation.rules import RULES, listed_answers, number_after_marker, rule
+
+
+def sample(answer: str, question: str = "?") -> dict:
+    return {
+        "messages": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("She makes $18.\n#### 18", "18"),
+        ("####18", "18"),
+        ("#### 2,125", "2125"),
+        ("#### 1,450,000.", "1450000"),
+        ("#### -3", "-3"),
+        ("#### \u22123", "-3"),
+        ("#### +3", "3"),
+        ("#### $5.50", "5.50"),
+        ("#### -$5", "-5"),
+        ("#### $-5", "-5"),
+        ("#### €7", "7"),
+        ("#### .5", "0.5"),
+        ("#### 20%", "20"),
+        ("#### 18 dollars", "18"),
+        ("#### 18, which is right", "18"),
+        ("#### 18\n\nQuestion: next one\n#### 20", "18"),
+        ("18", None),
+        ("The answer is 18", None),
+        ("### 18", None),
+        ("####", None),
+        ("#### eighteen", None),
+        ("####\n18", None),
+        ("#### 18/20", None),
+        ("#### 5:30", None),
+        ("#### 1.5.2", None),
+        ("#### 1,234/5", None),
+        ("#### 10,000.5.6", None),
+        ("#### eighteen\n#### 18", "18"),
+        ("#### --3", None),
+        ("#### - -3", None),
+        ("", None),
+    ],
+)
+def test_number_after_marker(text, number):
+    assert number_after_marker(text) == (None if number is None else Decimal(number))
+
+
+def test_numbers_are_compared_by_value():
+    judge = rule("number").is_correct
+    assert judge("so 36/2\n#### $18.00.", sample("9 * 2 = <<9*2=18>>18\n#### 18"))
+    assert not judge("#### 1.8", sample("#### 18"))
+    assert not judge("#### -18", sample("#### 18"))
+    assert not judge("18", sample("#### 18"))
+    assert judge("#### 12345678901234567891", sample("#### 12,345,678,901,234,567,891"))
+    assert not judge("#### 12345678901234567890", sample("#### 12,345,678,901,234,567,891"))
+
+
+def test_exact_ignores_white_space_around_only():
+    judge = rule().is_correct
+    assert judge(" (dog)*\n", sample("(dog)*"))
+    assert not judge("(dog) *", sample("(dog)*"))
+    assert not judge("very bad", sample("Very Bad"))
+    assert not judge("Good, I think", sample("Good"))
+
+
+@pytest.mark.parametrize(
+    ("completion", "correct"),
+    [
+        ("Drew Carey", True),
+        ("the drew carey.", True),
+        ("Bob  Barker\n", True),
+        ("Johnny Carson; Drew Carey", True),
+        ("Drew", False),
+        ("Drew Carey and Bob Barker", False),
+        ("", False),
+        ("The", False),
+        ("; Drew", False),
+        ("; ", False),
+    ],
+)
+def test_any_listed_answer(completion, correct):
+    assert rule("any").is_correct(completion, sample("Bill Cullen; Drew Carey; Bob Barker")) is (
+        correct
+    )
+
+
+def test_articles_are_words_not_letters():
+    assert listed_answers("An Answer; theatre; theatre!") == {"answer", "theatre"}
+
+
+def test_answers_of_punctuation_and_articles_alone_stay():
+    assert listed_answers("+; The; ; ") == {"+", "the"}
+
+
+def test_choice_offers_four_letters():
+    choice = rule("choice")
+    assert choice.choices == ("A", "B", "C", "D")
+    assert choice.is_correct("B", sample("B"))
+    assert not choice.is_correct("B", sample("C"))
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "good", "expected"),
+    [
+        ("number", "18", "#### 18", "a number after #### as the answer, got '18'"),
+        ("any", " ", "white; red", r'answers separated by "; " as the answer, got'),
+        ("choice", "E", "D", "A, B, C or D as the answer, got 'E'"),
+    ],
+)
+def test_samples_whose_own_answer_is_none(name, bad, good, expected):
+    rule(name).check(sample(good))
+    with pytest.raises(ValueError, match=expected):
+        rule(name).check(sample(bad))
+
+
+def test_unknown_rules_and_misplaced_databases(tmp_path):
+    with pytest.raises(ValueError, match=r"rule must be one of exact, .*, choice, got 'f1'"):
+        rule("f1")
+    with pytest.raises(ValueError, match="rule sql needs databases"):
+        rule("sql")
+    with pytest.raises(ValueError, match="databases is for rule sql, got rule exact"):
+        rule("exact", databases=tmp_path)
+    with pytest.raises(NotADirectoryError, match="missing"):
+        rule("sql", databases=tmp_path / "missing")
+    for name in RULES:
+        assert rule(name, databases=tmp_path if name == "sql" else None).name == name

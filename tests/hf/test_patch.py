@@ -1,0 +1,405 @@
+"""Patching: what it changes, what it leaves as it was, what it refuses."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.cache_utils import DynamicCache
+
+from llmjepa_kernels import pack
+from llmjepa_kernels.hf import patch as hf
+from llmjepa_kernels.hf.patch import NAME, patch_model, patched_impl, unpatch_model
+from llmjepa_kernels.ops.attention import BACKENDS
+from llmjepa_kernels.ops.block_mask import SCHEDULE_KEYS
+from tests.support.helpers import random_examples
+from tests.support.models import FAMILIES, VOCAB, tiny_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def sparse_calls(monkeypatch):
+    """The calls of view_attention, as their keyword arguments."""
+    calls = []
+
+    def spy(q, k, v, visible_until, **options):
+        calls.append(options)
+        return hf_view_attention(q, k, v, visible_until, **options)
+
+    hf_view_attention = hf.view_attention
+    monkeypatch.setattr(hf, "view_attention", spy)
+    return calls
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return pack(random_examples(4, seed=0), 96)
+
+
+def left_padded(lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(4, VOCAB, (len(lengths), max(lengths)), generator=generator)
+    index = torch.arange(max(lengths))
+    mask = (index >= max(lengths) - torch.tensor(lengths)[:, None]).long()
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation_is_as_before(family, sparse_calls):
+    model = tiny_model(family).eval()
+    prompts = left_padded([9, 3, 1])
+    options = {
+        "max_new_tokens": 12,
+        "min_new_tokens": 12,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+    }
+    runs = []
+    for _ in range(2):
+        cached = model.generate(**prompts, **options)
+        recomputed = model.generate(**prompts, **options, use_cache=False)
+        runs.append((cached, recomputed))
+        patch_model(model)
+    for before, after in zip(*runs, strict=True):
+        assert torch.equal(before.sequences, after.sequences)
+        for a, b in zip(before.logits, after.logits, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert torch.equal(runs[1][0].sequences, runs[1][1].sequences)
+    assert not sparse_calls
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+def test_generation_with_a_static_cache(family):
+    model = tiny_model(family).eval()
+    prompts = left_padded([7, 4])
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    expected = model.generate(**prompts, **options)
+    patch_model(model)
+    options |= {"cache_implementation": "static", "disable_compile": True}
+    assert torch.equal(model.generate(**prompts, **options), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("inputs", ["plain", "right padded", "left padded", "two documents"])
+def test_ordinary_forwards_are_as_before(family, inputs):
+    model = tiny_model(family)
+    arguments = left_padded([14, 14] if inputs in ("plain", "two documents") else [14, 6])
+    mask = arguments.pop("attention_mask")
+    if inputs == "right padded":
+        mask = mask.flip(1)
+    if "padded" in inputs:
+        arguments["attention_mask"] = mask
+    if inputs == "two documents":  # Transformers splits rows where positions start anew
+        arguments["position_ids"] = torch.tensor([[*range(6), *range(8)]] * 2)
+        arguments["use_cache"] = False
+    expected = model(**arguments).logits[mask.bool()]
+    actual = patch_model(model)(**arguments).logits[mask.bool()]
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_patching_twice_and_back(batch):
+    model = tiny_model("llama")
+    assert patch_model(model) is model
+    once = model(**batch).logits
+    patch_model(model)
+    assert model.config._attn_implementation == NAME
+    assert len(model.model._forward_pre_hooks) == 1
+    assert torch.equal(model(**batch).logits, once)
+
+    patch_model(model, impl="reference")
+    assert patched_impl(model) == "reference"
+    assert unpatch_model(model) is model
+    assert model.config._attn_implementation == "eager"
+    assert not model.model._forward_pre_hooks
+    unpatch_model(model)  # nothing left to do
+    assert model.config._attn_implementation == "eager"
+
+
+def test_impl_reaches_attention(batch, sparse_calls):
+    model = patch_model(tiny_model("gemma2"), impl="reference")
+    model(**batch)
+    assert [call["impl"] for call in sparse_calls] == ["reference"] * 2
+    assert [call["window"] for call in sparse_calls] == [5, None]
+    with pytest.raises(ValueError, match=r"impl must be one of .*'nonsense'"):
+        patch_model(model, impl="nonsense")
+
+
+@pytest.mark.parametrize("impl", [None, *sorted(BACKENDS)])
+def test_every_impl_leaves_generation_alone(impl):
+    """Whether it can run here or not; one has a name that Transformers might claim."""
+    model = tiny_model("llama").eval()
+    prompts = left_padded([5, 2])
+    expected = model.generate(**prompts, max_new_tokens=4, do_sample=False)
+    patch_model(model, impl=impl)
+    assert patched_impl(model) == impl
+    assert torch.equal(model.generate(**prompts, max_new_tokens=4, do_sample=False), expected)
+
+
+def test_models_that_share_a_config(batch):
+    first = tiny_model("llama")
+    second = LlamaForCausalLM(first.config)
+    patch_model(first)
+    with pytest.raises(RuntimeError, match="LlamaForCausalLM is not patched"):
+        patched_impl(second)
+    patch_model(second)
+    assert torch.isfinite(second(**batch).logits).all()
+    unpatch_model(second)
+    assert second.config._attn_implementation in ("sdpa", "eager")
+
+
+def test_copies_stay_patched(batch):
+    model = patch_model(tiny_model("llama"))
+    twin = copy.deepcopy(model)
+    unpatch_model(model)
+    assert torch.equal(twin(**batch).logits, patch_model(model)(**batch).logits)
+    unpatch_model(twin)
+    assert not twin.model._forward_pre_hooks
+    assert len(model.model._forward_pre_hooks) == 1
+
+
+def test_patch_is_not_saved(tmp_path):
+    model = patch_model(tiny_model("llama"))
+    model.save_pretrained(tmp_path)
+    assert NAME not in (tmp_path / "config.json").read_text()
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config._attn_implementation == "sdpa"
+
+
+def test_base_model_and_wrapper_can_be_patched(batch):
+    model = tiny_model("llama")
+    logits = patch_model(model)(**batch).logits
+    unpatch_model(model)
+
+    wrapper = nn.ModuleDict({"inner": model})
+    assert patch_model(wrapper) is wrapper
+    assert torch.equal(wrapper["inner"](**batch).logits, logits)
+    unpatch_model(wrapper)
+
+    base = patch_model(model.model)
+    inputs = {key: batch[key] for key in ("input_ids", "position_ids", "visible_until")}
+    hidden = base(**inputs).last_hidden_state
+    assert torch.equal(model.lm_head(hidden), logits)
+
+
+def test_schedule_is_built_once_per_forward(batch, monkeypatch, sparse_calls):
+    model = patch_model(tiny_model("llama"))
+    expected = model(**batch).logits
+    built = []
+    build = hf.BlockMask.from_visible_until
+
+    def spy(*args, **kwargs):
+        built.append(args)
+        return build(*args, **kwargs)
+
+    monkeypatch.setattr(hf.BlockMask, "from_visible_until", spy)
+    model(**batch)
+    assert not built
+    bare = {key: batch[key] for key in ("input_ids", "position_ids", "visible_until")}
+    torch.testing.assert_close(model(**bare).logits, expected)
+    assert len(built) == 1
+    assert len(sparse_calls) == 6
+
+
+def test_positions_reach_the_layers_narrow(batch, sparse_calls):
+    """So that none of them has to check and copy what its window needs."""
+    patch_model(tiny_model("gemma3"))(**batch)
+    given = [call["position_ids"] for call in sparse_calls]
+    assert {x.dtype for x in given if x is not None} == {torch.int32}
+
+
+def test_no_mask_is_built(batch, monkeypatch):
+    """Neither by Transformers nor here."""
+    model = patch_model(tiny_model("gemma3"))
+
+    def fail(*args, **kwargs):
+        raise AssertionError("a mask was built")
+
+    monkeypatch.setitem(hf.AttentionMaskInterface._global_mapping, NAME, fail)
+    model(**batch, use_cache=False)
+
+
+# What cannot run is refused
+
+
+def test_packed_batch_needs_what_belongs_to_it(batch):
+    model = patch_model(tiny_model("llama"))
+
+    def call(**changes):
+        merged = {**batch, **changes}
+        return model(**{key: value for key, value in merged.items() if value is not None})
+
+    with pytest.raises(ValueError, match="position_ids must be given with visible_until"):
+        call(position_ids=None)
+    with pytest.raises(ValueError, match=r"position_ids must have the shape \(\d, \d+\)"):
+        call(position_ids=batch["position_ids"][:, 1:])
+    with pytest.raises(ValueError, match="position_ids must fit in int32, got 2147483648"):
+        call(position_ids=batch["position_ids"] + 2**31)
+    with pytest.raises(ValueError, match=r"visible_until must be int32 .* torch.int64"):
+        call(visible_until=batch["visible_until"].long())
+    with pytest.raises(ValueError, match="visible_until must be int32 of shape"):
+        call(visible_until=batch["visible_until"][:, 1:])
+    with pytest.raises(ValueError, match="attention_mask must not be given"):
+        call(attention_mask=torch.ones_like(batch["input_ids"]))
+    with pytest.raises(ValueError, match=r"(cache|past_key_values) must not be given"):
+        call(past_key_values=DynamicCache(config=model.config))
+    with pytest.raises(ValueError, match=r"incomplete, it lacks \['q_full_start'\]"):
+        call(q_full_start=None)
+    with pytest.raises(ValueError, match=r"visible_until.* must lie in"):
+        call(
+            visible_until=torch.zeros_like(batch["visible_until"]),
+            **dict.fromkeys(SCHEDULE_KEYS),
+        )
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+def test_attention_dropout_is_refused_in_training(family, batch):
+    model = patch_model(tiny_model(family, attention_dropout=0.1))
+    with pytest.raises(ValueError, match="set attention_dropout of the model's config to 0"):
+        model(**batch)
+    assert torch.isfinite(model.eval()(**batch).logits).all()
+
+
+def test_dropout_outside_the_block_sparse_path():
+    inputs = left_padded([6, 6])
+    model = patch_model(tiny_model("llama", attention_dropout=0.5))
+    torch.manual_seed(0)
+    first, second = model(**inputs).logits, model(**inputs).logits
+    assert not torch.equal(first, second)
+    with pytest.raises(ValueError, match="soft cap or sinks: set attention_dropout"):
+        patch_model(tiny_model("gemma2", attention_dropout=0.5))(**inputs)
+
+
+def test_wrappers_that_cannot_carry_a_packed_row():
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match="DataParallel is not supported"):
+        patch_model(nn.DataParallel(model))
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(ValueError, match="PROMPT_TUNING is not supported"):
+        patch_model(peft.get_peft_model(model, config))
+
+
+def test_replicas_of_data_parallel_are_refused(batch):
+    model = patch_model(tiny_model("llama"))
+    model.model._is_replica = True  # as torch.nn.parallel.replicate marks them
+    with pytest.raises(ValueError, match="DataParallel is not supported"):
+        model(**batch)
+
+
+def test_models_without_the_attention_interface():
+    with pytest.raises(TypeError, match="must be a Transformers model or wrap one, got Linear"):
+        patch_model(nn.Linear(2, 2))
+    from transformers import BloomConfig, BloomForCausalLM
+
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=16, hidden_size=16, n_layer=1, n_head=2))
+    with pytest.raises(TypeError, match="BloomModel does not call attention through"):
+        patch_model(bloom)
+
+
+def test_models_that_mix_tokens_in_other_ways():
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    config = Lfm2Config(
+        vocab_size=16,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        layer_types=["conv", "full_attention"],
+    )
+    with pytest.raises(ValueError, match=r"Lfm2ForCausalLM has layers of type \['conv'\]"):
+        patch_model(Lfm2ForCausalLM(config))
+
+
+def test_window_that_only_a_dense_mask_would_apply(batch):
+    from transformers import PhimoeConfig, PhimoeForCausalLM
+
+    config = PhimoeConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=2,
+        sliding_window=4,
+        pad_token_id=0,
+    )
+    with pytest.raises(ValueError, match="PhimoeAttention leaves its sliding window"):
+        patch_model(PhimoeForCausalLM(config))(**batch)
+
+
+class DeafAttention(nn.Module):
+    """Attention whose layer drops the keyword arguments of the model."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, hidden_states, position_embeddings, attention_mask, **kwargs):
+        return self.attention(hidden_states, position_embeddings, attention_mask)
+
+
+class OwnAttention(DeafAttention):
+    """Attention that never asks the interface."""
+
+    def forward(self, hidden_states, attention_mask, **kwargs):
+        scores = hidden_states @ hidden_states.mT
+        if attention_mask is not None:
+            scores = scores + attention_mask[:, 0]
+        return scores.softmax(-1) @ hidden_states, None
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "message"),
+    [
+        (DeafAttention, TypeError, "LlamaAttention is not given the keyword arguments"),
+        (OwnAttention, RuntimeError, "must match the size"),
+    ],
+)
+def test_no_layer_can_ignore_the_mask(kind, error, message, batch):
+    model = patch_model(tiny_model("llama"))
+    model.model.layers[1].self_attn = kind(model.model.layers[1].self_attn)
+    with pytest.raises(error, match=message):
+        model(**batch)
+
+
+def test_layers_of_an_unpatched_model_that_shares_the_config(batch):
+    """The config alone makes a model use the attention function, but not the hook."""
+    first = tiny_model("llama")
+    second = LlamaForCausalLM(first.config)
+    patch_model(first)
+    bare = {key: batch[key] for key in ("input_ids", "position_ids", "visible_until")}
+    with pytest.raises(RuntimeError, match="not patched: call patch_model"):
+        second(**bare)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_packed_batch_never_runs_under_another_attention(family, implementation, batch):
+    """Its empty mask does not fit: without it the views would see each other unnoticed."""
+    model = tiny_model(family)
+    if implementation == "sdpa" and not model._supports_sdpa:
+        pytest.skip("has no SDPA path")
+    model.set_attn_implementation(implementation)
+    with pytest.raises(RuntimeError, match="size"):
+        model(**batch)
+
+
+def test_config_is_untouched_by_a_failed_patch():
+    config = LlamaConfig(
+        vocab_size=16,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+    )
+    model = LlamaForCausalLM(config)
+    with pytest.raises(ValueError, match="impl"):
+        patch_model(model, impl="cuda")
+    assert config._attn_implementation == "sdpa"
+    assert not model.model._forward_pre_hooks

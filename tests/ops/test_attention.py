@@ -1,0 +1,203 @@
+"""The public operation and its reference back end; the other back ends have their own files."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional
+
+from llmjepa_kernels import BlockMask, view_attention
+from llmjepa_kernels.ops.reference import visible
+from tests.support.helpers import AttentionCase, random_rows
+
+OPTIONS = [
+    {},
+    {"heads": 6, "kv_heads": 2},
+    {"window": 5},
+    {"softcap": 3.0},
+    {"sinks": True},
+    {"softmax_scale": 0.3},
+    {"heads": 4, "kv_heads": 2, "window": 4, "softcap": 2.0, "sinks": True, "softmax_scale": 0.5},
+]
+
+
+def plain(q, k, v, seen, softcap=None, scale=None, sinks=None):
+    """Attention written once more, by explicit loops over heads and plain softmax."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    outs = []
+    for h in range(q.shape[1]):
+        kv = h // (q.shape[1] // k.shape[1])
+        scores = q[:, h] @ k[:, kv].mT * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~seen, -math.inf)
+        if sinks is not None:
+            sink = sinks[h].expand(*scores.shape[:2], 1)
+            scores = torch.cat([scores, sink], dim=-1)
+        p = scores.softmax(dim=-1)[..., : k.shape[2]]
+        outs.append(p @ v[:, kv])
+    return torch.stack(outs, dim=1)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "+".join(o) or "plain")
+def test_reference_equals_plain_attention_and_its_autograd(options):
+    case = AttentionCase.random(batch=2, seq=23, head_dim=7, seed=1, **options)
+    actual = case.run("reference")
+
+    names = ["q", "k", "v"] + (["sinks"] if case.sinks is not None else [])
+    inputs = [getattr(case, name).detach().requires_grad_() for name in names]
+    seen = visible(case.visible_until, case.position_ids, case.window)
+    sinks = inputs[3] if case.sinks is not None else None
+    out = plain(*inputs[:3], seen, case.softcap, case.softmax_scale, sinks)
+    torch.testing.assert_close(actual["out"], out, rtol=1e-12, atol=1e-12)
+    gradients = torch.autograd.grad(out, inputs, case.dout)
+    for name, gradient in zip(names, gradients, strict=True):
+        torch.testing.assert_close(actual[f"d{name}"], gradient, rtol=1e-11, atol=1e-11)
+
+
+def test_reference_equals_sdpa_with_the_dense_mask():
+    case = AttentionCase.random(batch=2, heads=4, kv_heads=2, seq=50, head_dim=16, seed=2)
+    seen = visible(case.visible_until)[:, None]
+    expected = functional.scaled_dot_product_attention(
+        case.q, case.k, case.v, attn_mask=seen, enable_gqa=True
+    )
+    torch.testing.assert_close(case.run("reference")["out"], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_visible_is_ancestors_and_self():
+    """Written from the forest's definition: walk up from each token."""
+    parent_of_segment = {"S": None, "T": "S", "C": "T", "P": "T", "V": None}
+    row = "SSTTTCCCPVV"
+    ends = {"S": 9, "T": 9, "C": 8, "P": 9, "V": 11}
+    visible_until = torch.tensor([[ends[s] for s in row]], dtype=torch.int32)
+    seen = visible(visible_until)[0]
+    for i, mine in enumerate(row):
+        above = set()
+        segment = mine
+        while segment is not None:
+            above.add(segment)
+            segment = parent_of_segment[segment]
+        assert seen[i].tolist() == [j <= i and row[j] in above for j in range(len(row))]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "+".join(o) or "plain")
+def test_opcheck(options):
+    case = AttentionCase.random(batch=2, seq=9, head_dim=4, mean_length=3, **options)
+    mask = BlockMask.from_visible_until(case.visible_until, (4, 4))
+    inputs = [x.detach().requires_grad_() for x in (case.q, case.k, case.v)]
+    sinks = None if case.sinks is None else case.sinks.detach().requires_grad_()
+    torch.library.opcheck(
+        torch.ops.llmjepa_kernels.attention_forward,
+        (
+            *inputs,
+            [mask.visible_until, *mask.schedule_tensors()],
+            mask.block_size,
+            None,
+            [],
+            case.position_ids,
+            case.window,
+            case.softcap,
+            0.5,
+            sinks,
+            "reference",
+        ),
+    )
+
+
+def test_out_is_stored_with_heads_inside():
+    case = AttentionCase.random(batch=2, heads=4, kv_heads=2, seq=10, head_dim=8)
+    results = case.run("reference")
+    for name in ("out", "dq", "dk", "dv"):
+        assert results[name].transpose(1, 2).is_contiguous(), name
+
+
+def test_nothing_a_query_may_not_see_changes_it():
+    case = AttentionCase.random(batch=1, seq=40, head_dim=8, seed=3)
+    before = case.run("reference")
+    hidden = ~visible(case.visible_until)[0]
+    token = int(hidden.tril().any(0).nonzero()[0])
+    case.k[:, :, token] += 5.0
+    case.v[:, :, token] -= 5.0
+    after = case.run("reference")
+    assert torch.equal(before["out"][:, :, hidden[:, token]], after["out"][:, :, hidden[:, token]])
+    assert not torch.equal(before["out"], after["out"])
+
+
+def test_torch_compile_traces_through():
+    case = AttentionCase.random(seq=20, head_dim=8)
+    mask = BlockMask.from_visible_until(case.visible_until)
+
+    def attend(q):
+        return view_attention(
+            q, case.k, case.v, case.visible_until, block_mask=mask, impl="reference"
+        ).sum()
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    q = case.q.detach().requires_grad_()
+    (expected,) = torch.autograd.grad(attend(q), q)
+    (actual,) = torch.autograd.grad(compiled(q), q)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_second_derivatives_are_refused():
+    case = AttentionCase.random(seq=20, head_dim=8)
+    q = case.q.detach().requires_grad_()
+    out = view_attention(q, case.k, case.v, case.visible_until)
+    (dq,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+    penalty = dq.square().sum() + q.square().sum()  # which has a derivative of its own
+    with pytest.raises(RuntimeError, match=r"view_attention and .* have no second derivatives"):
+        penalty.backward()
+
+
+def change(**arguments):
+    return arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (change(q=torch.zeros(2, 8, 4)), r"q must have shape .* got \(2, 8, 4\)"),
+        (change(k=torch.zeros(1, 1, 7, 4)), r"k and v must have shape .* got \(1, 1, 7, 4\)"),
+        (change(v=torch.zeros(1, 2, 8, 4)), "k and v must have shape"),
+        (change(v=torch.zeros(1, 1, 8, 4).half()), "share one floating-point dtype.*float16"),
+        (change(q=torch.zeros(1, 2, 8, 8)[..., ::2]), "q must have unit stride"),
+        (change(k=torch.zeros(1, 3, 8, 4), v=torch.zeros(1, 3, 8, 4)), "must divide num_heads"),
+        (change(visible_until=torch.full((1, 8), 8)), "visible_until must be int32.*int64"),
+        (change(visible_until=torch.full((1, 9), 9).int()), r"of shape \(1, 8\).*\(1, 9\)"),
+        (change(visible_until=torch.full((1, 8), 7).int()), r"visible_until\[0, 7\] = 7"),
+        (change(window=3), "position_ids must be given"),
+        (change(window=0, position_ids=torch.zeros(1, 8).int()), "window must be at least 1"),
+        (
+            change(window=3, position_ids=torch.arange(8)[None] + 2**31 - 5),
+            "position_ids must fit in int32, got 2147483648",
+        ),
+        (change(softcap=0.0), "softcap must be positive, got 0.0"),
+        (change(sinks=torch.zeros(3)), r"sinks must be floating point of shape \(2,\)"),
+        (change(q=torch.zeros(1, 0, 8, 4)), "q must not be empty"),
+        (change(impl="fast"), "impl must be one of .* got 'fast'"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    good = {
+        "q": torch.zeros(1, 2, 8, 4),
+        "k": torch.zeros(1, 1, 8, 4),
+        "v": torch.zeros(1, 1, 8, 4),
+        "visible_until": torch.full((1, 8), 8, dtype=torch.int32),
+        "impl": "reference",
+    }
+    with pytest.raises(ValueError, match=message):
+        view_attention(**{**good, **arguments})
+
+
+def test_a_mask_of_another_batch_is_refused():
+    visible_until, position_ids = random_rows(1, 8, 0)
+    q = torch.zeros(1, 1, 8, 4)
+    other = BlockMask.from_visible_until(torch.full((1, 9), 9, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"block_mask .* expected shape \(1, 8\)"):
+        view_attention(q, q, q, visible_until, block_mask=other, impl="reference")
+    swapped = BlockMask.from_visible_until(torch.arange(1, 9, dtype=torch.int32)[None])
+    with pytest.raises(ValueError, match="built from another visible_until"):
+        view_attention(q, q, q, visible_until, block_mask=swapped, impl="reference")
+    windowed = BlockMask.from_visible_until(visible_until, position_ids=position_ids, window=2)
+    with pytest.raises(ValueError, match="built for window=2, but window=None"):
+        view_attention(q, q, q, visible_until, block_mask=windowed, impl="reference")

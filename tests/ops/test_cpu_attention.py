@@ -1,0 +1,333 @@
+"""The C++ attention kernels, on every instruction set that this machine runs."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmjepa_kernels import BlockMask, view_attention
+from llmjepa_kernels.ops import cpu, reference
+from tests.support.helpers import AttentionCase, check_attention, random_rows
+
+pytestmark = pytest.mark.skipif(not cpu.is_available(), reason="the library was not compiled")
+ISAS = cpu.isas() if cpu.is_available() else ["none"]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, monkeypatch):
+    monkeypatch.setenv(cpu.ISA_VARIABLE, request.param)
+    return request.param
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [3, 33, 64, 80, 96, 128, 256])
+def test_head_dims(isa, head_dim, dtype):
+    case = AttentionCase.random(
+        batch=3, heads=6, kv_heads=2, seq=93, head_dim=head_dim, seed=head_dim
+    )
+    check_attention(case, "cpu", dtype)
+
+
+OPTIONS = {
+    "softcap": {"softcap": 4.0},
+    "sinks": {"sinks": True},
+    "window": {"window": 7},
+    "window of one": {"window": 1},
+    "negative scale": {"softmax_scale": -0.3},
+    "all": {"softcap": 2.5, "sinks": True, "window": 9, "softmax_scale": 0.5},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_options(isa, options, dtype):
+    # Many heads, since there is one gradient of a sink for each.
+    case = AttentionCase.random(heads=12, kv_heads=4, seq=100, head_dim=40, seed=3, **options)
+    check_attention(case, "cpu", dtype)
+
+
+@pytest.mark.parametrize("mask_window", [True, False])
+@pytest.mark.parametrize("block_size", [(16, 16), (128, 32), (5, 11), (64, 64), (256, 512)])
+def test_any_block_size(isa, block_size, mask_window):
+    case = AttentionCase.random(
+        batch=2, heads=3, seq=200, head_dim=32, window=20, mean_length=30, seed=5
+    )
+    check_attention(case, "cpu", torch.float32, block_size=block_size, mask_window=mask_window)
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (9, 3), (8, 2), (5, 1), (7, 7), (40, 1)])
+def test_head_groups(isa, heads):
+    case = AttentionCase.random(
+        heads=heads[0], kv_heads=heads[1], seq=130, head_dim=48, mean_length=20, seed=heads[0]
+    )
+    for dtype in (torch.float32, torch.bfloat16):
+        check_attention(case, "cpu", dtype)
+
+
+@pytest.mark.parametrize("seq", [1, 2, 15, 17, 47, 49, 64, 65, 191, 193])
+def test_ragged_ends(isa, seq):
+    case = AttentionCase.random(batch=3, heads=4, kv_heads=4, seq=seq, head_dim=24, mean_length=seq)
+    check_attention(case, "cpu", torch.float32)
+
+
+def visible_until_of(*segments):
+    """From (start, end of segment, end of subtree) triples."""
+    row = torch.zeros(max(end for _, end, _ in segments), dtype=torch.int32)
+    for start, end, subtree in segments:
+        row[start:end] = subtree
+    return row[None]
+
+
+SHAPES = {
+    "one huge segment": visible_until_of((0, 700, 700)),
+    "single tokens": torch.arange(1, 401, dtype=torch.int32)[None],
+    "a chain of single tokens": torch.full((1, 400), 400, dtype=torch.int32),
+    "a prefix and many leaves": torch.cat(
+        [torch.full((1, 100), 500), torch.arange(101, 501)[None]], dim=1
+    ).int(),
+    "a huge segment between small ones": visible_until_of(
+        (0, 3, 3), (3, 10, 700), (10, 400, 400), (400, 700, 700), (700, 701, 701)
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_extreme_forests(isa, shape):
+    check_forest(SHAPES[shape], torch.float32, heads=3, head_dim=16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_thousands_of_tiny_segments(dtype):
+    visible_until = (torch.arange(3000, dtype=torch.int32) // 2 * 2 + 2)[None]
+    check_forest(visible_until, dtype, heads=1, head_dim=8)
+
+
+def check_forest(visible_until, dtype, **shape):
+    seq = visible_until.shape[1]
+    case = AttentionCase.random(seq=seq, **shape)
+    case.visible_until = visible_until
+    case.position_ids = torch.arange(seq)[None]
+    check_attention(case, "cpu", dtype)
+
+
+@st.composite
+def forests(draw):
+    """visible_until (1, seq) of a forest given by segment lengths and how many parents close."""
+    lengths = draw(st.lists(st.sampled_from([1, 1, 2, 3, 7, 15, 16, 17, 40, 70]), min_size=1))
+    row, above, start = [0] * sum(lengths), [], 0
+
+    def close(count):
+        for _ in range(count):
+            begin, end = above.pop()
+            row[begin:end] = [start] * (end - begin)
+
+    for length in lengths:
+        close(draw(st.integers(0, len(above))))
+        above.append((start, start + length))
+        start += length
+    close(len(above))
+    # A segment to itself at the end: in a row of a few tokens plain PyTorch may make no error.
+    return torch.tensor([row + [start + 60] * 60], dtype=torch.int32)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(forests(), st.sampled_from([(1, 1), (3, 1), (4, 2)]), st.sampled_from([16, 40, 64]))
+def test_random_forests(visible_until, heads, head_dim):
+    check_forest(visible_until, torch.float32, heads=heads[0], kv_heads=heads[1], head_dim=head_dim)
+
+
+def test_strides(isa):
+    """Heads-first tensors, and slices of one fused projection."""
+    generator = torch.Generator().manual_seed(0)
+    visible_until, _ = random_rows(2, 70, seed=1)
+    fused = torch.randn(2, 70, 5 * 24, generator=generator)
+    heads = fused.unflatten(-1, (5, 24)).transpose(1, 2)
+    views = heads[:, :3], heads[:, 3:4], heads[:, 4:]
+    outputs = []
+    for tensors in (views, [x.contiguous() for x in views]):
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        out = view_attention(*leaves, visible_until, impl="cpu")
+        assert out.transpose(1, 2).is_contiguous()
+        outputs.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+
+
+def test_gradcheck(isa):
+    case = AttentionCase.random(
+        heads=3, seq=11, head_dim=3, mean_length=4, sinks=True, softcap=3.0, window=6
+    )
+    inputs = [x.requires_grad_() for x in (case.q, case.k, case.v, case.sinks)]
+
+    def attend(q, k, v, sinks):
+        return view_attention(
+            q,
+            k,
+            v,
+            case.visible_until,
+            position_ids=case.position_ids,
+            window=case.window,
+            softcap=case.softcap,
+            sinks=sinks,
+            impl="cpu",
+        )
+
+    assert torch.autograd.gradcheck(attend, inputs)
+
+
+LONG = {
+    # Cut into slices whose dk and dv are summed afterwards.
+    "one segment": {"seq": 1700, "heads": 2, "kv_heads": 1, "mean_length": 1e9},
+    "a forest": {"batch": 3, "seq": 900, "heads": 6, "kv_heads": 2, "mean_length": 60.0},
+    "options": {
+        "seq": 800,
+        "heads": 4,
+        "mean_length": 40.0,
+        "sinks": True,
+        "window": 31,
+        "softcap": 5.0,
+    },
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", LONG)
+def test_threads_do_not_change_a_bit(threads, shape, dtype):
+    case = AttentionCase.random(head_dim=40, **LONG[shape])
+    runs = []
+    for count in (1, 2, 4, 2):
+        threads(count)
+        runs.append(case.run("cpu", dtype))
+    for run in runs[1:]:
+        assert all(torch.equal(run[name], runs[0][name]) for name in run)
+
+
+def test_without_an_openmp_runtime(threads):
+    case = AttentionCase.random(seq=900, heads=4, kv_heads=2, head_dim=32)
+    expected = case.run("cpu", torch.float32)
+    threads(4)
+    library = cpu._library()
+    library.lk_set_parallel(None)
+    try:
+        actual = case.run("cpu", torch.float32)
+    finally:
+        library.lk_set_parallel(cpu._torch_parallel())
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
+def test_threads_come_from_torch():
+    script = """
+import torch
+from llmjepa_kernels import view_attention
+from llmjepa_kernels.ops import cpu
+torch.set_num_threads(3)
+x = torch.randn(1, 2, 500, 16)
+torch.mm(x[0, 0], x[0, 0].T)
+until = torch.arange(1, 501, dtype=torch.int32)[None]
+count = lambda: sum(line.startswith("Threads:") and int(line.split()[1])
+                    for line in open("/proc/self/status"))
+torch.randn(1000, 1000) @ torch.randn(1000, 1000)
+before = count()
+view_attention(x, x, x, until, impl="cpu")
+assert cpu._torch_parallel() is not None
+assert count() == before, (before, count())
+paths = {line.split()[-1] for line in open("/proc/self/maps")}
+runtimes = [path for path in paths if "gomp" in path or "iomp" in path or "libomp" in path]
+assert len(runtimes) <= 1, runtimes
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def isolated():
+    """A forest that spans several tiles, and which pairs of its tokens see each other."""
+    case = AttentionCase.random(heads=3, seq=150, head_dim=24, mean_length=12, seed=7)
+    seen = reference.visible(case.visible_until)[0]
+    return case, seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("value", [3.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("token", [5, 100])
+def test_isolation_is_exact(isa, isolated, token, value, dtype):
+    case, seen = isolated
+    before = case.run("cpu", dtype)
+
+    def changed(*names):
+        tensors = {name: getattr(case, name).clone() for name in names}
+        for tensor in tensors.values():
+            tensor[:, :, token] = value
+        return AttentionCase(**{**case.__dict__, **tensors}).run("cpu", dtype)
+
+    def same(after, name, tokens):
+        assert torch.equal(after[name][:, :, tokens], before[name][:, :, tokens]), name
+
+    # As a key, the token reaches the queries that see it, and the keys that those see.
+    after = changed("k", "v")
+    blind = ~seen[:, token]
+    apart = ~(seen & seen[:, token, None]).any(dim=0)
+    for name, tokens in (("out", blind), ("dq", blind), ("dk", apart), ("dv", apart)):
+        same(after, name, tokens)
+    # As a query, it reaches itself and the keys it sees.
+    after = changed("q", "dout")
+    others = torch.arange(len(seen)) != token
+    unseen = ~seen[token]
+    for name, tokens in (("out", others), ("dq", others), ("dk", unseen), ("dv", unseen)):
+        same(after, name, tokens)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_shows(isa, isolated, value):
+    case, seen = isolated
+    token = 100
+    v = case.v.clone()
+    v[:, :, token] = value
+    out = AttentionCase(**{**case.__dict__, "v": v}).run("cpu", torch.float32)["out"]
+    assert not out[:, :, seen[:, token]].isfinite().any()
+    assert out[:, :, ~seen[:, token]].isfinite().all()
+    q = case.q.clone()
+    q[:, :, token] = float("nan")
+    run = AttentionCase(**{**case.__dict__, "q": q}).run("cpu", torch.float32)
+    assert run["out"][:, :, token].isnan().all()
+    assert run["dk"][:, :, seen[token]].isnan().all()
+
+
+def test_scale_of_zero_is_a_mean(isa):
+    case = AttentionCase.random(heads=1, seq=40, head_dim=8, softmax_scale=0.0)
+    check_attention(case, "cpu", torch.float32)
+
+
+def test_lse(isa):
+    case = AttentionCase.random(heads=2, seq=300, head_dim=32, mean_length=500, sinks=True)
+    mask = BlockMask.from_visible_until(case.visible_until)
+    options = {"position_ids": None, "window": None, "softcap": None, "softmax_scale": 0.2}
+    expected = reference.attention_forward(
+        case.q, case.k, case.v, mask, sinks=case.sinks, **options
+    )[1]
+    for dtype, tolerance in ((torch.float32, 2e-6), (torch.float64, 5e-15)):
+        q, k, v, sinks = (x.to(dtype) for x in (case.q, case.k, case.v, case.sinks))
+        _, lse = cpu.attention_forward(q, k, v, mask, sinks=sinks, **options)
+        assert lse.dtype == dtype
+        torch.testing.assert_close(lse.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_an_unknown_isa_is_an_error(monkeypatch):
+    monkeypatch.setenv(cpu.ISA_VARIABLE, "mmx")
+    with pytest.raises(ValueError, match="LLMJEPA_CPU_ISA must be one of"):
+        AttentionCase.random(seq=4, head_dim=4).run("cpu", torch.float32)
+
+
+def test_too_large_a_head_is_an_error():
+    with pytest.raises(ValueError, match="head_dim must be at most 256"):
+        AttentionCase.random(seq=4, head_dim=257).run("cpu", torch.float32)

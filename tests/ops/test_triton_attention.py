@@ -1,0 +1,281 @@
+"""The Triton back end of attention against the float64 reference.
+
+Without a GPU, Triton's interpreter runs the kernels, in float32 and float16; with one, the same
+tests run natively and those marked `gpu` add what only a GPU can show.
+"""
+
+import json
+
+import pytest
+import torch
+
+from llmjepa_kernels import BlockMask, view_attention
+from llmjepa_kernels.ops import autotune
+from llmjepa_kernels.ops.reference import visible
+from llmjepa_kernels.ops.triton import configs as triton_configs
+from llmjepa_kernels.ops.triton.configs import Config
+from tests.support.helpers import AttentionCase, check_attention, random_rows
+
+pytest.importorskip("triton")
+
+# Rows past the end of the sequence hold no number; they are never stored.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HALF_AND_SINGLE = [torch.float16, torch.float32]
+
+OPTIONS = [
+    {},
+    {"heads": 6, "kv_heads": 2, "batch": 2},
+    {"heads": 3, "kv_heads": 3},
+    {"heads": 5, "kv_heads": 1},
+    {"window": 5},
+    {"softcap": 3.0},
+    {"sinks": True},
+    {"softmax_scale": 0.3},
+    {"softmax_scale": -0.2},
+    {"softmax_scale": 0.0},
+    {"heads": 4, "kv_heads": 2, "window": 9, "softcap": 2.0, "sinks": True, "softmax_scale": 0.5},
+]
+
+
+def check(case, dtype=torch.float16, **options):
+    check_attention(case, "triton", dtype, DEVICE, **options)
+
+
+def use_tile(monkeypatch, **tile):
+    """Makes every kernel run in one configuration."""
+    monkeypatch.setattr(triton_configs, "candidates", lambda *_, **__: [Config(**tile)])
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "+".join(map(str, o)) or "plain")
+def test_options(options, dtype):
+    case = AttentionCase.random(seq=50, head_dim=32, seed=1, **options)
+    check(case, dtype, block_size=(32, 32))
+
+
+@pytest.mark.parametrize("head_dim", [8, 24, 40, 64, 80, 96, 112, 128, 160, 256])
+def test_head_dims(head_dim):
+    case = AttentionCase.random(seq=37, head_dim=head_dim, mean_length=12, seed=2)
+    check(case, block_size=(16, 16))
+
+
+@pytest.mark.parametrize("seq", [1, 2, 15, 16, 17, 63, 64, 65, 127, 129, 193])
+def test_lengths_around_the_tile(seq):
+    check(AttentionCase.random(seq=seq, head_dim=16, mean_length=20, seed=seq))
+
+
+@pytest.mark.parametrize("block_size", [(16, 64), (64, 16), (128, 64), (128, 128)])
+@pytest.mark.parametrize("mean_length", [3, 40])
+def test_mask_blocks(block_size, mean_length):
+    case = AttentionCase.random(heads=1, seq=150, head_dim=16, mean_length=mean_length, seed=3)
+    check(case, block_size=block_size)
+
+
+@pytest.mark.parametrize("tile", [(16, 64), (64, 16), (32, 32)])
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("seq", [65, 130])
+def test_tiles_that_subdivide_the_mask_block(tile, window, seq, monkeypatch):
+    use_tile(monkeypatch, block_m=tile[0], block_n=tile[1])
+    case = AttentionCase.random(
+        heads=1, seq=seq, head_dim=16, mean_length=30, window=window, seed=4
+    )
+    check(case, block_size=(64, 64))
+
+
+@pytest.mark.parametrize(("head_dim", "pieces"), [(16, 1), (64, 2), (64, 4), (80, 1)])
+def test_tensor_descriptors_and_pieces(head_dim, pieces, monkeypatch):
+    use_tile(monkeypatch, block_m=32, block_n=16, tma=True, pieces=pieces)
+    case = AttentionCase.random(batch=2, heads=4, kv_heads=2, seq=71, head_dim=head_dim, seed=5)
+    check(case, block_size=(32, 32))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_forests(seed):
+    case = AttentionCase.random(
+        batch=2, heads=1, seq=50 + 13 * seed, head_dim=16, mean_length=2.0**seed, seed=seed
+    )
+    check(case, torch.float32, block_size=(32, 32))
+
+
+def test_a_window_unknown_to_the_mask_is_applied_to_full_tiles():
+    case = AttentionCase.random(seq=110, head_dim=16, mean_length=60, window=11, seed=6)
+    check(case, torch.float32, block_size=(32, 32), mask_window=False)
+
+
+@pytest.mark.parametrize("layout", ["heads first", "fused qkv", "offset", "one head expanded"])
+def test_strides(layout):
+    case = AttentionCase.random(batch=2, heads=2, kv_heads=2, seq=40, head_dim=16, seed=7)
+    case = case.rounded(torch.float32)
+    q, k, v = (x.float().to(DEVICE) for x in (case.q, case.k, case.v))
+    if layout == "heads first":
+        q, k, v = (x.contiguous() for x in (q, k, v))
+    elif layout == "fused qkv":
+        fused = torch.cat([q, k, v], dim=1).transpose(1, 2).contiguous().transpose(1, 2)
+        q, k, v = fused.split(2, dim=1)
+    elif layout == "offset":  # rows that no vector load, and no descriptor, may assume aligned
+        buffers = [torch.zeros(2, 40, 2, 19, device=DEVICE) for _ in range(3)]
+        q, k, v = (
+            b[..., 1:17].transpose(1, 2).copy_(x) for b, x in zip(buffers, (q, k, v), strict=True)
+        )
+    else:
+        k, v = k[:, :1].expand_as(k), v[:, :1].expand_as(v)
+    visible_until = case.visible_until[:1].expand(2, -1).to(DEVICE)
+    out = view_attention(q, k, v, visible_until, impl="triton").cpu()
+    expected = view_attention(
+        *(x.double().cpu() for x in (q, k, v)), visible_until.cpu(), impl="reference"
+    )
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_a_query_may_not_see_changes_no_bit():
+    case = AttentionCase.random(seq=150, head_dim=16, mean_length=20, sinks=True, seed=8)
+    before = case.run("triton", torch.float32, DEVICE, block_size=(32, 32))
+    seen = visible(case.visible_until)[0]
+    token = int((~seen).tril().any(0).nonzero()[-1])
+    blind = ~seen[:, token]
+    for x in (case.q, case.k, case.v, case.dout):
+        x[:, :, token] *= -1e4
+    after = case.run("triton", torch.float32, DEVICE, block_size=(32, 32))
+    for name in ("out", "dq"):  # queries that do not see the token
+        assert torch.equal(before[name][:, :, blind], after[name][:, :, blind]), name
+    unrelated = blind & ~seen[token]
+    for name in ("dk", "dv"):  # keys that share no query with it
+        shared = (seen & seen[:, token][:, None]).any(0)
+        assert torch.equal(before[name][:, :, ~shared], after[name][:, :, ~shared]), name
+    assert unrelated.any()
+    assert not torch.equal(before["out"], after["out"])
+
+
+def test_the_same_input_gives_the_same_bits():
+    case = AttentionCase.random(heads=4, seq=100, head_dim=16, sinks=True, seed=9)
+    first = case.run("triton", torch.float16, DEVICE)
+    second = case.run("triton", torch.float16, DEVICE)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dtype": torch.float64}, "q must be float16, bfloat16 or float32 .* got torch.float64"),
+        ({"head_dim": 264}, "head_dim must be at most 256, got 264"),
+        ({"block_size": (8, 16)}, r"block_size .* at least 16 .* got \(8, 16\)"),
+        ({"block_size": (48, 48)}, r"block_size .* powers of two .* got \(48, 48\)"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(arguments, message):
+    arguments = {"dtype": torch.float32, "head_dim": 16, "block_size": (16, 16)} | arguments
+    q = torch.zeros(1, 1, 20, arguments["head_dim"], dtype=arguments["dtype"], device=DEVICE)
+    visible_until = torch.full((1, 20), 20, dtype=torch.int32, device=DEVICE)
+    mask = BlockMask.from_visible_until(visible_until, arguments["block_size"])
+    with pytest.raises(ValueError, match=message):
+        view_attention(q, q, q, visible_until, block_mask=mask, impl="triton")
+
+
+def test_autotune_times_once_and_remembers(monkeypatch, tmp_path):
+    options = [Config(32, 32), Config(64, 64), Config(64, 32)]
+    monkeypatch.setattr(triton_configs, "candidates", lambda *_, **__: options)
+    monkeypatch.setattr(triton_configs, "current_arch", lambda: "sm_90")
+    monkeypatch.setattr(autotune, "_device_name", lambda: "device")
+    monkeypatch.setattr(autotune, "_chosen", {})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    runs, timed = [], []
+
+    def fake_time(run):
+        run()
+        timed.append(runs[-1])
+        return {32: 3.0, 64: 2.0}[runs[-1].block_m] - (runs[-1].block_n == 32)
+
+    monkeypatch.setattr(autotune, "_time", fake_time)
+
+    def launch(head_dim=64):
+        kind = {"dtype": torch.float16, "block_size": (64, 64), "allow_tma": True}
+        triton_configs.launch("forward", runs.append, head_dim=head_dim, **kind)
+        return runs[-1]
+
+    assert launch() == options[0]
+    assert timed == []
+    monkeypatch.setenv("LLMJEPA_AUTOTUNE", "1")
+    assert launch() == options[2]
+    assert timed == options
+    assert launch() == options[2]
+    assert len(timed) == 3
+    autotune._chosen.clear()  # as another process would start
+    assert launch() == options[2]
+    assert len(timed) == 3
+    assert launch(head_dim=128) == options[2]
+    assert len(timed) == 6
+    stored = json.loads((tmp_path / "llmjepa_kernels" / "autotune.json").read_text())
+    assert list(stored.values()) == [str(options[2])] * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("block_size", [(64, 64), (128, 64), (128, 128)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_shipped_configuration_natively(dtype, block_size, head_dim, monkeypatch):
+    """Each candidate of the table that this device can be given, on a long row."""
+    chosen = triton_configs.candidates
+    case = AttentionCase.random(
+        batch=2, heads=4, kv_heads=2, seq=1500, head_dim=head_dim, mean_length=90
+    )
+    for pick in range(4):
+        monkeypatch.setattr(
+            triton_configs, "candidates", lambda *a, p=pick, **k: [(chosen(*a, **k) * 4)[p]]
+        )
+        check(case, dtype, block_size=block_size)
+
+
+@pytest.mark.gpu
+def test_two_hundred_and_fifty_runs_give_the_same_bits():
+    case = AttentionCase.random(
+        batch=2, heads=16, kv_heads=4, seq=4096, head_dim=128, mean_length=200, sinks=True
+    )
+    first = case.run("triton", torch.bfloat16, "cuda")
+    for _ in range(250):
+        again = case.run("triton", torch.bfloat16, "cuda")
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.gpu
+def test_results_depend_on_no_other_program_and_no_other_kernel():
+    """Two writers, or a reader before its writer, show as different bits on a crowded device.
+
+    Programs run in another order when a second stream takes multiprocessors away from them, and
+    what nobody wrote holds what the memory held before, which is NaN here.
+    """
+    case = AttentionCase.random(
+        batch=2, heads=16, kv_heads=4, seq=3001, head_dim=64, mean_length=60, sinks=True
+    )
+    alone = case.run("triton", torch.bfloat16, "cuda")
+    crowd, matrix = torch.cuda.Stream(), torch.randn(2048, 2048, device="cuda")
+    for _ in range(50):
+        torch.cuda.synchronize()
+        poison = torch.full((1 << 28,), torch.nan, device="cuda")
+        del poison  # its blocks are what the next outputs are allocated from
+        with torch.cuda.stream(crowd):
+            for _ in range(8):
+                matrix @ matrix
+        crowded = case.run("triton", torch.bfloat16, "cuda")
+        assert all(torch.equal(alone[name], crowded[name]) for name in alone)
+
+
+@pytest.mark.gpu
+def test_memory_grows_with_the_row_not_with_its_square():
+    seq, heads, head_dim = 32768, 4, 64
+    shape = (1, heads, seq, head_dim)
+    q, k, v = (
+        torch.randn(shape, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+        for _ in range(3)
+    )
+    visible_until, _ = random_rows(1, seq, 0, mean_length=400)
+    visible_until = visible_until.cuda()
+    mask = BlockMask.from_visible_until(visible_until)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = view_attention(q, k, v, visible_until, block_mask=mask)
+    out.backward(out)
+    used = torch.cuda.max_memory_allocated() - before
+    # out, dq, dk, dv and dout, and three float32 statistics per query
+    assert used < 6 * q.numel() * 2 + 4 * heads * seq * 4

@@ -1,0 +1,142 @@
+"""Two processes under torchrun make the updates of one, with DDP and with FSDP2.
+
+Every case runs in both: here in one process, and in this file as a script.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from datasets import IterableDataset
+from torch.distributed.tensor import DTensor
+
+from llmjepa_kernels.data.chat import without_views
+from llmjepa_kernels.data.samples import train_tokenizer
+from llmjepa_kernels.training.loss_dropout import LossDropout
+from llmjepa_kernels.training.trainer import LLMJEPATrainer
+from tests.training.test_trainer import ROWS, arguments, build, relative
+
+UPDATES, EXAMPLES = 4, 8  # in an update; there are sixteen in all
+METRICS = {"cosine": None, "l2": "example", "mse": "step", "infonce": "example"}  # loss dropout
+KINDS = ("ddp", "fsdp")
+
+
+def whole(parameter: torch.Tensor) -> torch.Tensor:
+    parameter = parameter.detach()
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def train(
+    directory: Path, kind: str, metric: str, *, resume: Path | None = None, **options
+) -> dict:
+    """The parameters after some updates of two batches per process, and the logs."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if kind == "fsdp":
+        layers = {"transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}
+        options |= {"fsdp": True, "fsdp_config": layers}
+    model, collator = build(train_tokenizer(ROWS, vocab_size=300))
+    data = [collator.example(row) for row in ROWS[:16]]
+    # Supervised tokens, pairs and lengths differ between the processes.
+    data = [without_views(example) if i % 3 == 0 else example for i, example in enumerate(data)]
+    if METRICS[metric]:
+        data = LossDropout(data, 0.5, per=METRICS[metric], seed=1)
+    args = arguments(
+        directory,
+        per_device_train_batch_size=EXAMPLES // 2 // processes,
+        gradient_accumulation_steps=2,
+        max_steps=UPDATES,
+        learning_rate=0.01,
+        per_device_eval_batch_size=2,
+        **options,
+    )
+    if processes > 1 and kind == "fsdp":
+        # Accelerate offers FSDP on accelerators only, but nothing in it needs one.
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+    stream = IterableDataset.from_generator(lambda: iter(ROWS[16:24]))
+    trainer = LLMJEPATrainer(
+        model,
+        args,
+        collator,
+        train_dataset=data,
+        eval_dataset=stream,
+        jepa_weight=2.0,
+        metric=metric,
+    )
+    trainer.train(resume_from_checkpoint=resume and str(resume))
+    result = {
+        "parameters": torch.cat([whole(p).flatten() for p in model.parameters()]),
+        "logs": trainer.state.log_history[:UPDATES],
+        "sharded": any(isinstance(p, DTensor) for p in model.parameters()),
+    }
+    if kind == "ddp" and metric == "cosine":
+        result["evaluation"] = trainer.evaluate()
+    return result
+
+
+def main(directory: Path) -> None:
+    results = {
+        (kind, metric): train(directory, kind, metric) for kind in KINDS for metric in METRICS
+    }
+    saving = {"save_strategy": "steps", "save_steps": 3}  # in the middle of an epoch
+    train(directory, "ddp", "mse", **saving)
+    results["resumed"] = train(directory, "ddp", "mse", resume=directory / "checkpoint-3")
+    if PartialState().is_main_process:
+        torch.save(results, directory / "results.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("two")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    root = str(Path(__file__).parents[2])
+    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    command += ["-m", "tests.training.test_trainer_distributed", directory]
+    subprocess.run(command, check=True, env=environment, timeout=300)
+    return torch.load(directory / "results.pt", weights_only=False)
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("one")
+    return {metric: train(directory, "ddp", metric) for metric in METRICS}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_updates_are_those_of_one_process(two_processes, one_process, kind, metric):
+    one, two = one_process[metric], two_processes[kind, metric]
+    start, _ = build(train_tokenizer(ROWS, vocab_size=300))
+    start = torch.cat([p.detach().flatten() for p in start.parameters()])
+    assert two["sharded"] == (kind == "fsdp")
+    assert relative(two["parameters"] - start, one["parameters"] - start) <= 1e-5
+    for a, b in zip(one["logs"], two["logs"], strict=True):
+        assert ("jepa_loss" in a) == ("jepa_loss" in b)
+        for name in {"loss", "ntp_loss", "jepa_loss", "cosine", "epoch"} & a.keys():
+            assert b[name] == pytest.approx(a[name], rel=1e-5, abs=1e-5), name
+        assert b["relative_cost"] > a["relative_cost"]  # shorter rows share less
+
+
+@pytest.mark.slow
+def test_evaluation_is_that_of_one_process(two_processes, one_process):
+    one, two = one_process["cosine"]["evaluation"], two_processes["ddp", "cosine"]["evaluation"]
+    for name in ("eval_loss", "eval_ntp_loss", "eval_jepa_loss", "eval_cosine"):
+        assert two[name] == pytest.approx(one[name], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_resume_in_the_middle_of_an_epoch_changes_nothing(two_processes):
+    resumed, through = two_processes["resumed"], two_processes["ddp", "mse"]
+    assert torch.equal(resumed["parameters"], through["parameters"])
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
