@@ -29,6 +29,7 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks import sass
 from llmjepa_kernels.ops.block_mask import BlockMask
+from llmjepa_kernels.ops.common import AttentionOptions
 from llmjepa_kernels.ops.triton import attention as attention_triton
 from llmjepa_kernels.ops.triton import configs as triton_configs
 from llmjepa_kernels.ops.triton import loss as loss_triton
@@ -129,15 +130,15 @@ def run_attention(
         return x.transpose(1, 2)
 
     q, k, v, dout = tensor(8), tensor(2), tensor(2), tensor(8)
-    options = {
-        "position_ids": torch.empty(batch, seq, dtype=torch.int64, device="meta"),
-        "window": window,
-        "softcap": softcap,
-        "softmax_scale": head_dim**-0.5,
-        "sinks": torch.empty(8, dtype=dtype, device="meta") if sinks else None,
-    }
-    out, lse = attention_triton.attention_forward(q, k, v, mask, **options)
-    attention_triton.attention_backward(dout, q, k, v, out, lse, mask, **options)
+    options = AttentionOptions(
+        softmax_scale=head_dim**-0.5,
+        position_ids=torch.empty(batch, seq, dtype=torch.int32, device="meta") if window else None,
+        window=window,
+        softcap=softcap,
+        sinks=torch.empty(8, dtype=dtype, device="meta") if sinks else None,
+    )
+    out, lse = attention_triton.attention_forward(q, k, v, mask, options)
+    attention_triton.attention_backward(dout, q, k, v, out, lse, mask, options)
 
 
 def run_loss(hidden_size: int, dtype: torch.dtype, metric: str, num_pairs: int = 20) -> None:

@@ -21,7 +21,7 @@ import torch
 from benchmarks.workload import load_examples
 from llmjepa_kernels import BlockMask, pack
 from llmjepa_kernels.ops.block_mask import choose_block_size
-from llmjepa_kernels.ops.reference import visible
+from llmjepa_kernels.ops.dense import visible
 from llmjepa_kernels.ops.triton import configs as triton_configs
 
 ASSUMPTIONS = """\

@@ -18,7 +18,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from benchmarks.workload import Case, runs
 from llmjepa_kernels import BlockMask, FlashPlan, view_attention
-from llmjepa_kernels.ops.reference import dense_attention, visible
+from llmjepa_kernels.ops.dense import dense_attention, visible
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 MAX_DENSE_BYTES = 2**31

@@ -20,7 +20,7 @@ from benchmarks import (
 from benchmarks.baselines import Baseline, Sequences
 from llmjepa_kernels import BlockMask, Example, FlashPlan, Segment, llm_jepa_example, pack
 from llmjepa_kernels.hf.patch import patch_model, unpatch_model
-from llmjepa_kernels.ops.reference import visible
+from llmjepa_kernels.ops.dense import visible
 from llmjepa_kernels.training.objective import llm_jepa_loss
 from tests.support.helpers import random_examples, random_forest
 

@@ -20,10 +20,11 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llmjepa_kernels.hf import openelm as hf_openelm
-from llmjepa_kernels.ops.attention import BACKENDS, view_attention
+from llmjepa_kernels.ops.attention import view_attention
 from llmjepa_kernels.ops.block_mask import SCHEDULE_KEYS, BlockMask, int32_positions
+from llmjepa_kernels.ops.choice import BACKENDS
+from llmjepa_kernels.ops.dense import dense_attention, visible
 from llmjepa_kernels.ops.flash_plan import FlashPlan, is_plan_key
-from llmjepa_kernels.ops.reference import dense_attention, visible
 
 NAME = "view_attention"  # of the attention implementation, as in `config._attn_implementation`
 

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from types import ModuleType
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from llmjepa_kernels.ops import autotune
 from llmjepa_kernels.ops.block_mask import BlockMask, check_window, int32_positions
-from llmjepa_kernels.ops.common import empty_seq_major
+from llmjepa_kernels.ops.choice import choose
+from llmjepa_kernels.ops.common import AttentionOptions, empty_seq_major
 from llmjepa_kernels.ops.flash_plan import FlashPlan
-
-BACKENDS = {
-    "triton": "llmjepa_kernels.ops.triton.attention",
-    "cpu": "llmjepa_kernels.ops.cpu",
-    "reference": "llmjepa_kernels.ops.reference",
-    "flash": "llmjepa_kernels.ops.flash",
-}
+from llmjepa_kernels.ops.registry import AttentionBackend, backward_operation, operation
 
 
 def view_attention(
@@ -107,89 +97,6 @@ def view_attention(
     return out
 
 
-# At every call of a small operation the import system's own look-up would show.
-_module = functools.cache(importlib.import_module)
-
-
-def default_impl(device: torch.device) -> str:
-    """The back end for tensors on `device`."""
-    if device.type in ("cuda", "xpu"):
-        return "triton"
-    if device.type == "cpu":
-        if _module(BACKENDS["cpu"]).is_available():
-            return "cpu"
-        _warn_of_reference()
-    return "reference"
-
-
-def may_choose_flash() -> bool:
-    """Whether ``impl=None`` may come to mean "flash", for batches that have a `FlashPlan`."""
-    return autotune.is_enabled() and any(
-        importlib.util.find_spec(name) for name in ("flash_attn", "flash_attn_3")
-    )
-
-
-@functools.cache
-def _warn_of_reference() -> None:
-    warnings.warn(
-        "the compiled CPU kernels are missing, so attention builds the whole (seq, seq) matrix: "
-        "install a C++ compiler and reinstall llmjepa_kernels",
-        RuntimeWarning,
-        stacklevel=3,
-    )
-
-
-def load_backend(backends: Mapping[str, str], impl: str | None, device: torch.device) -> ModuleType:
-    """The module of a back end by its name, or by the device where none is given.
-
-    Raises:
-        ValueError: There is no such back end.
-        RuntimeError: It does not run on `device`.
-    """
-    impl = default_impl(device) if impl is None else impl
-    if impl not in backends:
-        raise ValueError(f"impl must be one of {sorted(backends)}, got {impl!r}")
-    if impl == "cpu" and device.type != "cpu":
-        raise RuntimeError(f"impl='cpu' runs on CPU tensors, got tensors on {device}")
-    return _module(backends[impl])
-
-
-def operation(name: str) -> Callable[[Callable], Callable]:
-    """Makes a function an operation of torch, for all devices.
-
-    As `torch.library.custom_op` does, without its checks for aliases at every call, which take
-    longer than a small kernel; `torch.library.opcheck` makes them in the tests.
-    """
-
-    def register(function: Callable) -> Callable:
-        schema = torch.library.infer_schema(function, mutates_args=())
-        torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
-        torch.library.impl(name, "default", function)
-        return function
-
-    return register
-
-
-def backward_operation(name: str) -> Callable[[Callable], Callable]:
-    """Makes the gradients of an operation one themselves, which refuses to be differentiated.
-
-    Left alone, torch would drop second derivatives with no more than a warning.
-    """
-
-    def refuse(ctx, *gradients):
-        raise RuntimeError(
-            f"{name} is not differentiable: view_attention and last_token_loss have no second "
-            "derivatives"
-        )
-
-    def register(function: Callable) -> Callable:
-        operation(name)(function)
-        torch.library.register_autograd(name, refuse)
-        return function
-
-    return register
-
-
 # The operation as torch sees it. A BlockMask travels as its tensors and two plain values, a
 # FlashPlan as its tensors; one that is not needed, as no tensors.
 
@@ -198,73 +105,33 @@ def _mask_tensors(mask: BlockMask) -> list[Tensor]:
     return [mask.visible_until, *mask.schedule_tensors()]
 
 
+def _resolve(
+    qkv: tuple[Tensor, Tensor, Tensor],
+    mask: Sequence[Tensor],
+    block_size: Sequence[int],
+    mask_window: int | None,
+    plan: Sequence[Tensor],
+    options: AttentionOptions,
+    impl: str | None,
+) -> tuple[AttentionBackend, BlockMask | FlashPlan]:
+    """The back end, and the mask in the form that it takes."""
+    block_mask = flash_plan = None
+    if mask:
+        block_mask = BlockMask(mask[0], (block_size[0], block_size[1]), *mask[1:], mask_window)
+    if plan:
+        flash_plan = FlashPlan.from_tensors(plan, qkv[0].shape[2])
+    return choose(impl, qkv, block_mask, flash_plan, options)
+
+
 def _options(
     position_ids: Tensor | None,
     window: int | None,
     softcap: float | None,
     softmax_scale: float,
     sinks: Tensor | None,
-) -> dict:
-    """What every back end takes besides tensors and mask."""
-    return {
-        "position_ids": None if position_ids is None else int32_positions(position_ids),
-        "window": window,
-        "softcap": softcap,
-        "softmax_scale": softmax_scale,
-        "sinks": sinks,
-    }
-
-
-def _resolve(
-    impl: str | None,
-    qkv: tuple[Tensor, Tensor, Tensor],
-    mask: Sequence[Tensor],
-    block_size: Sequence[int],
-    mask_window: int | None,
-    plan: Sequence[Tensor],
-    options: dict,
-) -> tuple[ModuleType, BlockMask | FlashPlan]:
-    """The back end, and the mask in the form that it takes."""
-    device = qkv[0].device
-    if impl == "flash":
-        return load_backend(BACKENDS, impl, device), FlashPlan.from_tensors(plan, qkv[0].shape[2])
-    block_mask = BlockMask(mask[0], tuple(block_size), *mask[1:], mask_window)
-    if impl is None and plan and autotune.is_enabled():
-        flash_plan = FlashPlan.from_tensors(plan, qkv[0].shape[2])
-        if _flash_is_faster(*qkv, block_mask, flash_plan, options):
-            return load_backend(BACKENDS, "flash", device), flash_plan
-    return load_backend(BACKENDS, impl, device), block_mask
-
-
-def _flash_is_faster(
-    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, plan: FlashPlan, options: dict
-) -> bool:
-    """Whether flash-attn can do it, and did such forwards and backwards faster than the default."""
-    flash = importlib.import_module(BACKENDS["flash"])
-    try:
-        kernels = flash.check(q, plan, options["softmax_scale"])
-    except (ValueError, RuntimeError):
-        return False
-
-    def run(impl: str, mask: BlockMask | FlashPlan) -> None:
-        backend = load_backend(BACKENDS, impl, q.device)
-        out, lse = backend.attention_forward(q, k, v, mask, **options)
-        backend.attention_backward(out, q, k, v, out, lse, mask, **options)
-
-    default = default_impl(q.device)
-    candidates = {
-        default: functools.partial(run, default, mask),
-        "flash": functools.partial(run, "flash", plan),
-    }
-    # Tokens, and how they fall into sequences and calls: to a power of two.
-    sizes = (len(q) * n for n in (q.shape[2], plan.calls[0].bounds.shape[2], plan.rows.shape[1]))
-    kind = (
-        *("attention", type(kernels).__name__, *mask.block_size),
-        *(q.dtype, q.shape[1], k.shape[1], q.shape[3]),
-        *(len(plan.calls), *(size.bit_length() for size in sizes)),
-        *(name for name, value in options.items() if value is not None),
-    )
-    return autotune.fastest(" ".join(map(str, kind)), candidates) == "flash"
+) -> AttentionOptions:
+    positions = None if position_ids is None else int32_positions(position_ids)
+    return AttentionOptions(softmax_scale, positions, window, softcap, sinks)
 
 
 @operation("llmjepa_kernels::attention_forward")
@@ -284,8 +151,8 @@ def _attention_forward(
     impl: str | None,
 ) -> tuple[Tensor, Tensor]:
     options = _options(position_ids, window, softcap, softmax_scale, sinks)
-    backend, mask = _resolve(impl, (q, k, v), mask, block_size, mask_window, plan, options)
-    return backend.attention_forward(q, k, v, mask, **options)
+    backend, form = _resolve((q, k, v), mask, block_size, mask_window, plan, options, impl)
+    return backend.attention_forward(q, k, v, form, options)
 
 
 @torch.library.register_fake("llmjepa_kernels::attention_forward")
@@ -314,8 +181,8 @@ def _attention_backward(
     impl: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     options = _options(position_ids, window, softcap, softmax_scale, sinks)
-    backend, mask = _resolve(impl, (q, k, v), mask, block_size, mask_window, plan, options)
-    dq, dk, dv, dsinks = backend.attention_backward(dout, q, k, v, out, lse, mask, **options)
+    backend, form = _resolve((q, k, v), mask, block_size, mask_window, plan, options, impl)
+    dq, dk, dv, dsinks = backend.attention_backward(dout, q, k, v, out, lse, form, options)
     # An operation cannot return None.
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 

@@ -1,4 +1,4 @@
-"""What the operations share: how attention stores what it returns, and the pairs of the loss.
+"""What back ends share: the options of attention, how it stores what it returns, pairs of the loss.
 
 Attention stores (batch, seq, heads, head_dim), as models take it. Pairs of last tokens are
 (batch, num_pairs, 2), padded with -1.
@@ -6,8 +6,29 @@ Attention stores (batch, seq, heads, head_dim), as models take it. Pairs of last
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """What attention is told besides its tensors and its mask; see `view_attention`.
+
+    Attributes:
+        softmax_scale: Multiplies q·k.
+        position_ids: (batch, seq) int32; there if `window` is.
+        window: Positions that a token looks back, itself included.
+        softcap: Replaces each score s by ``softcap * tanh(s / softcap)``.
+        sinks: (num_heads,), a score per head that takes part in the softmax without a value.
+    """
+
+    softmax_scale: float
+    position_ids: Tensor | None = None
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
 
 
 def empty_seq_major(x: Tensor) -> Tensor:

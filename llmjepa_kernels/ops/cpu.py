@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llmjepa_kernels.ops.block_mask import BlockMask
-from llmjepa_kernels.ops.common import check_pairs, empty_seq_major
+from llmjepa_kernels.ops.common import AttentionOptions, check_pairs, empty_seq_major
 
 # Another library, as built with sanitizers, and another instruction set than the best.
 LIBRARY_VARIABLE = "LLMJEPA_CPU_LIBRARY"
@@ -46,15 +46,10 @@ def attention_forward(
     k: Tensor,
     v: Tensor,
     mask: BlockMask,
-    *,
-    position_ids: Tensor | None,
-    window: int | None,
-    softcap: float | None,
-    softmax_scale: float,
-    sinks: Tensor | None,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
     """out, stored as (batch, seq, num_heads, head_dim), and lse (batch, num_heads, seq)."""
-    call = _AttentionCall(q, k, v, mask, position_ids, window, softcap, softmax_scale, sinks)
+    call = _AttentionCall(q, k, v, mask, options)
     out, lse = empty_seq_major(q), call.stats()
     call.set(out=out, lse=lse)
     call.run("lk_attention_forward")
@@ -69,23 +64,19 @@ def attention_backward(
     out: Tensor,
     lse: Tensor,
     mask: BlockMask,
-    *,
-    position_ids: Tensor | None,
-    window: int | None,
-    softcap: float | None,
-    softmax_scale: float,
-    sinks: Tensor | None,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv, stored like out, and dsinks (None without sinks)."""
-    call = _AttentionCall(q, k, v, mask, position_ids, window, softcap, softmax_scale, sinks)
+    call = _AttentionCall(q, k, v, mask, options)
     dq, dk, dv = (empty_seq_major(x) for x in (q, k, v))
     call.set(dout=dout, out=out, lse=lse.contiguous(), dq=dq, dk=dk, dv=dv)
-    dsinks = None
-    if sinks is not None:
-        dsinks = torch.empty_like(call.sinks)
-        call.set(delta=call.stats(), dsinks=dsinks)
+    if options.sinks is None:
+        call.run("lk_attention_backward")
+        return dq, dk, dv, None
+    dsinks = torch.empty_like(call.sinks)
+    call.set(delta=call.stats(), dsinks=dsinks)
     call.run("lk_attention_backward")
-    return dq, dk, dv, None if sinks is None else dsinks.to(sinks.dtype)
+    return dq, dk, dv, dsinks.to(options.sinks.dtype)
 
 
 def distance_forward(
@@ -199,7 +190,7 @@ class _PairsArguments(ctypes.Structure):
 class _AttentionCall:
     """Fills the arguments of a call and keeps the tensors alive that they point into."""
 
-    def __init__(self, q, k, v, mask, position_ids, window, softcap, softmax_scale, sinks):
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: AttentionOptions):
         batch, heads, seq, dim = q.shape
         if dim > MAX_HEAD_DIM:
             raise ValueError(f"head_dim must be at most {MAX_HEAD_DIM} on a CPU, got {dim}")
@@ -215,10 +206,10 @@ class _AttentionCall:
             block_m=mask.block_size[0],
             block_n=mask.block_size[1],
             kv_indices_stride=kv_indices.shape[1],
-            window=window or 0,
-            softcap=softcap or 0.0,
-            scale=softmax_scale,
-            full_is_full=window is None or mask.window == window,
+            window=options.window or 0,
+            softcap=options.softcap or 0.0,
+            scale=options.softmax_scale,
+            full_is_full=options.window is None or mask.window == options.window,
             dtype=_dtype(q),
             isa=_isa(),
             num_threads=torch.get_num_threads(),
@@ -232,10 +223,10 @@ class _AttentionCall:
             kv_full_start=mask.kv_full_start.contiguous(),
             kv_indices=kv_indices,
         )
-        if window is not None:
-            self.set(positions=position_ids.contiguous())
-        if sinks is not None:
-            self.sinks = sinks.to(self.stats_dtype).contiguous()
+        if options.position_ids is not None:
+            self.set(positions=options.position_ids.contiguous())
+        if options.sinks is not None:
+            self.sinks = options.sinks.to(self.stats_dtype).contiguous()
             self.set(sinks=self.sinks)
 
     def stats(self) -> Tensor:

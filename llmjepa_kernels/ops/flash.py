@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmjepa_kernels.ops.common import AttentionOptions
 from llmjepa_kernels.ops.flash_plan import FlashPlan, VarlenCall
 
 MAX_SEQUENCES = 65535  # sequences are the second dimension of a CUDA grid
@@ -25,20 +26,15 @@ def attention_forward(
     k: Tensor,
     v: Tensor,
     plan: FlashPlan,
-    *,
-    position_ids: Tensor | None,
-    window: int | None,
-    softcap: float | None,
-    softmax_scale: float,
-    sinks: Tensor | None,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
-    kernels = check(q, plan, softmax_scale)
+    kernels = check(q, plan, options.softmax_scale)
     batch = len(q)
     q, k, v = _by_token(q), _by_token(k), _by_token(v)
     attend = functools.partial(
-        kernels.forward, k=k, v=v, softmax_scale=softmax_scale, softcap=softcap
+        kernels.forward, k=k, v=v, softmax_scale=options.softmax_scale, softcap=options.softcap
     )
-    causal, *further = _calls(plan, len(q), window)
+    causal, *further = _calls(plan, len(q), options.window)
 
     out, lse = attend(q, call=causal)
     if further:
@@ -52,8 +48,8 @@ def attention_forward(
             merged[slots] = merged[slots] * _weight(before, after) + part * _weight(part_lse, after)
             merged_lse[:, slots] = after
         out[rows], lse[:, rows] = merged.to(out.dtype), merged_lse
-    if sinks is not None:
-        after = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
+    if options.sinks is not None:
+        after = torch.logaddexp(lse, options.sinks.to(lse.dtype)[:, None])
         out, lse = (out * _weight(lse, after)).to(out.dtype), after
     lse = lse.unflatten(1, (batch, -1)).transpose(0, 1).contiguous()
     return _by_row(out.contiguous(), batch), lse
@@ -67,22 +63,17 @@ def attention_backward(
     out: Tensor,
     lse: Tensor,
     plan: FlashPlan,
-    *,
-    position_ids: Tensor | None,
-    window: int | None,
-    softcap: float | None,
-    softmax_scale: float,
-    sinks: Tensor | None,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    kernels = check(q, plan, softmax_scale)
+    kernels = check(q, plan, options.softmax_scale)
     batch = len(q)
     dout, q, k, v, out = (_by_token(x) for x in (dout, q, k, v, out))
     lse = lse.transpose(0, 1).flatten(1).contiguous()
-    causal, *further = _calls(plan, len(q), window)
+    causal, *further = _calls(plan, len(q), options.window)
 
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    options = {"softmax_scale": softmax_scale, "softcap": softcap}
-    kernels.backward(dout, q, k, v, out, lse, dq, dk, dv, call=causal, **options)
+    scaling = {"softmax_scale": options.softmax_scale, "softcap": options.softcap}
+    kernels.backward(dout, q, k, v, out, lse, dq, dk, dv, call=causal, **scaling)
     if further:
         rows = _flat(plan.rows, len(q) // batch).long()
         merged = _unsigned_zero(dq[rows].to(lse.dtype))
@@ -94,7 +85,7 @@ def attention_backward(
                 *(dout[queries], q[queries], k, v, out[queries], lse.index_select(1, queries)),
                 *(dq_part, dk_part, dv_part),
                 call=call,
-                **options,
+                **scaling,
             )
             merged[call.slots] = merged[call.slots] + dq_part
             # A key has queries in one of these calls at most: a wider accumulator gains nothing.
@@ -103,9 +94,11 @@ def attention_backward(
         dq[rows] = merged.to(dq.dtype)
 
     dsinks = None
-    if sinks is not None:
+    if options.sinks is not None:
         delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
-        dsinks = -((sinks.to(lse.dtype) - lse.T).exp() * delta).sum(0).to(sinks.dtype)
+        dsinks = (
+            -((options.sinks.to(lse.dtype) - lse.T).exp() * delta).sum(0).to(options.sinks.dtype)
+        )
     return _by_row(dq, batch), _by_row(dk, batch), _by_row(dv, batch), dsinks
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, distributed
 from torch.nn import functional
 
-from llmjepa_kernels.ops.attention import backward_operation, load_backend, operation
 from llmjepa_kernels.ops.common import count_pairs
+from llmjepa_kernels.ops.registry import backward_operation, load_backend, operation
 
 if TYPE_CHECKING:  # builds of torch without distributed lack it
     from torch.distributed import ProcessGroup

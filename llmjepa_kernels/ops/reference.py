@@ -10,20 +10,10 @@ import torch
 from torch import Tensor
 
 from llmjepa_kernels.ops.block_mask import BlockMask
-from llmjepa_kernels.ops.common import check_pairs, count_pairs
+from llmjepa_kernels.ops.common import AttentionOptions, check_pairs, count_pairs
+from llmjepa_kernels.ops.dense import dense_attention, masked_scores, seq_major, visible
 
 COSINE_EPS = 1e-8  # as torch.nn.functional.cosine_similarity
-
-
-def visible(
-    visible_until: Tensor, position_ids: Tensor | None = None, window: int | None = None
-) -> Tensor:
-    """The mask itself, (batch, seq, seq) bool: may query i (dim 1) see key j (dim 2)?"""
-    index = torch.arange(visible_until.shape[1], device=visible_until.device)
-    seen = (index <= index[:, None]) & (index[:, None] < visible_until[:, None, :])
-    if window is not None:
-        seen &= position_ids[:, :, None] - position_ids[:, None, :] < window
-    return seen
 
 
 def attention_forward(
@@ -31,42 +21,19 @@ def attention_forward(
     k: Tensor,
     v: Tensor,
     mask: BlockMask,
-    *,
-    position_ids: Tensor | None,
-    window: int | None,
-    softcap: float | None,
-    softmax_scale: float,
-    sinks: Tensor | None,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
     """out (batch, num_heads, seq, head_dim) and the natural-log lse (batch, num_heads, seq)."""
-    seen = visible(mask.visible_until, position_ids, window)
-    return dense_attention(q, k, v, seen, softcap=softcap, softmax_scale=softmax_scale, sinks=sinks)
-
-
-def dense_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    seen: Tensor | None,
-    *,
-    softcap: float | None = None,
-    softmax_scale: float,
-    sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Attention under any bool mask, (batch, q_len, kv_len); differentiable by autograd.
-
-    Rows that see nothing (left padding) give zeros.
-    """
-    batch, num_heads, q_len, head_dim = q.shape
-    scores, _ = _scores(q, k, seen, softcap, softmax_scale)  # (B, Hkv, G, q_len, kv_len)
-    lse = scores.logsumexp(dim=-1)
-    if sinks is not None:
-        lse = torch.logaddexp(lse, sinks.to(lse.dtype).view(1, k.shape[1], -1, 1).expand_as(lse))
-    # exp(-inf - -inf) would be NaN where a row sees nothing.
-    p = (scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
-    out = p.to(v.dtype) @ v[:, :, None]
-    out = out.reshape(batch, num_heads, q_len, head_dim)
-    return _seq_major(out), lse.reshape(batch, num_heads, q_len)
+    seen = visible(mask.visible_until, options.position_ids, options.window)
+    return dense_attention(
+        q,
+        k,
+        v,
+        seen,
+        softcap=options.softcap,
+        softmax_scale=options.softmax_scale,
+        sinks=options.sinks,
+    )
 
 
 def attention_backward(
@@ -77,56 +44,30 @@ def attention_backward(
     out: Tensor,
     lse: Tensor,
     mask: BlockMask,
-    *,
-    position_ids: Tensor | None,
-    window: int | None,
-    softcap: float | None,
-    softmax_scale: float,
-    sinks: Tensor | None,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv and dsinks (None without sinks). Source: arXiv:2307.08691, Algorithm 2."""
     batch, num_heads, seq, head_dim = q.shape
     grouped = (batch, k.shape[1], -1, seq, head_dim)
-    seen = visible(mask.visible_until, position_ids, window)
-    scores, dcap = _scores(q, k, seen, softcap, softmax_scale)
+    seen = visible(mask.visible_until, options.position_ids, options.window)
+    scores, dcap = masked_scores(q, k, seen, options.softcap, options.softmax_scale)
     lse = lse.reshape(batch, k.shape[1], -1, seq)
     p = (scores - lse[..., None]).exp()
     dout, out, q = dout.reshape(grouped), out.reshape(grouped), q.reshape(grouped)
 
     delta = (dout.to(p.dtype) * out.to(p.dtype)).sum(dim=-1)
     dp = (dout @ v[:, :, None].mT).to(p.dtype)
-    ds = p * (dp - delta[..., None]) * dcap * softmax_scale
+    ds = p * (dp - delta[..., None]) * dcap * options.softmax_scale
     ds, p = ds.to(q.dtype), p.to(q.dtype)
     dq = (ds @ k[:, :, None]).reshape(batch, num_heads, seq, head_dim)
     # Queries of a group are summed inside one matrix product, in its accumulation precision.
     dk = ds.flatten(2, 3).mT @ q.flatten(2, 3)
     dv = p.flatten(2, 3).mT @ dout.flatten(2, 3)
     dsinks = None
-    if sinks is not None:
+    if (sinks := options.sinks) is not None:
         share = (sinks.to(lse.dtype).view(1, k.shape[1], -1, 1) - lse).exp()
         dsinks = -(share * delta).sum(dim=(0, 3)).flatten().to(sinks.dtype)
-    return _seq_major(dq), _seq_major(dk), _seq_major(dv), dsinks
-
-
-def _scores(
-    q: Tensor, k: Tensor, seen: Tensor | None, softcap: float | None, softmax_scale: float
-) -> tuple[Tensor, Tensor | float]:
-    """Masked scores (B, Hkv, G, q_len, kv_len) and the derivative of the soft cap."""
-    grouped = q.reshape(q.shape[0], k.shape[1], -1, *q.shape[2:])
-    scores = grouped @ k[:, :, None].mT
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * softmax_scale
-    dcap: Tensor | float = 1.0
-    if softcap is not None:
-        t = torch.tanh(scores / softcap)
-        scores, dcap = softcap * t, 1.0 - t * t
-    if seen is not None:
-        scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
-    return scores, dcap
-
-
-def _seq_major(x: Tensor) -> Tensor:
-    """The same (B, H, N, D) values, stored as a contiguous (B, N, H, D) buffer."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
+    return seq_major(dq), seq_major(dk), seq_major(dv), dsinks
 
 
 def distance_forward(

@@ -19,7 +19,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from llmjepa_kernels.data.chat import without_views
 from llmjepa_kernels.data.example_format import ExampleFormat
 from llmjepa_kernels.hf.patch import patch_model, patched_impl
-from llmjepa_kernels.ops.attention import may_choose_flash
+from llmjepa_kernels.ops.choice import may_choose_flash
 from llmjepa_kernels.packing import IGNORE, Example, PackedBatch, pack
 from llmjepa_kernels.training.checkpoints import FILE_NAME as COMPLETE
 from llmjepa_kernels.training.checkpoints import mark_complete, saving

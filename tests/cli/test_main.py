@@ -21,7 +21,7 @@ def test_help_explains_and_stops(capsys):
 def test_help_and_mistakes_answer_without_transformers():
     code = (
         "import sys\n"
-        "from llmjepa_kernels import cli\n"
+        "from llmjepa_kernels.cli import main as cli\n"
         "try:\n"
         "    cli.main(['train', '--seed', 'x'])\n"
         "except SystemExit as stopped:\n"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from llmjepa_kernels import pack
 from llmjepa_kernels.hf import patch as hf
 from llmjepa_kernels.hf.patch import patch_model, unpatch_model, visible_until_of
-from llmjepa_kernels.ops.reference import visible
+from llmjepa_kernels.ops.dense import visible
 from tests.support.helpers import random_examples, random_rows
 from tests.support.models import VOCAB, tiny_model
 

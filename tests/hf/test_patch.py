@@ -11,8 +11,8 @@ from transformers.cache_utils import DynamicCache
 from llmjepa_kernels import pack
 from llmjepa_kernels.hf import patch as hf
 from llmjepa_kernels.hf.patch import NAME, patch_model, patched_impl, unpatch_model
-from llmjepa_kernels.ops.attention import BACKENDS
 from llmjepa_kernels.ops.block_mask import SCHEDULE_KEYS
+from llmjepa_kernels.ops.choice import BACKENDS
 from tests.support.helpers import random_examples
 from tests.support.models import FAMILIES, VOCAB, tiny_model
 

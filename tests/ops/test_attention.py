@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from llmjepa_kernels import BlockMask, view_attention
-from llmjepa_kernels.ops.reference import visible
+from llmjepa_kernels.ops.dense import visible
 from tests.support.helpers import AttentionCase, random_rows
 
 OPTIONS = [

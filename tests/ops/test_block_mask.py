@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from llmjepa_kernels import BlockMask
 from llmjepa_kernels.ops.block_mask import TILE_TIMES, TILE_TIMES_SM_100, choose_block_size
-from llmjepa_kernels.ops.reference import visible
+from llmjepa_kernels.ops.dense import visible
 from tests.support.helpers import random_rows
 
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from hypothesis import strategies as st
 
 from llmjepa_kernels import BlockMask, view_attention
 from llmjepa_kernels.ops import cpu, reference
+from llmjepa_kernels.ops.common import AttentionOptions
+from llmjepa_kernels.ops.dense import visible
 from tests.support.helpers import AttentionCase, check_attention, random_rows
 
 pytestmark = pytest.mark.skipif(not cpu.is_available(), reason="the library was not compiled")
@@ -253,7 +256,7 @@ assert len(runtimes) <= 1, runtimes
 def isolated():
     """A forest that spans several tiles, and which pairs of its tokens see each other."""
     case = AttentionCase.random(heads=3, seq=150, head_dim=24, mean_length=12, seed=7)
-    seen = reference.visible(case.visible_until)[0]
+    seen = visible(case.visible_until)[0]
     return case, seen
 
 
@@ -311,13 +314,11 @@ def test_scale_of_zero_is_a_mean(isa):
 def test_lse(isa):
     case = AttentionCase.random(heads=2, seq=300, head_dim=32, mean_length=500, sinks=True)
     mask = BlockMask.from_visible_until(case.visible_until)
-    options = {"position_ids": None, "window": None, "softcap": None, "softmax_scale": 0.2}
-    expected = reference.attention_forward(
-        case.q, case.k, case.v, mask, sinks=case.sinks, **options
-    )[1]
+    options = AttentionOptions(0.2, sinks=case.sinks)
+    _, expected = reference.attention_forward(case.q, case.k, case.v, mask, options)
     for dtype, tolerance in ((torch.float32, 2e-6), (torch.float64, 5e-15)):
         q, k, v, sinks = (x.to(dtype) for x in (case.q, case.k, case.v, case.sinks))
-        _, lse = cpu.attention_forward(q, k, v, mask, sinks=sinks, **options)
+        _, lse = cpu.attention_forward(q, k, v, mask, replace(options, sinks=sinks))
         assert lse.dtype == dtype
         torch.testing.assert_close(lse.double(), expected, rtol=tolerance, atol=tolerance)
 

@@ -9,7 +9,7 @@ import torch
 from llmjepa_kernels import FlashPlan, llm_jepa_example, pack
 from llmjepa_kernels.ops import attention
 from llmjepa_kernels.ops import flash as attention_flash
-from llmjepa_kernels.ops.reference import visible
+from llmjepa_kernels.ops.dense import visible
 from tests.support.helpers import AttentionCase, check_attention
 from tests.support.varlen_stand_in import FlashAttention2StandIn, FlashAttention3StandIn
 

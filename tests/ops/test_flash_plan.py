@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmjepa_kernels import Example, FlashPlan, Segment, llm_jepa_example, pack
+from llmjepa_kernels.ops.dense import visible
 from llmjepa_kernels.ops.flash_plan import MIN_SOLITARY, is_plan_key
-from llmjepa_kernels.ops.reference import visible
 from tests.support.helpers import random_examples, random_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -11,7 +11,7 @@ import torch
 
 from llmjepa_kernels import BlockMask, view_attention
 from llmjepa_kernels.ops import autotune
-from llmjepa_kernels.ops.reference import visible
+from llmjepa_kernels.ops.dense import visible
 from llmjepa_kernels.ops.triton import configs as triton_configs
 from llmjepa_kernels.ops.triton.configs import Config
 from tests.support.helpers import AttentionCase, check_attention, random_rows

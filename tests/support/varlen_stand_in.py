@@ -20,8 +20,8 @@ import math
 
 import torch
 
+from llmjepa_kernels.ops.dense import dense_attention, masked_scores
 from llmjepa_kernels.ops.flash import FlashAttention2, FlashAttention3
-from llmjepa_kernels.ops.reference import _scores, dense_attention
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -241,7 +241,9 @@ def backward(dout, q, k, v, out, lse, dq, dk, dv, sequences, mask, softmax_scale
         if i.start == i.stop or j.start == j.stop:
             continue
         seen = visible(i, j, mask, q.device)
-        scores, dcap = _scores(by_head(q[i]), by_head(k[j]), seen, softcap or None, softmax_scale)
+        scores, dcap = masked_scores(
+            by_head(q[i]), by_head(k[j]), seen, softcap or None, softmax_scale
+        )
         grouped = scores.shape[1:3]  # kv heads, query heads of each
         p = (scores[0] - lse[:, i].unflatten(0, grouped)[..., None]).exp()
         dout_i, out_i, q_i = (by_head(x[i])[0].unflatten(0, grouped) for x in (dout, out, q))

@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llmjepa_kernels.ops.block_mask import BlockMask
-from llmjepa_kernels.ops.common import empty_seq_major
+from llmjepa_kernels.ops.common import AttentionOptions, empty_seq_major
 from llmjepa_kernels.ops.triton import attention_kernels as kernels
 from llmjepa_kernels.ops.triton import configs as triton_configs
 from llmjepa_kernels.ops.triton.configs import Config, head_dim_pieces
@@ -28,12 +28,7 @@ def attention_forward(
     k: Tensor,
     v: Tensor,
     mask: BlockMask,
-    *,
-    position_ids: Tensor | None,
-    window: int | None,
-    softcap: float | None,
-    softmax_scale: float,
-    sinks: Tensor | None,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
     """out (batch, num_heads, seq, head_dim) and the natural-log lse (batch, num_heads, seq)."""
     _check(q)
@@ -50,17 +45,17 @@ def attention_forward(
             _strided(out),
             lse,
             *_lists(mask, "kv"),
-            _positions(position_ids, window),
-            None if sinks is None else sinks.contiguous(),
+            _positions(options),
+            _sinks(options),
             batch,
             num_heads,
             num_heads // k.shape[1],
             seq,
             mask.kv_indices.shape[1],
-            window or 0,
-            _scaling(softmax_scale, softcap),
-            FOLD_SCALE=softcap is None and softmax_scale > 0,
-            **_constants(config, head_dim, mask, window),
+            options.window or 0,
+            _scaling(options),
+            FOLD_SCALE=options.softcap is None and options.softmax_scale > 0,
+            **_constants(config, head_dim, mask, options.window),
         )
 
     triton_configs.launch("forward", launch, **_kind(q, mask, (q, k, v)))
@@ -75,19 +70,14 @@ def attention_backward(
     out: Tensor,
     lse: Tensor,
     mask: BlockMask,
-    *,
-    position_ids: Tensor | None,
-    window: int | None,
-    softcap: float | None,
-    softmax_scale: float,
-    sinks: Tensor | None,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv and dsinks (None without sinks). Source: arXiv:2307.08691, Algorithm 2."""
     _check(q)
     batch, num_heads, seq, head_dim = q.shape
     num_kv_heads = k.shape[1]
     dq, dk, dv = empty_seq_major(q), empty_seq_major(k), empty_seq_major(v)
-    lse2, delta, dsinks = _row_statistics(dout, out, lse, sinks)
+    lse2, delta, dsinks = _row_statistics(dout, out, lse, _sinks(options))
     padded = lse2.shape[-1]
 
     def launch_dkdv(config: Config, want: str) -> None:
@@ -102,20 +92,20 @@ def attention_backward(
             _strided(dk),
             _strided(dv),
             *_lists(mask, "q"),
-            _positions(position_ids, window),
+            _positions(options),
             batch,
             num_kv_heads,
             num_heads // num_kv_heads,
             seq,
             padded,
             mask.q_indices.shape[1],
-            window or 0,
-            softmax_scale,
-            _scaling(softmax_scale, softcap),
+            options.window or 0,
+            options.softmax_scale,
+            _scaling(options),
             WANT_DK="dk" in want,
             WANT_DV="dv" in want,
             EAGER_DP=config.eager_dp and "dk" in want,
-            **_constants(config, head_dim, mask, window),
+            **_constants(config, head_dim, mask, options.window),
         )
 
     def launch_dq(config: Config) -> None:
@@ -129,18 +119,18 @@ def attention_backward(
             delta,
             _strided(dq),
             *_lists(mask, "kv"),
-            _positions(position_ids, window),
+            _positions(options),
             batch,
             num_heads,
             num_heads // num_kv_heads,
             seq,
             padded,
             mask.kv_indices.shape[1],
-            window or 0,
-            softmax_scale,
-            _scaling(softmax_scale, softcap),
+            options.window or 0,
+            options.softmax_scale,
+            _scaling(options),
             EAGER_DP=config.eager_dp,
-            **_constants(config, head_dim, mask, window),
+            **_constants(config, head_dim, mask, options.window),
         )
 
     kind = _kind(q, mask, (q, k, v, dout))
@@ -167,7 +157,7 @@ def _row_statistics(
         lse.contiguous(),
         lse2,
         delta,
-        None if sinks is None else sinks.contiguous(),
+        sinks,
         partial,
         batch,
         num_heads,
@@ -177,7 +167,9 @@ def _row_statistics(
         BLOCK_M=DELTA_ROWS,
         enable_fp_fusion=True,
     )
-    return lse2, delta, None if sinks is None else partial.sum(dim=(0, 2)).to(sinks.dtype)
+    if sinks is None or partial is None:
+        return lse2, delta, None
+    return lse2, delta, partial.sum(dim=(0, 2)).to(sinks.dtype)
 
 
 def _kind(q: Tensor, mask: BlockMask, operands: tuple[Tensor, ...]) -> dict:
@@ -195,15 +187,19 @@ def _lists(mask: BlockMask, side: str) -> list[Tensor]:
     return [getattr(mask, name).contiguous() for name in names]
 
 
-def _positions(position_ids: Tensor | None, window: int | None) -> Tensor | None:
-    return None if window is None else position_ids.contiguous()
+def _positions(options: AttentionOptions) -> Tensor | None:
+    return None if options.position_ids is None else options.position_ids.contiguous()
 
 
-def _scaling(softmax_scale: float, softcap: float | None) -> tuple[float, float | None]:
+def _sinks(options: AttentionOptions) -> Tensor | None:
+    return None if options.sinks is None else options.sinks.contiguous()
+
+
+def _scaling(options: AttentionOptions) -> tuple[float, float | None]:
     """(a, c) of the base-2 scores a q.k, or c tanh(a q.k) with a softcap."""
-    if softcap is None:
-        return softmax_scale * math.log2(math.e), None
-    return softmax_scale / softcap, softcap * math.log2(math.e)
+    if options.softcap is None:
+        return options.softmax_scale * math.log2(math.e), None
+    return options.softmax_scale / options.softcap, options.softcap * math.log2(math.e)
 
 
 def _constants(config: Config, head_dim: int, mask: BlockMask, window: int | None) -> dict:

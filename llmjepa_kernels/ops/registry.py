@@ -1,0 +1,118 @@
+"""Back ends by their names, and how functions become operations of torch."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from llmjepa_kernels.ops.common import AttentionOptions
+
+
+class AttentionBackend(Protocol):
+    """A module that computes attention in two functions.
+
+    Validation, autograd, registration with torch and the fakes are written once, in `attention`.
+    `mask` is a `BlockMask`, or a `FlashPlan` for "flash".
+    """
+
+    def attention_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: AttentionOptions
+    ) -> tuple[Tensor, Tensor]:
+        """out like q, stored as (batch, seq, num_heads, head_dim), and the natural-log lse."""
+        ...
+
+    def attention_backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        mask: Any,
+        options: AttentionOptions,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """dq, dk, dv, stored like out, and dsinks (None without sinks)."""
+        ...
+
+
+# At every call of a small operation the import system's own look-up would show.
+_module = functools.cache(importlib.import_module)
+
+
+def default_impl(device: torch.device) -> str:
+    """The back end for tensors on `device`."""
+    if device.type in ("cuda", "xpu"):
+        return "triton"
+    if device.type == "cpu":
+        if _module("llmjepa_kernels.ops.cpu").is_available():
+            return "cpu"
+        _warn_of_reference()
+    return "reference"
+
+
+@functools.cache
+def _warn_of_reference() -> None:
+    warnings.warn(
+        "the compiled CPU kernels are missing, so attention builds the whole (seq, seq) matrix: "
+        "install a C++ compiler and reinstall llmjepa_kernels",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+def load_backend(backends: Mapping[str, str], impl: str | None, device: torch.device) -> Any:
+    """The module of a back end by its name, or by the device where none is given.
+
+    Raises:
+        ValueError: There is no such back end.
+        RuntimeError: It does not run on `device`.
+    """
+    impl = default_impl(device) if impl is None else impl
+    if impl not in backends:
+        raise ValueError(f"impl must be one of {sorted(backends)}, got {impl!r}")
+    if impl == "cpu" and device.type != "cpu":
+        raise RuntimeError(f"impl='cpu' runs on CPU tensors, got tensors on {device}")
+    return _module(backends[impl])
+
+
+def operation(name: str) -> Callable[[Callable], Callable]:
+    """Makes a function an operation of torch, for all devices.
+
+    As `torch.library.custom_op` does, without its checks for aliases at every call, which take
+    longer than a small kernel; `torch.library.opcheck` makes them in the tests.
+    """
+
+    def register(function: Callable) -> Callable:
+        schema = torch.library.infer_schema(function, mutates_args=())
+        torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
+        torch.library.impl(name, "default", function)
+        return function
+
+    return register
+
+
+def backward_operation(name: str) -> Callable[[Callable], Callable]:
+    """Makes the gradients of an operation one themselves, which refuses to be differentiated.
+
+    Left alone, torch would drop second derivatives with no more than a warning.
+    """
+
+    def refuse(ctx, *gradients):
+        raise RuntimeError(
+            f"{name} is not differentiable: view_attention and last_token_loss have no second "
+            "derivatives"
+        )
+
+    def register(function: Callable) -> Callable:
+        operation(name)(function)
+        torch.library.register_autograd(name, refuse)
+        return function
+
+    return register
