@@ -23,7 +23,7 @@ _LAZY = {
     "LLMJEPAOutput": "training.objective",
     "llm_jepa_loss": "training.objective",
     "add_predictor_tokens": "data.predictor_tokens",
-    "LLMJEPACollator": "training.trainer",
+    "LLMJEPACollator": "training.collator",
     "LLMJEPATrainer": "training.trainer",
 }
 

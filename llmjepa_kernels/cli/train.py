@@ -28,14 +28,10 @@ from llmjepa_kernels.evaluation.rules import RULE_OF_RECIPE, Rule
 from llmjepa_kernels.evaluation.rules import rule as answer_rule
 from llmjepa_kernels.hf import load as models
 from llmjepa_kernels.training.checkpoints import saving
+from llmjepa_kernels.training.collator import LLMJEPACollator, chat_tokens
 from llmjepa_kernels.training.loss_dropout import LossDropout
 from llmjepa_kernels.training.streaming import ExampleStream
-from llmjepa_kernels.training.trainer import (
-    LLMJEPACollator,
-    LLMJEPATrainer,
-    ProgressBar,
-    chat_tokens,
-)
+from llmjepa_kernels.training.trainer import LLMJEPATrainer, ProgressBar
 
 OBJECTIVES = {"NTP only": "ntp-only", "LLM-JEPA": "llm-jepa"}  # and their directories
 # Options that change neither the weights that a run ends with nor what is measured of them.
@@ -254,7 +250,7 @@ class Job:
                 max_length=args.max_length,
                 # Next-token loss alone stands for plain fine-tuning, which shares nothing.
                 share_prefixes=args.share_prefixes and views,
-                views=views,
+                with_views=views,
             ),
             train_dataset=self._train_dataset(record.seed),
             eval_dataset=data.held_out.examples or None,

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from llmjepa_kernels.files import write_whole
 
-FILE_NAME = "complete.json"
+MANIFEST = "complete.json"
 
 
 @contextmanager
@@ -28,14 +28,14 @@ def saving(what: str | PathLike[str]) -> Iterator[None]:
 def mark_complete(checkpoint: str | PathLike[str]) -> None:
     """Writes down the sizes of a checkpoint's files, once all of them are there."""
     checkpoint = Path(checkpoint)
-    write_whole(checkpoint / FILE_NAME, json.dumps(_sizes(checkpoint), indent=1))
+    write_whole(checkpoint / MANIFEST, json.dumps(_sizes(checkpoint), indent=1))
 
 
 def why_incomplete(checkpoint: str | PathLike[str]) -> str | None:
     """What is missing of a checkpoint; None if nothing is."""
-    path = Path(checkpoint) / FILE_NAME
+    path = Path(checkpoint) / MANIFEST
     if not path.is_file():
-        return f"it has no {FILE_NAME}: saving it was interrupted"
+        return f"it has no {MANIFEST}: saving it was interrupted"
     try:
         expected = json.loads(path.read_bytes())
         found = _sizes(Path(checkpoint))
@@ -45,7 +45,7 @@ def why_incomplete(checkpoint: str | PathLike[str]) -> str | None:
             if found[name] != size:
                 return f"{name} has {found[name]} bytes instead of {size}"
     except (ValueError, AttributeError) as error:
-        return f"{FILE_NAME} is corrupt: {error}"
+        return f"{MANIFEST} is corrupt: {error}"
     return None
 
 
@@ -63,5 +63,5 @@ def _sizes(checkpoint: Path) -> dict[str, int]:
     return {
         str(path.relative_to(checkpoint)): path.stat().st_size
         for path in sorted(checkpoint.rglob("*"))
-        if path.is_file() and path.name != FILE_NAME
+        if path.is_file() and path.name != MANIFEST
     }

@@ -74,9 +74,9 @@ class LossDropout(Dataset):
             )
         else:
             drawn = f"update {update}"
-        return draw(self.seed, int(self._epoch), drawn) < self.rate
+        return random_fraction(self.seed, int(self._epoch), drawn) < self.rate
 
-    def __getitem__(self, index: int | tuple[int, int]) -> Example | dict[str, Any]:
+    def __getitem__(self, index: int | tuple[int, int]) -> Example | Mapping[str, Any]:
         index, update = index if isinstance(index, tuple) else (index, None)
         item = self.data[index]
         if not self.drops(index, update):
@@ -84,6 +84,6 @@ class LossDropout(Dataset):
         return without_views(item) if isinstance(item, Example) else {**item, "without_views": True}
 
 
-def draw(seed: int, epoch: int, drawn: str) -> float:
+def random_fraction(seed: int, epoch: int, drawn: str) -> float:
     """A number from 0 to 1 that depends on nothing but these."""
     return random.Random(f"{seed},{epoch},{drawn}").random()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from heapq import heapify, heappop, heappush
 from itertools import cycle, islice
+from typing import Any
 
 from torch.utils.data import Sampler
 
@@ -64,7 +65,8 @@ class UpdateSampler(Sampler):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        count, full = len(self.base), self.batch_size * self.num_processes
+        base: Any = self.base  # torch gives its samplers no length
+        count, full = len(base), self.batch_size * self.num_processes
         if self.drop_last:
             return count // full * full
         if self.even_batches and self.num_processes > 1:
@@ -104,7 +106,7 @@ def deal(work: Sequence[float], counts: Sequence[int], loads: list[float]) -> li
     Source: Graham, Bounds on multiprocessing timing anomalies, 1969, here with room for a given
         number of items each.
     """
-    shares = [[] for _ in counts]
+    shares: list[list[int]] = [[] for _ in counts]
     lightest = [(loads[i], i) for i, count in enumerate(counts) if count]
     heapify(lightest)
     for item in sorted(range(len(work)), key=work.__getitem__, reverse=True):

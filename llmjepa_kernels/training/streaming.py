@@ -11,7 +11,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from llmjepa_kernels.data.chat import without_views
 from llmjepa_kernels.packing import Example
-from llmjepa_kernels.training.loss_dropout import draw
+from llmjepa_kernels.training.loss_dropout import random_fraction
 
 T = TypeVar("T")
 # Worker, number of workers, whether it is the first pass → places and examples.
@@ -57,7 +57,7 @@ class ExampleStream(IterableDataset):
             located = self.read(worker, num_workers, number == 0)
             example = None
             for place, example in shuffled(located, self.buffer_size, rng):
-                dropped = draw(self.seed, number, place) < self.loss_dropout
+                dropped = random_fraction(self.seed, number, place) < self.loss_dropout
                 yield without_views(example) if dropped else example
             if example is None:
                 raise ValueError(f"the stream has no samples for worker {worker} of {num_workers}")

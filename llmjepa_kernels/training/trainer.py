@@ -1,10 +1,9 @@
-"""LLM-JEPA in Hugging Face's Trainer: a collator that packs, a trainer that adds the JEPA term."""
+"""LLM-JEPA in Hugging Face's Trainer: the JEPA term, exact means, and what is logged and saved."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,106 +11,21 @@ import torch
 from accelerate.data_loader import SeedableRandomSampler
 from torch import Tensor
 from torch.utils.data import RandomSampler, SequentialSampler
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from llmjepa_kernels.data.chat import without_views
-from llmjepa_kernels.data.example_format import ExampleFormat
 from llmjepa_kernels.hf.patch import patch_model, patched_impl
-from llmjepa_kernels.ops.choice import may_choose_flash
-from llmjepa_kernels.packing import IGNORE, Example, PackedBatch, pack
-from llmjepa_kernels.training.checkpoints import FILE_NAME as COMPLETE
-from llmjepa_kernels.training.checkpoints import mark_complete, saving
+from llmjepa_kernels.packing import IGNORE, Example
+from llmjepa_kernels.training.checkpoints import MANIFEST, mark_complete, saving
+from llmjepa_kernels.training.collator import LLMJEPACollator
 from llmjepa_kernels.training.loss_dropout import LossDropout
-from llmjepa_kernels.training.objective import llm_jepa_loss, supervised_positions
+from llmjepa_kernels.training.objective import llm_jepa_loss
 from llmjepa_kernels.training.sampler import UpdateSampler, example_work
 
 if TYPE_CHECKING:  # builds of torch without distributed lack it
     from torch.distributed import ProcessGroup
-
-
-@dataclass
-class LLMJEPACollator:
-    """Packs a list of examples into rows.
-
-    A feature is an `Example`, or a mapping with ``messages`` ([system,] user and assistant turns)
-    that `tokenizer` turns into one; it may have ``text``, ``code``, ``views`` and ``pairs``, see
-    `chat_example`, and ``without_views``, True if it is to go without any.
-
-    Attributes:
-        tokenizer: A fast tokenizer; needed for features with ``messages``.
-        example_format: How `tokenizer` turns those into examples, [PRED] tokens included.
-        max_length: Tokens in a row at most. Default: one row per batch, without any padding.
-        packing_strategy: "bfd", best-fit decreasing; an example is never split.
-        share_prefixes: Store equal prefixes once per row.
-        views: False leaves the views out: next-token loss alone, plain fine-tuning.
-        pad_to_multiple_of: Pads rows to a multiple of this, for fewer different shapes.
-        flash_plan: Also plan the calls of ``impl="flash"``. Default: where ``LLMJEPA_AUTOTUNE=1``
-            is to choose between the back ends and flash-attn is installed.
-
-    Raises:
-        ValueError: An example is malformed or longer than `max_length`; names it by its index in
-            the batch.
-    """
-
-    tokenizer: Any = None
-    example_format: ExampleFormat = field(default_factory=ExampleFormat)
-    max_length: int | None = None
-    packing_strategy: str = "bfd"
-    share_prefixes: bool = True
-    views: bool = True
-    pad_to_multiple_of: int | None = None
-    flash_plan: bool | None = None
-
-    def __post_init__(self):
-        if self.packing_strategy != "bfd":
-            raise ValueError(f"packing_strategy must be 'bfd', got {self.packing_strategy!r}")
-        # Asked here, as a worker process could not.
-        cuda = torch.cuda.is_available() and torch.version.hip is None
-        self._compute_capability = torch.cuda.get_device_capability() if cuda else None
-
-    def __call__(self, features: Sequence[Example | Mapping[str, Any]]) -> PackedBatch:
-        """Packs the features, and adds how many tokens their chats alone take.
-
-        Returns:
-            batch: A `PackedBatch`; ``supervised``, the positions that need logits, computed here
-                to spare the training process the work; and ``sft_tokens`` (batch,) int64, whose
-                sum is how many tokens plain fine-tuning on the same chats takes, unpadded.
-        """
-        examples = [self.example(feature) for feature in features]
-        batch = pack(
-            examples if self.views else [without_views(example) for example in examples],
-            self.max_length,
-            share_prefixes=self.share_prefixes,
-            pad_token_id=getattr(self.tokenizer, "pad_token_id", None) or 0,
-            pad_to_multiple_of=self.pad_to_multiple_of,
-            compute_capability=self._compute_capability,
-            flash_plan=may_choose_flash() if self.flash_plan is None else self.flash_plan,
-        )
-        batch["supervised"] = supervised_positions(batch["labels"])
-        batch["sft_tokens"] = torch.zeros(len(batch["input_ids"]), dtype=torch.int64)
-        batch["sft_tokens"][0] = sum(map(chat_tokens, examples))
-        return batch
-
-    def example(self, feature: Example | Mapping[str, Any]) -> Example:
-        """The `Example` of one feature."""
-        if isinstance(feature, Example):
-            return feature
-        if not isinstance(feature, Mapping) or "messages" not in feature:
-            found = sorted(feature) if isinstance(feature, Mapping) else type(feature).__name__
-            raise ValueError(
-                f"features must be Examples or mappings with the key messages, got {found}"
-            )
-        if self.tokenizer is None:
-            raise ValueError("features with messages need a tokenizer, got tokenizer=None")
-        example = self.example_format.example(feature, self.tokenizer)
-        return without_views(example) if feature.get("without_views") else example
-
-
-def chat_tokens(example: Example) -> int:
-    """Tokens of an example without its views: what plain fine-tuning takes for it."""
-    return sum(len(segment.input_ids) for segment in without_views(example).segments)
 
 
 class LLMJEPATrainer(Trainer):
@@ -162,24 +76,25 @@ class LLMJEPATrainer(Trainer):
 
     def __init__(
         self,
-        model=None,
-        args=None,
-        data_collator=None,
-        *other,
+        model: Any = None,
+        args: TrainingArguments | None = None,
+        data_collator: Callable[[Sequence[Any]], Any] | None = None,
+        *other: Any,
         jepa_weight: float = 1.0,
         metric: str = "cosine",
         temperature: float = 0.07,
         detach_target: bool = False,
         gather_negatives: bool | ProcessGroup = True,
-        **more,
-    ):
+        **more: Any,
+    ) -> None:
         if data_collator is None:
             data_collator = LLMJEPACollator(more.get("processing_class"))
         super().__init__(model, args, data_collator, *other, **more)
         self._check_supported()
-        if not _is_patched(self.model):
-            patch_model(self.model)
-        self.loss_options = {
+        to_train: Any = self.model
+        if not _is_patched(to_train):
+            patch_model(to_train)
+        self.loss_options: dict[str, Any] = {
             "jepa_weight": jepa_weight,
             "metric": metric,
             "temperature": temperature,
@@ -197,8 +112,8 @@ class LLMJEPATrainer(Trainer):
         self.add_callback(_SetEpoch(self))
         self.args.remove_unused_columns = False  # the collator takes the columns it knows
         self.model_accepts_loss_kwargs = True  # makes Trainer count the supervised tokens
-        self._num_pairs: Tensor | None = None
-        self._eval_sums: Tensor | None = None
+        self._num_pairs: Tensor | int = 0
+        self._eval_sums = torch.zeros(0)
         self._reset_train_sums()
 
     def _check_supported(self) -> None:
@@ -216,7 +131,7 @@ class LLMJEPATrainer(Trainer):
     def _reset_train_sums(self) -> None:
         self._train_sums = torch.zeros(6)  # ntp_loss, jepa_loss, cosine, pairs, tokens, sft
         self._updates = 0
-        self._updates_with_pairs = 0
+        self._updates_with_pairs: Tensor | int = 0
         self._started: float | None = None
 
     def _get_train_sampler(self, train_dataset=None):
@@ -253,18 +168,19 @@ class LLMJEPATrainer(Trainer):
         )
         return self._update_sampler
 
-    def _work_of(self, dataset) -> Callable[[int, int], float] | None:
+    def _work_of(self, dataset: Any) -> Callable[[int, int], float] | None:
         """The work of (index, update) of a dataset, or None if it cannot be known beforehand."""
         dropout = dataset if isinstance(dataset, LossDropout) else None
         examples = dataset.data if dropout else dataset
         if not isinstance(examples, Sequence) or not all(isinstance(x, Example) for x in examples):
             return None
-        hidden_size = self.model.get_input_embeddings().weight.shape[-1]
+        model: Any = self.model
+        hidden_size = model.get_input_embeddings().weight.shape[-1]
 
         def works(examples: Iterable[Example]) -> list[float]:
             return [example_work(example, hidden_size) for example in examples]
 
-        if not getattr(self.data_collator, "views", True):
+        if not getattr(self.data_collator, "with_views", True):
             bare = works(map(without_views, examples))
             return lambda index, update: bare[index]
         whole = works(examples)
@@ -282,10 +198,11 @@ class LLMJEPATrainer(Trainer):
         predictors = [batch["view_pairs"][..., 0] for batch in batches]
         labels = [predictor.masked_fill(predictor < 0, IGNORE) for predictor in predictors]
         # Counted like supervised tokens, so whatever parallelism means for those holds for pairs.
-        self._num_pairs = self._get_num_items_in_batch(
+        num_pairs: Any = self._get_num_items_in_batch(
             [{"labels": label, "shift_labels": label} for label in labels], device
         )
-        self._updates_with_pairs = self._updates_with_pairs + (self._num_pairs > 0)
+        self._num_pairs = num_pairs
+        self._updates_with_pairs = self._updates_with_pairs + (num_pairs > 0)
         return batches, num_items
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -298,7 +215,7 @@ class LLMJEPATrainer(Trainer):
                 "num_items_in_batch": num_items_in_batch,
                 "num_pairs_in_batch": self._num_pairs,
             }
-        outputs = llm_jepa_loss(model, batch, **self.loss_options, **counts)
+        outputs: Any = llm_jepa_loss(model, batch, **self.loss_options, **counts)
         loss = outputs.loss
         if counts:
             scale = self._loss_scale()
@@ -308,8 +225,8 @@ class LLMJEPATrainer(Trainer):
             shares = [outputs.ntp_loss, outputs.jepa_loss, outputs.cosine]
             shares = [scale * share.detach() for share in shares]
             values = (*shares, outputs.num_pairs, tokens, sft)
-            values = torch.stack([torch.as_tensor(x, device=loss.device) for x in values])
-            self._train_sums = self._train_sums.to(loss.device) + values
+            summands = torch.stack([torch.as_tensor(x, device=loss.device) for x in values])
+            self._train_sums = self._train_sums.to(loss.device) + summands
         return (loss, outputs) if return_outputs else loss
 
     def _loss_scale(self) -> int:
@@ -320,7 +237,7 @@ class LLMJEPATrainer(Trainer):
 
     def log(self, logs, start_time=None):
         """Adds what was summed up since the last log to the log of the loss."""
-        if "loss" in logs and self._updates:
+        if "loss" in logs and self._started is not None:
             sums = self.accelerator.reduce(self._train_sums, reduction="mean") / self._updates
             ntp_loss, jepa_loss, cosine, pairs, tokens, sft_tokens = sums.tolist()
             with_pairs = int(self._updates_with_pairs) / self._updates
@@ -342,14 +259,15 @@ class LLMJEPATrainer(Trainer):
         """Saves a checkpoint's weights, and the collator's example format beside them."""
         super()._save(output_dir, state_dict)
         if self.args.should_save and isinstance(self.data_collator, LLMJEPACollator):
-            self.data_collator.example_format.save(output_dir or self.args.output_dir)
+            directory: Any = output_dir or self.args.output_dir
+            self.data_collator.example_format.save(directory)
 
     def _save_checkpoint(self, model, trial):
         """Saves a checkpoint, marks it as complete, and only then deletes older ones."""
         run_directory = self._get_output_dir(trial)
         directory = Path(run_directory, f"checkpoint-{self.state.global_step}")
         if self.args.should_save:  # an interrupted run may have left it there
-            (directory / COMPLETE).unlink(missing_ok=True)
+            (directory / MANIFEST).unlink(missing_ok=True)
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             with saving(directory):
@@ -377,12 +295,19 @@ class LLMJEPATrainer(Trainer):
         self._eval_sums += torch.stack([*sums, items, pairs]).to(self._eval_sums)
         return loss, None, None
 
-    def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
+    def evaluation_loop(
+        self,
+        dataloader,
+        description,
+        prediction_loss_only=None,
+        ignore_keys=None,
+        metric_key_prefix="eval",
+    ):
         """Evaluates; each loss is the mean over all tokens or pairs, however they are batched."""
         paused = time.perf_counter()
         self._eval_sums = torch.zeros(5, device=self.args.device)
         output = super().evaluation_loop(
-            dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
         sums = self.accelerator.reduce(self._eval_sums, reduction="sum")
         ntp_loss, jepa_loss, cosine, items, pairs = sums.tolist()
@@ -391,7 +316,8 @@ class LLMJEPATrainer(Trainer):
         metrics = {"loss": loss, "ntp_loss": ntp_loss}
         if pairs:
             metrics |= {"jepa_loss": jepa_loss, "cosine": cosine / pairs}
-        output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in metrics.items()})
+        named = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
+        output = output._replace(metrics={**(output.metrics or {}), **named})
         if self._started is not None:
             self._started += time.perf_counter() - paused  # not time spent on training
         return output
@@ -406,11 +332,12 @@ class _SetEpoch(TrainerCallback):
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         dataset = getattr(train_dataloader, "dataset", None)
         for stage in (dataset, self.trainer._update_sampler):
-            if hasattr(stage, "set_epoch"):
-                stage.set_epoch(int(state.epoch or 0))
+            set_epoch = getattr(stage, "set_epoch", None)
+            if set_epoch is not None:
+                set_epoch(int(state.epoch or 0))
 
 
-def _is_patched(model) -> bool:
+def _is_patched(model: torch.nn.Module) -> bool:
     try:
         patched_impl(model)
     except RuntimeError:

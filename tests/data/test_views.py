@@ -13,8 +13,8 @@ from llmjepa_kernels.data.grammar import generate
 from llmjepa_kernels.data.predictor_tokens import predictor_token
 from llmjepa_kernels.data.samples import read_chats, train_tokenizer
 from llmjepa_kernels.hf.patch import patch_model
+from llmjepa_kernels.training.collator import LLMJEPACollator
 from llmjepa_kernels.training.objective import llm_jepa_loss
-from llmjepa_kernels.training.trainer import LLMJEPACollator
 from tests.hf.test_families import gradients, separate_passes
 from tests.support.models import tiny_model
 

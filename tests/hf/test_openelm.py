@@ -13,8 +13,9 @@ from llmjepa_kernels import pack
 from llmjepa_kernels.hf import patch as hf
 from llmjepa_kernels.hf.load import add_lora
 from llmjepa_kernels.hf.patch import patch_model, patched_impl, unpatch_model
+from llmjepa_kernels.training.collator import LLMJEPACollator
 from llmjepa_kernels.training.objective import llm_jepa_loss
-from llmjepa_kernels.training.trainer import LLMJEPACollator, LLMJEPATrainer
+from llmjepa_kernels.training.trainer import LLMJEPATrainer
 from tests.hf.test_families import LAYOUTS, assert_equal_passes
 from tests.hf.test_patch import left_padded
 from tests.hf.test_training import assert_same, loss_and_gradients, packed

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from llmjepa_kernels.files import write_whole
 from llmjepa_kernels.training.checkpoints import (
-    FILE_NAME,
+    MANIFEST,
     checkpoints,
     mark_complete,
     why_incomplete,
@@ -29,15 +29,15 @@ def checkpoint(tmp_path):
 
 
 def test_complete_or_what_is_missing(checkpoint):
-    assert why_incomplete(checkpoint) == f"it has no {FILE_NAME}: saving it was interrupted"
+    assert why_incomplete(checkpoint) == f"it has no {MANIFEST}: saving it was interrupted"
     mark_complete(checkpoint)
     assert why_incomplete(checkpoint) is None
     (checkpoint / "shards" / "0.bin").write_bytes(b"sha")
     assert why_incomplete(checkpoint) == "shards/0.bin has 3 bytes instead of 5"
     (checkpoint / "shards" / "0.bin").unlink()
     assert why_incomplete(checkpoint) == "shards/0.bin is missing"
-    (checkpoint / FILE_NAME).write_text("{")
-    assert why_incomplete(checkpoint).startswith(f"{FILE_NAME} is corrupt: ")
+    (checkpoint / MANIFEST).write_text("{")
+    assert why_incomplete(checkpoint).startswith(f"{MANIFEST} is corrupt: ")
 
 
 def test_the_latest_comes_first(tmp_path):

@@ -22,9 +22,10 @@ from llmjepa_kernels.data.samples import train_tokenizer
 from llmjepa_kernels.hf.load import add_lora
 from llmjepa_kernels.hf.patch import patch_model, patched_impl
 from llmjepa_kernels.packing import IGNORE
+from llmjepa_kernels.training.collator import LLMJEPACollator, chat_tokens
 from llmjepa_kernels.training.loss_dropout import LossDropout
 from llmjepa_kernels.training.objective import llm_jepa_loss
-from llmjepa_kernels.training.trainer import LLMJEPACollator, LLMJEPATrainer, chat_tokens
+from llmjepa_kernels.training.trainer import LLMJEPATrainer
 
 ROWS = generate(24, seed=3)
 
@@ -153,7 +154,7 @@ def test_collator_counts_what_plain_fine_tuning_takes(tokenizer):
         assert batch["sft_tokens"].shape == (len(batch["input_ids"]),)
         assert int(batch["sft_tokens"].sum()) == sft_tokens
 
-    plain = LLMJEPACollator(tokenizer, views=False, share_prefixes=False)(ROWS[:8])
+    plain = LLMJEPACollator(tokenizer, with_views=False, share_prefixes=False)(ROWS[:8])
     assert plain["input_ids"].numel() == int(plain["sft_tokens"].sum()) == sft_tokens
     assert plain["view_pairs"].shape[1] == 0
 
@@ -173,8 +174,6 @@ def test_loss_dropout_takes_the_cost_of_the_views_away(tokenizer):
 
 
 def test_collator_names_what_is_wrong(tokenizer):
-    with pytest.raises(ValueError, match="packing_strategy must be 'bfd', got 'wrapped'"):
-        LLMJEPACollator(tokenizer, packing_strategy="wrapped")
     with pytest.raises(ValueError, match=r"with the key messages, got \['text'\]"):
         LLMJEPACollator(tokenizer)([{"text": "a"}])
     with pytest.raises(ValueError, match="tokenizer=None"):
@@ -279,7 +278,7 @@ def test_plain_fine_tuning_is_the_models_own_loss(tokenizer, tmp_path):
             loss = model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss
         total, count = total + float(loss) * supervised, count + supervised
 
-    collator = LLMJEPACollator(tokenizer, views=False)
+    collator = LLMJEPACollator(tokenizer, with_views=False)
     trainer = LLMJEPATrainer(model, arguments(tmp_path), collator, train_dataset=ROWS[:8])
     trainer.train()
     log = trainer.state.log_history[0]
