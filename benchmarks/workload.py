@@ -15,7 +15,8 @@ from torch import Tensor
 from llmjepa_kernels import BlockMask, Example, PackedBatch, Segment, llm_jepa_example, pack
 from llmjepa_kernels.data.chat import chat_example
 from llmjepa_kernels.data.grammar import generate
-from llmjepa_kernels.data.samples import read_chats, train_tokenizer
+from llmjepa_kernels.data.samples import read_chats
+from llmjepa_kernels.data.tokenizer import train_tokenizer
 from llmjepa_kernels.hf.load import load_tokenizer
 
 

@@ -117,6 +117,39 @@ def llm_jepa_example(
     return Example(segments, pairs=[(predictor, len(segments) - 1)])
 
 
+def without_views(example: Example) -> Example:
+    """The example for next-token loss alone: no pairs, and no segment without supervised tokens.
+
+    A segment stays if a later one that stays continues it.
+    """
+    kept: set[int] = set()
+    for i in reversed(range(len(example.segments))):
+        segment = example.segments[i]
+        supervised = segment.labels is not None and any(y != IGNORE for y in segment.labels)
+        if supervised or i in kept:
+            kept |= {i} if segment.parent is None else {i, segment.parent}
+    if not kept:
+        raise ValueError(
+            "the example has no supervised token, so nothing is left without its views"
+        )
+    index = {old: new for new, old in enumerate(sorted(kept))}
+    return Example(
+        [
+            Segment(s.input_ids, s.parent if s.parent is None else index[s.parent], s.labels)
+            for s in (example.segments[i] for i in index)
+        ]
+    )
+
+
+def segment_ends(example: Example) -> list[int]:
+    """How many tokens the last one of each segment sees: those above it, and its own."""
+    ends: list[int] = []
+    for segment in example.segments:
+        above = 0 if segment.parent is None else ends[segment.parent]
+        ends.append(above + len(segment.input_ids))
+    return ends
+
+
 def pack(
     examples: Iterable[Example],
     max_length: int | None = None,

@@ -52,12 +52,12 @@ def test_a_missing_transformers_is_named():
 def test_the_readme_example_trains(one_thread):
     """The ten lines for an existing loop, run as they are printed."""
     from llmjepa_kernels.data import grammar
-    from llmjepa_kernels.data import samples as data
+    from llmjepa_kernels.data.tokenizer import train_tokenizer
     from llmjepa_kernels.hf import load as models
 
     (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     chats = grammar.generate(16, seed=0)
-    tokenizer = data.train_tokenizer(chats, vocab_size=300)
+    tokenizer = train_tokenizer(chats, vocab_size=300)
     torch.manual_seed(0)
     model = models.small_llama(tokenizer, hidden_size=64, num_layers=1)
     losses = []

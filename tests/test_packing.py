@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmjepa_kernels import Example, PackedBatch, Segment, llm_jepa_example, pack
+from llmjepa_kernels.packing import segment_ends, without_views
 from tests.support.helpers import random_examples
 
 PAD = 999
@@ -266,3 +267,25 @@ def test_ten_thousand_examples_take_seconds():
     ]
     batch = pack(examples, 4096)
     assert (batch["view_pairs"][..., 0] >= 0).sum() == 10_000
+
+
+def test_without_views_keeps_what_supervised_segments_hang_from():
+    example = Example(
+        [
+            Segment([1, 2]),
+            Segment([3], parent=0),
+            Segment([4, 5], parent=0, labels=[-100, -100]),
+            Segment([6], parent=0, labels=[6]),
+            Segment([7], labels=[-100]),
+        ],
+        pairs=[(1, 4)],
+    )
+    assert without_views(example) == Example(
+        [Segment([1, 2]), Segment([6], parent=0, labels=[6])], pairs=()
+    )
+
+
+def test_segment_ends_count_what_the_last_token_sees():
+    example = Example([Segment([1, 2]), Segment([3], parent=0), Segment([4, 5, 6], parent=1)])
+    assert segment_ends(example) == [2, 3, 6]
+    assert segment_ends(Example([Segment([1, 2]), Segment([3])])) == [2, 1]

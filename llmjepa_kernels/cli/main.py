@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llmjepa_kernels.cli.options import EVAL_SAMPLES, FINE_TUNE, SCRATCH, TRAIN_SAMPLES
-from llmjepa_kernels.data.samples import RECIPES
+from llmjepa_kernels.data.recipes import RECIPES
 from llmjepa_kernels.evaluation.rules import RULES
 
 # Transformers takes seconds to import: a subcommand imports what needs it when it runs, so that

@@ -21,7 +21,7 @@ from llmjepa_kernels.cli.run_record import RunRecord
 from llmjepa_kernels.cli.training_data import TrainingData
 from llmjepa_kernels.data.example_format import ExampleFormat
 from llmjepa_kernels.data.predictor_tokens import add_tokens, predictor_token
-from llmjepa_kernels.data.samples import train_tokenizer
+from llmjepa_kernels.data.tokenizer import train_tokenizer
 from llmjepa_kernels.evaluation.geometry import view_states
 from llmjepa_kernels.evaluation.predict import evaluate
 from llmjepa_kernels.evaluation.rules import RULE_OF_RECIPE, Rule

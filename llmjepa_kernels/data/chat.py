@@ -1,25 +1,18 @@
-"""Chat messages and a tokenizer's chat template → ``Example``: where Text and Code begin and end.
-
-A template is a program, so spans are neither guessed from its source nor searched for in its
-output. It is rendered once around placeholders, which gives the literals it puts before, between
-and after the contents; every real rendering must then be exactly those literals around the real
-contents. That rendering is tokenized once, so its tokens are those of
-``tokenizer.apply_chat_template``.
-
-A content ends with the last token that holds a character of it: where a tokenizer merges "?" and
-the template's newline into one token, that token is the content's last.
-"""
+"""Chat messages → ``Example``: where Text and Code begin and end."""
 
 from __future__ import annotations
 
-import weakref
-from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llmjepa_kernels.packing import Example, Segment
+from llmjepa_kernels.data.messages import answered, check_content, check_messages, check_views
+from llmjepa_kernels.data.template import Rendering, render, token_span
+from llmjepa_kernels.packing import IGNORE, Example, Segment
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 LAYOUTS = ("shared", "official")
 DIRECTIONS = ("text_to_code", "code_to_text", "both")
@@ -29,7 +22,7 @@ SUPERVISE = ("assistant", "all")
 
 def chat_example(
     messages: Sequence[Mapping[str, str]],
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     layout: str = "shared",
     pred_ids: Sequence[int] = (),
@@ -90,7 +83,7 @@ def chat_example(
     pred_ids = list(pred_ids)
     contents = [message["content"] for message in messages]
     roles = tuple(message["role"] for message in messages)
-    chat = _turn(tokenizer, roles, contents, template_kwargs)
+    chat = render(tokenizer, roles, contents, template_kwargs)
     labels = _labels(chat, supervise)
 
     segments = [Segment(chat.input_ids, labels=labels)]
@@ -103,7 +96,7 @@ def chat_example(
         if name == "text" and end is not None:
             return _View(chat.input_ids[:end], chat.spans[-2][0], segment=0)
         role, content = turns[name]
-        turn = _turn(tokenizer, (role,), [content], template_kwargs)
+        turn = render(tokenizer, (role,), [content], template_kwargs)
         return _lone_view(tokenizer, turn, appended)
 
     return _link(segments, view, directed, pred_position, pred_ids)
@@ -111,7 +104,7 @@ def chat_example(
 
 def plain_example(
     messages: Sequence[Mapping[str, str]],
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     separator_id: int,
     pred_ids: Sequence[int] = (),
@@ -147,9 +140,9 @@ def plain_example(
     bos = _bos(tokenizer)
 
     answer = [*_encode(tokenizer, messages[-1]["content"]), tokenizer.eos_token_id]
-    labels = [-100] * len(prompt) + answer
+    labels = [IGNORE] * len(prompt) + answer
     if supervise == "all":
-        labels = [-100, *(prompt + answer)[1:]]
+        labels = [IGNORE, *(prompt + answer)[1:]]
     end = len(prompt) - 1
 
     def view(name: str) -> _View:
@@ -164,7 +157,7 @@ def plain_example(
 
 def chat_prompt(
     messages: Sequence[Mapping[str, str]],
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[int]:
@@ -180,9 +173,9 @@ def chat_prompt(
     Raises:
         ValueError: As in ``chat_example``.
     """
-    answered = _answered(messages)
-    roles = tuple(message["role"] for message in answered)
-    chat = _turn(tokenizer, roles, [m["content"] for m in answered], template_kwargs)
+    turns = answered(messages)
+    roles = tuple(message["role"] for message in turns)
+    chat = render(tokenizer, roles, [m["content"] for m in turns], template_kwargs)
     return chat.input_ids[: chat.spans[-1][0]]
 
 
@@ -190,92 +183,8 @@ def plain_prompt(
     messages: Sequence[Mapping[str, str]], tokenizer, *, separator_id: int
 ) -> list[int]:
     """The tokens before the assistant content in ``plain_example``, separator included."""
-    user = _answered(messages)[-2]["content"]
+    user = answered(messages)[-2]["content"]
     return [*_bos(tokenizer), *_encode(tokenizer, user), separator_id]
-
-
-def without_views(example: Example) -> Example:
-    """The example for next-token loss alone: no pairs, and no segment without supervised tokens.
-
-    A segment stays if a later one that stays continues it.
-    """
-    kept: set[int] = set()
-    for i in reversed(range(len(example.segments))):
-        segment = example.segments[i]
-        supervised = segment.labels is not None and any(y != -100 for y in segment.labels)
-        if supervised or i in kept:
-            kept |= {i} if segment.parent is None else {i, segment.parent}
-    if not kept:
-        raise ValueError(
-            "the example has no supervised token, so nothing is left without its views"
-        )
-    index = {old: new for new, old in enumerate(sorted(kept))}
-    return Example(
-        [
-            Segment(s.input_ids, s.parent if s.parent is None else index[s.parent], s.labels)
-            for s in (example.segments[i] for i in index)
-        ]
-    )
-
-
-def check_messages(messages: Any) -> None:
-    """Raises ValueError unless messages are an optional system, a user and an assistant turn."""
-    if not _is_list(messages):
-        raise ValueError(f"messages must be a list of turns, got {type(messages).__name__}")
-    for i, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            raise ValueError(f"messages[{i}] must have the keys role and content, got {message!r}")
-        check_content(message["content"], f"the content of messages[{i}]")
-    roles = [message["role"] for message in messages]
-    if roles not in (["system", "user", "assistant"], ["user", "assistant"]):
-        raise ValueError(f"messages must have the roles [system,] user, assistant, got {roles}")
-
-
-def check_views(views: Any, pairs: Any) -> None:
-    """Raises ValueError unless these are further views and pairs as ``chat_example`` takes them."""
-    views = {} if views is None else views
-    if not isinstance(views, Mapping):
-        raise ValueError(f"views must map names to contents, got {type(views).__name__}")
-    names = ["text", "code"]
-    for name, view in views.items():
-        if not isinstance(name, str) or name in names:
-            raise ValueError(f"views must have names other than {names}, got {name!r}")
-        if isinstance(view, Mapping):
-            if view.get("role") not in ("user", "assistant") or "content" not in view:
-                raise ValueError(
-                    f"views[{name!r}] must be a string or a user or assistant turn, got {view!r}"
-                )
-            view = view["content"]
-        check_content(view, f"views[{name!r}]")
-    names += views
-    if pairs is None:
-        return
-    if not _is_list(pairs):
-        raise ValueError(f"pairs must be a list of pairs of views, got {pairs!r}")
-    for i, pair in enumerate(pairs):
-        if not _is_list(pair) or len(pair) != 2 or pair[0] == pair[1]:
-            raise ValueError(f"pairs[{i}] must name two different views, got {pair!r}")
-        for name in pair:
-            if name not in names:
-                raise ValueError(f"pairs[{i}] must name views out of {names}, got {name!r}")
-        if list(pair) in map(list, pairs[:i]):
-            raise ValueError(f"pairs must not repeat a pair, got {pair!r} twice")
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
-
-
-def check_content(content: Any, name: str) -> None:
-    """Raises ValueError unless content is a string with more than white space in it."""
-    if not isinstance(content, str):
-        raise ValueError(f"{name} must be a string, got {type(content).__name__}")
-    if not content.strip():
-        raise ValueError(f"{name} must not be empty, got {content!r}")
-    try:
-        content.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{name} is not valid Unicode: {error}") from None
 
 
 def _check_options(**options: str) -> None:
@@ -301,7 +210,7 @@ class _View:
 
 def _split(input_ids: list[int], labels: list[int], end: int) -> list[Segment]:
     """A prompt of ``end`` tokens and what continues it."""
-    supervised = any(label != -100 for label in labels[:end])
+    supervised = any(label != IGNORE for label in labels[:end])
     return [
         Segment(input_ids[:end], labels=labels[:end] if supervised else None),
         Segment(input_ids[end:], parent=0, labels=labels[end:]),
@@ -371,177 +280,29 @@ def _link(
     return Example(segments, linked)
 
 
-@dataclass(frozen=True)
-class _Turn:
-    """A tokenized rendering: its tokens, and the tokens and characters of each content."""
-
-    input_ids: list[int]
-    offsets: list[tuple[int, int]]
-    spans: list[tuple[int, int]]
-    text: str
-    char_spans: list[tuple[int, int]]
-
-
-def _turn(
-    tokenizer,
-    roles: tuple[str, ...],
-    contents: Sequence[str],
-    template_kwargs: Mapping[str, Any] | None,
-) -> _Turn:
-    """Renders and tokenizes one conversation."""
-    if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(
-            "tokenizer must be a fast one, which knows the characters of a token, got "
-            f"{type(tokenizer).__name__}"
-        )
-    if not tokenizer.chat_template:
-        raise ValueError(
-            "the tokenizer has no chat template: set tokenizer.chat_template, or use the plain "
-            "format (plain_example)"
-        )
-    kwargs = template_kwargs or {}
-    frames = _frames.setdefault(tokenizer, {})
-    key = (str(tokenizer.chat_template), roles, repr(sorted(kwargs.items())))
-    stale = frames.get(key)
-    text, char_spans = stale.render(tokenizer, contents, kwargs) if stale else ("", None)
-    if char_spans is None:
-        # Also after a success: a template may write the date, and special tokens may be replaced.
-        frames[key] = frame = _Frame.of(tokenizer, roles, kwargs)
-        text, char_spans = frame.render(tokenizer, contents, kwargs)
-    if char_spans is None:
-        raise ValueError(
-            "the chat template does not keep a content in one piece: expected "
-            f"{list(contents)} between {list(frame.literals)}, got {text!r}"
-        )
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    offsets = encoded["offset_mapping"]
-    spans = [_token_span(offsets, *span) for span in char_spans]
-    return _Turn(encoded["input_ids"], offsets, spans, text, char_spans)
-
-
-@dataclass(frozen=True)
-class _Frame:
-    """What a template puts around the contents of a conversation.
-
-    Attributes:
-        roles: The roles handed to the template.
-        folded: The system content goes in front of the user content.
-        literals: The text before each content, and after the last.
-    """
-
-    roles: tuple[str, ...]
-    folded: bool = False
-    literals: tuple[str, ...] = ()
-
-    @classmethod
-    def of(cls, tokenizer, roles: tuple[str, ...], kwargs: Mapping[str, Any]) -> _Frame:
-        """Renders placeholders in the first of the possible ways that the template accepts."""
-        from jinja2 import TemplateError
-
-        ways = [cls(roles)]
-        if roles[0] == "system":
-            ways.append(cls(roles[1:], folded=True))
-        elif roles == ("assistant",):
-            ways.append(cls(("user",)))
-        placeholders = [f"\ue000{i}\ue001" for i in range(len(roles))]
-        refusals = []
-        for way in ways:
-            try:
-                rest = way._apply(tokenizer, placeholders, kwargs)
-            except TemplateError as error:
-                refusals.append(f"{list(way.roles)} is refused with {str(error)!r}")
-                continue
-            literals = []
-            for placeholder in placeholders:
-                before, _, rest = rest.partition(placeholder)
-                literals.append(before)
-            literals.append(rest)
-            frame = cls(way.roles, way.folded, tuple(literals))
-            # A content that is missing, repeated or out of order does not survive this.
-            if (
-                all("\ue000" not in literal for literal in literals)
-                and frame.render(tokenizer, placeholders, kwargs)[1]
-            ):
-                return frame
-            refusals.append(f"{list(way.roles)} does not give every content once and in order")
-        raise ValueError(
-            f"the chat template cannot render {list(roles)}: {'; '.join(refusals)}. Set "
-            "tokenizer.chat_template to one that can, or use the plain format (plain_example)"
-        )
-
-    def _apply(self, tokenizer, contents: Sequence[str], kwargs: Mapping[str, Any]) -> str:
-        if self.folded:
-            contents = [f"{contents[0]}\n\n{contents[1]}", *contents[2:]]
-        messages = [
-            {"role": role, "content": text} for role, text in zip(self.roles, contents, strict=True)
-        ]
-        return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
-
-    def render(
-        self, tokenizer, contents: Sequence[str], kwargs: Mapping[str, Any]
-    ) -> tuple[str, list[tuple[int, int]] | None]:
-        """The rendering and the characters of each content; None if it is not the literals'."""
-        text = self._apply(tokenizer, contents, kwargs)
-        end = len(self.literals[0])
-        spans = []
-        for content, literal in zip(contents, self.literals[1:], strict=True):
-            kept = next((c for c in _trims(content) if text.startswith(c + literal, end)), None)
-            if kept is None:
-                return text, None
-            spans.append((end, end + len(kept)))
-            end += len(kept) + len(literal)
-        return text, spans if text.startswith(self.literals[0]) and end == len(text) else None
-
-
-_frames: weakref.WeakKeyDictionary[Any, dict[Any, _Frame]] = weakref.WeakKeyDictionary()
-
-
-def _trims(content: str) -> Iterator[str]:
-    """The content as templates write it: whole, or without the white space at its ends."""
-    yield content
-    if content != content.strip():
-        for characters in (None, "\n"):
-            yield content.lstrip(characters)
-            yield content.rstrip(characters)
-            yield content.strip(characters)
-
-
-def _token_span(offsets: list[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
-    """The tokens that hold the characters start..end, as (first, last + 1).
-
-    Several tokens may share the offsets of one character, and a token of white space may have
-    empty ones, so the search goes by where tokens end and then takes in all that begin earlier.
-    """
-    first = bisect_right(offsets, start, key=lambda offset: offset[1])
-    stop = bisect_left(offsets, end, lo=first, key=lambda offset: offset[1]) + 1
-    while stop < len(offsets) and offsets[stop][0] < end:
-        stop += 1
-    return first, stop
-
-
-def _labels(chat: _Turn, supervise: str) -> list[int]:
+def _labels(chat: Rendering, supervise: str) -> list[int]:
     ids = chat.input_ids
     if supervise == "all":
-        return [-100, *ids[1:]]
+        return [IGNORE, *ids[1:]]
     start = chat.spans[-1][0]
     # The end of the turn is what the template writes after it, white space excepted.
-    stop = max(chat.spans[-1][1], _token_span(chat.offsets, 0, len(chat.text.rstrip()))[1])
-    return [-100] * start + ids[start:stop] + [-100] * (len(ids) - stop)
+    stop = max(chat.spans[-1][1], token_span(chat.offsets, 0, len(chat.text.rstrip()))[1])
+    return [IGNORE] * start + ids[start:stop] + [IGNORE] * (len(ids) - stop)
 
 
-def _text_end(chat: _Turn, text: str | None) -> int | None:
+def _text_end(chat: Rendering, text: str | None) -> int | None:
     """How many of the chat's tokens Text takes; None if it is no prefix of the user content."""
     if text is None:
         return chat.spans[-2][1]
     check_content(text, "text")
     start, stop = chat.char_spans[-2]
     end = start + len(text.strip())
-    last = _token_span(chat.offsets, start, end)[1]
+    last = token_span(chat.offsets, start, end)[1]
     beyond = chat.text[end : min(chat.offsets[last - 1][1], stop)]
     return last if chat.text[start:end] == text.strip() and not beyond.strip() else None
 
 
-def _lone_view(tokenizer, turn: _Turn, pred_follows: bool) -> _View:
+def _lone_view(tokenizer, turn: Rendering, pred_follows: bool) -> _View:
     """A turn alone, up to its last content token.
 
     A [PRED] written right behind the content would keep what the template writes there out of the
@@ -551,14 +312,6 @@ def _lone_view(tokenizer, turn: _Turn, pred_follows: bool) -> _View:
     if pred_follows and turn.offsets[stop - 1][1] > end:
         return _View(_encode(tokenizer, turn.text[:end]), start)
     return _View(turn.input_ids[:stop], start)
-
-
-def _answered(messages: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
-    """The messages with some assistant turn."""
-    asked = [m for m in messages if not (isinstance(m, Mapping) and m.get("role") == "assistant")]
-    answered = [*asked, {"role": "assistant", "content": "x"}]
-    check_messages(answered)
-    return answered
 
 
 def _encode(tokenizer, text: str) -> list[int]:

@@ -1,25 +1,15 @@
-"""Training samples from JSONL files and `datasets`, checked line by line, and a small tokenizer."""
+"""Samples from JSONL files and `datasets`, checked line by line."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import islice, pairwise
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
-from llmjepa_kernels.data.chat import check_content, check_messages, check_views
-from llmjepa_kernels.data.grammar import SYSTEM_PROMPT as REGEX_PROMPT
+from llmjepa_kernels.data.messages import check_content, check_messages, check_views
+from llmjepa_kernels.data.recipes import RECIPES, Recipe
 from llmjepa_kernels.data.sources import Rows, Source, open_rows
-
-Recipe = Callable[[Mapping[str, Any]], "Mapping[str, Any] | list[Mapping[str, Any]]"]
-
-CHAT_TEMPLATE = (
-    "{{ bos_token }}"
-    "{% for message in messages %}"
-    "{{ '<|' + message['role'] + '|>' + message['content'] + eos_token }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
 
 
 def read_chats(
@@ -119,123 +109,3 @@ def _sample(row: Any) -> dict[str, Any]:
 def _only(view: Any) -> Any:
     """The turn, where a view is given as a list of one."""
     return view[0] if isinstance(view, list) and len(view) == 1 else view
-
-
-def _chat(system: str, user: str, assistant: str, **views: str) -> dict[str, Any]:
-    contents = zip(("system", "user", "assistant"), (system, user, assistant), strict=True)
-    return {"messages": [{"role": role, "content": text} for role, text in contents], **views}
-
-
-def _label(row: Mapping[str, Any], num_labels: int) -> int:
-    label = int(row["label"])
-    if not 0 <= label < num_labels:
-        raise ValueError(f"label must be in 0 .. {num_labels - 1}, got {row['label']!r}")
-    return label
-
-
-def _hellaswag(row: Mapping[str, Any]) -> dict[str, Any]:
-    label, endings = _label(row, 4), row["endings"]
-    options = [f"{letter}) {ending}" for letter, ending in zip("ABCD", endings, strict=True)]
-    return _chat(
-        "Which one of A), B), C), or D) is the best ending for the context? Answer A, B, C, or D.",
-        "\n".join([row["ctx"], *options]),
-        "ABCD"[label],
-        text=row["ctx"],
-        code=endings[label],
-    )
-
-
-def _sentiment(*labels: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-    system = "Determine whether the comment is positive or negative"
-    return lambda row: _chat(system, row["text"], labels[_label(row, len(labels))])
-
-
-PARAPHRASE_COLUMNS = (
-    ("sentence1", "sentence2"),  # GLUE's MRPC, PAWS
-    ("question1", "question2"),  # Quora
-    ("text", "paraphrase"),
-)
-
-
-def _paraphrases(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Each paraphrase of a group followed by the next one, as in the paper; no system prompt."""
-    group = row.get("paraphrases")
-    if group is None:
-        columns = next((pair for pair in PARAPHRASE_COLUMNS if row.keys() >= set(pair)), None)
-        if columns is None:
-            known = ["paraphrases", *map(" and ".join, PARAPHRASE_COLUMNS)]
-            raise ValueError(f"expected the columns {' or '.join(known)}, got {sorted(row)}")
-        group = [row[column] for column in columns]
-    if row.get("label", 1) != 1:
-        raise ValueError(f"its label says that these are no paraphrases: {row['label']!r}")
-    if not isinstance(group, list) or len(group) < 2:
-        raise ValueError(f"paraphrases must be a list of at least two, got {group!r}")
-    return [
-        {"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]}
-        for a, b in pairwise(group)
-    ]
-
-
-# The columns of the datasets on the Hugging Face hub → the chats of the LLM-JEPA authors.
-RECIPES: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
-    "gsm8k": lambda row: _chat(
-        "Answer the math question, show steps.", row["question"], row["answer"]
-    ),
-    "hellaswag": _hellaswag,
-    "nq_open": lambda row: _chat(
-        "Answer the question below.", row["question"], "; ".join(row["answer"])
-    ),
-    "nl_rx": lambda row: _chat(REGEX_PROMPT, row["src"], row["targ"]),  # SYNTH and TURK
-    "paraphrase": _paraphrases,
-    "rotten_tomatoes": _sentiment("Bad", "Good"),
-    "spider": lambda row: _chat(
-        "Convert natural language to SQL.",
-        f"For db_id:[{row['db_id']}]\n\n{row['question']}",
-        row["query"],
-    ),
-    "yelp": _sentiment("Very Bad", "Bad", "Mediocre", "Good", "Very Good"),
-}
-
-
-def train_tokenizer(samples: Iterable[Mapping[str, Any]], *, vocab_size: int = 512):
-    """A byte-level BPE tokenizer of the samples' contents, with BOS, EOS, PAD and a chat template.
-
-    The template writes a BOS, then every turn as one role token, the content and EOS, so greedy
-    generation stops by itself. Any text can be encoded. Saves and loads as every other
-    tokenizer, through ``AutoTokenizer``.
-
-    Args:
-        samples: As ``read_chats`` yields them; only the contents of ``messages`` are used.
-        vocab_size: Tokens at most, special ones included.
-    Returns:
-        A ``PreTrainedTokenizerFast``.
-    Raises:
-        ValueError: ``vocab_size`` cannot hold the 256 bytes and the special tokens.
-    """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    special = {"pad_token": "<|pad|>", "bos_token": "<|bos|>", "eos_token": "<|eos|>"}
-    roles = ["<|system|>", "<|user|>", "<|assistant|>"]
-    least = 256 + len(special) + len(roles)
-    if vocab_size < least:
-        raise ValueError(f"vocab_size must be at least {least}, got {vocab_size}")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[*special.values(), *roles],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    contents = (turn["content"] for sample in samples for turn in sample["messages"])
-    tokenizer.train_from_iterator(contents, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        **special,
-        additional_special_tokens=roles,
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-    )

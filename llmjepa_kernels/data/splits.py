@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -78,19 +78,11 @@ class Split:
             ValueError: Depth or operator pairs are asked of an answer that is no regex.
         """
         answer = sample["messages"][-1]["content"]
-        if self.kind == "length":
-            return len(answer) > self.value
+        if isinstance(self.value, int):
+            size = len(answer) if self.kind == "length" else self._structure(answer).depth
+            return size > self.value
         found = self._structure(answer)
-        if self.kind == "depth":
-            return found.depth > self.value
         return not self.held_out_pairs.isdisjoint(found.operator_pairs)
-
-    def divide(self, samples: Iterable[dict[str, Any]]) -> tuple[list[dict], list[dict]]:
-        """The samples in and those out of distribution, each in their order."""
-        divided: tuple[list[dict], list[dict]] = ([], [])
-        for sample in samples:
-            divided[self.is_out_of_distribution(sample)].append(sample)
-        return divided
 
     @cached_property
     def held_out_pairs(self) -> frozenset[str]:

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 
-from llmjepa_kernels.data.chat import without_views
 from llmjepa_kernels.data.example_format import ExampleFormat
 from llmjepa_kernels.ops.choice import may_choose_flash
-from llmjepa_kernels.packing import Example, PackedBatch, pack
+from llmjepa_kernels.packing import Example, PackedBatch, pack, without_views
 from llmjepa_kernels.training.objective import supervised_positions
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.utils.data import Sampler
 
-from llmjepa_kernels.packing import Example
+from llmjepa_kernels.packing import Example, segment_ends
 
 
 class UpdateSampler(Sampler):
@@ -125,12 +125,8 @@ def example_work(example: Example, hidden_size: int) -> float:
     visible pair of tokens in attention: a pair is worth 1 / (6·d) of a token. Prefixes that the
     example will share with others of its row count in full, for all examples alike.
     """
-    tokens, pairs = 0, 0
-    ends: list[int] = []  # how many tokens the last one of each segment sees
-    for segment in example.segments:
-        above = 0 if segment.parent is None else ends[segment.parent]
-        length = len(segment.input_ids)
-        tokens += length
-        pairs += length * above + length * (length + 1) // 2
-        ends.append(above + length)
+    lengths = [len(segment.input_ids) for segment in example.segments]
+    tokens, pairs = sum(lengths), 0
+    for length, end in zip(lengths, segment_ends(example), strict=True):
+        pairs += length * (end - length) + length * (length + 1) // 2
     return tokens + pairs / (6 * hidden_size)

@@ -9,8 +9,7 @@ from typing import TypeVar
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from llmjepa_kernels.data.chat import without_views
-from llmjepa_kernels.packing import Example
+from llmjepa_kernels.packing import Example, without_views
 from llmjepa_kernels.training.loss_dropout import random_fraction
 
 T = TypeVar("T")

@@ -15,9 +15,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from llmjepa_kernels.data.chat import without_views
 from llmjepa_kernels.hf.patch import patch_model, patched_impl
-from llmjepa_kernels.packing import IGNORE, Example
+from llmjepa_kernels.packing import IGNORE, Example, without_views
 from llmjepa_kernels.training.checkpoints import MANIFEST, mark_complete, saving
 from llmjepa_kernels.training.collator import LLMJEPACollator
 from llmjepa_kernels.training.loss_dropout import LossDropout

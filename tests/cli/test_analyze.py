@@ -14,7 +14,7 @@ from llmjepa_kernels.cli.analyze import short_names
 from llmjepa_kernels.data import grammar
 from llmjepa_kernels.data.example_format import ExampleFormat
 from llmjepa_kernels.data.predictor_tokens import add_predictor_tokens
-from llmjepa_kernels.data.samples import train_tokenizer
+from llmjepa_kernels.data.tokenizer import train_tokenizer
 from llmjepa_kernels.evaluation.geometry import (
     DEFINITIONS,
     effective_rank,

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llmjepa_kernels.cli import main as cli
 from llmjepa_kernels.data import grammar
 from llmjepa_kernels.data.predictor_tokens import add_predictor_tokens
-from llmjepa_kernels.data.samples import train_tokenizer
+from llmjepa_kernels.data.tokenizer import train_tokenizer
 from llmjepa_kernels.evaluation import predict as evaluate
 from llmjepa_kernels.hf import load as models
 from tests.evaluation.test_predict import talkative_llama

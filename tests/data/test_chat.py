@@ -7,111 +7,20 @@ from zipfile import ZipFile
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
-from llmjepa_kernels import Example, Segment, llm_jepa_example, pack
+from llmjepa_kernels import llm_jepa_example, pack
 from llmjepa_kernels.data.chat import (
     chat_example,
     chat_prompt,
     plain_example,
     plain_prompt,
-    without_views,
 )
+from llmjepa_kernels.packing import without_views
 from tests.support.chat_templates import KWARGS, OLMO2, QWEN3, SMOLLM2, SPANS, USER_ALONE
-
-SPECIAL = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>", "<|User|>"]
-SPECIAL += ["<end_of_turn>", "<|im_start|>", "<|im_end|>", "<|pred|>", "<|sep|>", "<|Assistant|>"]
-CORPUS = [name for spans in SPANS.values() for name in spans[1:]] * 2
-CORPUS += [
-    " x x",
-    "lines with a vowel? ([0-9])|(dog)\n",
-    "Who?\n<|assistant|>\n",
-    "é ü 漢字 naïve\n\n",
-] * 9
-
-
-def build_tokenizer(kind):
-    """Small, but with the habits of the real ones.
-
-    byte_level: as Llama-3, Qwen and SmolLM2; offsets leave out the leading space.
-    punctuation_newline: as OLMo-2; the pattern joins punctuation and newline, and the role tags
-    are plain text. byte_fallback: as Gemma and Llama-2; a token per byte of an unknown character.
-    """
-    special = ["<unk>", "<s>", "</s>", *SPECIAL]
-    if kind == "byte_fallback":
-        special += [f"<0x{byte:02X}>" for byte in range(256)]
-        tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split("\n", "isolated"),
-                pre_tokenizers.Metaspace(prepend_scheme="first", split=False),
-            ]
-        )
-        tokenizer.decoder = decoders.Sequence(
-            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-        )
-        trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False)
-        corpus = [text for text in CORPUS if text.isascii()]
-    else:
-        tokenizer = Tokenizer(models.BPE())
-        pattern = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        if kind == "punctuation_newline":
-            split = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+")
-            pattern = pre_tokenizers.Sequence(
-                [
-                    pre_tokenizers.Split(split, "isolated"),
-                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-                ]
-            )
-        tokenizer.pre_tokenizer = pattern
-        tokenizer.decoder = decoders.ByteLevel()
-        tokenizer.post_processor = processors.ByteLevel(trim_offsets=kind == "byte_level")
-        trainer = trainers.BpeTrainer(
-            vocab_size=600,
-            special_tokens=special,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )
-        corpus = CORPUS
-    tokenizer.train_from_iterator(corpus, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        additional_special_tokens=SPECIAL,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-KINDS = ("byte_level", "punctuation_newline", "byte_fallback")
-TOKENIZERS = {}
-
-
-def get_tokenizer(template=SMOLLM2, kind="byte_level"):
-    if kind not in TOKENIZERS:
-        TOKENIZERS[kind] = build_tokenizer(kind)
-    TOKENIZERS[kind].chat_template = template
-    return TOKENIZERS[kind]
-
-
-def turns(*contents):
-    roles = ("system", "user", "assistant")[-len(contents) :]
-    return [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
-
-
-def decode(tokenizer, ids):
-    return tokenizer.decode([i for i in ids if i != -100])
-
-
-def decode_start(tokenizer, ids):
-    """Without the space that Llama-2's tokenizer puts before a text, and takes away again."""
-    return decode(tokenizer, ids).removeprefix(" ")
-
+from tests.support.chats import CHAT, KINDS, SPECIAL, decode, decode_start, get_tokenizer, turns
 
 PRED = 3 + SPECIAL.index("<|pred|>")
-CHAT = turns("SYS", "ASK?", "ANS")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -382,96 +291,6 @@ def test_plain_format():
     assert decode(tokenizer, labels) == "ASK?<|sep|>ANS</s>"
     own = plain_example(CHAT, tokenizer, separator_id=separator, text="cat", code="dog")
     assert [decode(tokenizer, s.input_ids) for s in own.segments[2:]] == ["<s>cat", "<s>dog"]
-
-
-def test_without_views_keeps_what_supervised_segments_hang_from():
-    example = Example(
-        [
-            Segment([1, 2]),
-            Segment([3], parent=0),
-            Segment([4, 5], parent=0, labels=[-100, -100]),
-            Segment([6], parent=0, labels=[6]),
-            Segment([7], labels=[-100]),
-        ],
-        pairs=[(1, 4)],
-    )
-    assert without_views(example) == Example(
-        [Segment([1, 2]), Segment([6], parent=0, labels=[6])], pairs=()
-    )
-
-
-def test_a_template_that_writes_something_else_later():
-    tokenizer = get_tokenizer("{{ today }}" + SMOLLM2.replace("{{ '<|im", "{{ bos_token + '<|im"))
-    first = chat_example(CHAT, tokenizer).segments[0]
-    assert decode(tokenizer, first.input_ids).startswith("<s><|im_start|>system")
-    tokenizer.bos_token = "</s>"
-    try:
-        second = chat_example(CHAT, tokenizer).segments[0]
-        assert decode(tokenizer, second.input_ids).startswith("</s><|im_start|>system")
-        other = chat_example(CHAT, tokenizer, template_kwargs={"today": "May"}).segments[0]
-        assert decode(tokenizer, other.input_ids).startswith("May</s><|im_start|>system")
-    finally:
-        tokenizer.bos_token = "<s>"
-
-
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        (None, r"has no chat template: set tokenizer\.chat_template"),
-        ("{{ messages[0]['content'] }}", r"cannot render .*Set tokenizer\.chat_template"),
-        (
-            "{% for m in messages %}{{ m['content'] + m['content'] }}{% endfor %}",
-            "does not give every content once and in order",
-        ),
-        (
-            "{% for m in messages[::-1] %}<{{ m['content'] }}>{% endfor %}",
-            "does not give every content once and in order",
-        ),
-        ("{{ raise_exception('never') }}", "is refused with 'never'"),
-        (
-            "{% for m in messages %}{{ m['role'] + m['content'] | upper }}{% endfor %}",
-            "does not keep a content in one piece: expected .*'ask'",
-        ),
-        (
-            "{% for m in messages %}<{{ m['content'] | replace('k', 'kk') }}>{% endfor %}",
-            "does not keep a content in one piece",
-        ),
-    ],
-)
-@pytest.mark.parametrize("layout", ["shared", "official"])
-def test_a_template_without_spans_is_refused(template, message, layout):
-    tokenizer = get_tokenizer(template)
-    with pytest.raises(ValueError, match=message):
-        chat_example(turns("sys", "ask", "ans"), tokenizer, layout=layout)
-
-
-def test_qwen3_reasoning_in_the_answer_is_refused():
-    tokenizer = get_tokenizer(QWEN3)
-    with pytest.raises(ValueError, match="does not keep a content in one piece"):
-        chat_example(turns("SYS", "ASK", "<think>hm</think>ANS"), tokenizer)
-
-
-@pytest.mark.parametrize(
-    ("messages", "message"),
-    [
-        ("hello", "messages must be a list of turns, got str"),
-        ([], r"roles \[system,\] user, assistant, got \[\]"),
-        (CHAT[:2], r"got \['system', 'user'\]"),
-        (CHAT[::-1], r"got \['assistant', 'user', 'system'\]"),
-        ([*CHAT, *CHAT[1:]], "roles .*got"),
-        ([{"role": "user"}, CHAT[2]], r"messages\[0\] must have the keys role and content"),
-        (["user", "assistant"], r"messages\[0\] must have the keys role and content"),
-        (turns("ASK", None), r"content of messages\[1\] must be a string, got NoneType"),
-        (turns(" \n", "ANS"), r"content of messages\[0\] must not be empty, got ' \\n'"),
-        (turns("\ud800", "ANS"), r"content of messages\[0\] is not valid Unicode"),
-    ],
-)
-def test_malformed_messages(messages, message):
-    tokenizer = get_tokenizer()
-    with pytest.raises(ValueError, match=message):
-        chat_example(messages, tokenizer)
-    with pytest.raises(ValueError, match=message):
-        plain_example(messages, tokenizer, separator_id=3)
 
 
 def test_bad_arguments():

@@ -9,7 +9,7 @@ from huggingface_hub import constants
 from llmjepa_kernels.data.chat import chat_example, chat_prompt, plain_example, plain_prompt
 from llmjepa_kernels.data.example_format import FILE_NAME, ExampleFormat
 from llmjepa_kernels.data.grammar import generate
-from llmjepa_kernels.data.samples import train_tokenizer
+from llmjepa_kernels.data.tokenizer import train_tokenizer
 
 SAMPLE = {**generate(1)[0], "text": "lines", "code": "a.*b"}
 

@@ -1,14 +1,12 @@
-"""Readers on good and bad files, the datasets' recipes, and the tokenizer's round trip."""
+"""Readers on good and bad files and data sets."""
 
 import json
 
 import datasets
 import pytest
-from transformers import AutoTokenizer
 
 from llmjepa_kernels.data import grammar
-from llmjepa_kernels.data.chat import chat_example, chat_prompt
-from llmjepa_kernels.data.samples import RECIPES, read_chats, train_tokenizer
+from llmjepa_kernels.data.samples import read_chats
 
 
 def chat(user="ASK", assistant="ANS", **keys):
@@ -126,59 +124,6 @@ def test_datasets_in_and_out(tmp_path):
         read_chats(datasets.DatasetDict(train=table))
 
 
-ROWS = {
-    "gsm8k": ({"question": "1 + 1?", "answer": "2\n#### 2"}, "1 + 1?", "2\n#### 2"),
-    "nq_open": ({"question": "who", "answer": ["A. B.", "B"]}, "who", "A. B.; B"),
-    "nl_rx": ({"src": "lines with a vowel", "targ": "[aeiou]"}, "lines with a vowel", "[aeiou]"),
-    "spider": (
-        {"db_id": "store", "question": "How many?", "query": "SELECT 1"},
-        "For db_id:[store]\n\nHow many?",
-        "SELECT 1",
-    ),
-    "rotten_tomatoes": ({"text": "fine .", "label": 1}, "fine .", "Good"),
-    "yelp": ({"text": "so so", "label": 2}, "so so", "Mediocre"),
-    "hellaswag": (
-        {"ctx": "A dog", "endings": ["runs", "sits", "eats", "flies"], "label": "1"},
-        "A dog\nA) runs\nB) sits\nC) eats\nD) flies",
-        "B",
-    ),
-}
-
-
-def test_every_recipe_is_tested():
-    assert ROWS.keys() | {"paraphrase"} == RECIPES.keys()
-
-
-@pytest.mark.parametrize("name", ROWS)
-def test_recipes(name):
-    row, user, assistant = ROWS[name]
-    (sample,) = read_chats([row], recipe=name)
-    assert [turn["content"] for turn in sample["messages"][1:]] == [user, assistant]
-    views = {"text": "A dog", "code": "sits"} if name == "hellaswag" else {}
-    assert {key: value for key, value in sample.items() if key != "messages"} == views
-    missing = next(iter(row))
-    with pytest.raises(ValueError, match=rf"row 0: expected the column '{missing}', got"):
-        list(read_chats([{k: v for k, v in row.items() if k != missing}], recipe=name))
-
-
-def test_paraphrases():
-    def contents(row):
-        samples = read_chats([row], recipe="paraphrase")
-        return [[turn["content"] for turn in sample["messages"]] for sample in samples]
-
-    assert contents({"paraphrases": ["a", "b", "c"]}) == [["a", "b"], ["b", "c"]]
-    assert contents({"sentence1": "a", "sentence2": "b", "label": 1}) == [["a", "b"]]
-    assert contents({"text": "a", "paraphrase": "b"}) == [["a", "b"]]
-    for row, message in (
-        ({"sentence1": "a", "sentence2": "b", "label": 0}, "these are no paraphrases: 0"),
-        ({"paraphrases": ["a"]}, "must be a list of at least two"),
-        ({"paraphrases": ["a", " "]}, "must not be empty"),
-        ({"question1": "a"}, r"expected the columns paraphrases or sentence1 and sentence2"),
-    ):
-        with pytest.raises(ValueError, match=f"row 0: .*{message}"):
-            contents(row)
-
-
 def test_pairs_of_lines(tmp_path):
     write(tmp_path / "src.txt", "lines with a vowel", "é")
     write(tmp_path / "targ.txt", r".*[aeiou].*", r"\b(é)\b")
@@ -211,7 +156,7 @@ def test_datasets_of_the_hub(monkeypatch):
 
     def load_dataset(*path, **options):
         asked.append((path, options))
-        return datasets.Dataset.from_list([ROWS["gsm8k"][0]])
+        return datasets.Dataset.from_list([{"question": "1 + 1?", "answer": "2\n#### 2"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     (sample,) = read_chats("hub:openai/gsm8k:main:test", recipe="gsm8k")
@@ -225,65 +170,9 @@ def test_datasets_of_the_hub(monkeypatch):
         read_chats("hub:nq_open")
 
 
-@pytest.mark.parametrize("name", ["rotten_tomatoes", "yelp", "hellaswag"])
-@pytest.mark.parametrize("label", [-1, 5])
-def test_a_label_that_is_none_is_refused(name, label):
-    row = {**ROWS[name][0], "label": label}
-    with pytest.raises(ValueError, match=rf"row 0: label must be in 0 \.\. \d, got {label}"):
-        list(read_chats([row], recipe=name))
-
-
 def test_own_recipe_and_unknown_recipe(tmp_path):
     path = write(tmp_path / "pairs.jsonl", json.dumps({"en": "dog", "de": "Hund"}))
     samples = list(read_chats(path, recipe=lambda row: chat(row["en"], row["de"])))
     assert samples == [chat("dog", "Hund")]
     with pytest.raises(ValueError, match=r"recipe must be one of \['gsm8k', .*got 'glue'"):
         read_chats(path, recipe="glue")
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer(grammar.generate(500), vocab_size=400)
-
-
-def test_tokenizer_encodes_everything_and_round_trips(tokenizer, tmp_path):
-    assert len(tokenizer) == 400
-    tokenizer.save_pretrained(tmp_path)
-    loaded = AutoTokenizer.from_pretrained(tmp_path)
-    assert loaded.chat_template == tokenizer.chat_template
-    special = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|pad|>"}
-    for key, value in special.items():
-        assert getattr(loaded, key) == getattr(tokenizer, key) == value
-    for text in (" lines  with\n\ta vowel", "é 漢字 🦜 \x00", r"\b(~([A-Z])){2,}\b & it 's"):
-        ids = tokenizer(text)["input_ids"]
-        assert loaded(text)["input_ids"] == ids
-        assert tokenizer.decode(ids) == loaded.decode(ids) == text
-    messages = chat("é🦜")["messages"]
-    assert chat_example(messages, loaded) == chat_example(messages, tokenizer)
-
-
-def test_tokenizer_template(tokenizer):
-    example = chat_example(chat()["messages"], tokenizer)
-    decoded = [tokenizer.decode(segment.input_ids) for segment in example.segments]
-    assert decoded == [
-        "<|bos|><|system|>SYS<|eos|><|user|>ASK",
-        "<|eos|><|assistant|>ANS<|eos|>",
-        "<|bos|><|assistant|>ANS",
-    ]
-    labels = example.segments[1].labels
-    assert labels[:2] == [-100, -100]
-    assert labels[-1] == tokenizer.eos_token_id
-    prompt = tokenizer.apply_chat_template(chat()["messages"][:2], add_generation_prompt=True)
-    assert prompt["input_ids"] == chat_prompt(chat()["messages"], tokenizer)
-
-
-def test_tokenizer_is_the_same_every_time(tokenizer):
-    again = train_tokenizer(iter(grammar.generate(500)), vocab_size=400)
-    assert again.get_vocab() == tokenizer.get_vocab()
-    assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
-
-
-def test_tokenizer_needs_room_for_every_byte():
-    with pytest.raises(ValueError, match="vocab_size must be at least 262, got 261"):
-        train_tokenizer(grammar.generate(5), vocab_size=261)
-    assert len(train_tokenizer(grammar.generate(5), vocab_size=262)) == 262

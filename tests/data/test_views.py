@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from llmjepa_kernels import pack
-from llmjepa_kernels.data.chat import chat_example, plain_example, without_views
+from llmjepa_kernels.data.chat import chat_example, plain_example
 from llmjepa_kernels.data.example_format import ExampleFormat
 from llmjepa_kernels.data.grammar import generate
 from llmjepa_kernels.data.predictor_tokens import predictor_token
-from llmjepa_kernels.data.samples import read_chats, train_tokenizer
+from llmjepa_kernels.data.samples import read_chats
+from llmjepa_kernels.data.tokenizer import train_tokenizer
 from llmjepa_kernels.hf.patch import patch_model
+from llmjepa_kernels.packing import without_views
 from llmjepa_kernels.training.collator import LLMJEPACollator
 from llmjepa_kernels.training.objective import llm_jepa_loss
 from tests.hf.test_families import gradients, separate_passes

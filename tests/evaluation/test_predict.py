@@ -11,8 +11,8 @@ pytest.importorskip("transformers")
 
 from llmjepa_kernels.data import grammar
 from llmjepa_kernels.data.example_format import ExampleFormat
-from llmjepa_kernels.data.samples import train_tokenizer
 from llmjepa_kernels.data.splits import Split
+from llmjepa_kernels.data.tokenizer import train_tokenizer
 from llmjepa_kernels.evaluation.predict import (
     Accuracy,
     Prediction,

@@ -17,8 +17,8 @@ from accelerate.utils import DistributedType
 from datasets import IterableDataset
 from torch.distributed.tensor import DTensor
 
-from llmjepa_kernels.data.chat import without_views
-from llmjepa_kernels.data.samples import train_tokenizer
+from llmjepa_kernels.data.tokenizer import train_tokenizer
+from llmjepa_kernels.packing import without_views
 from llmjepa_kernels.training.loss_dropout import LossDropout
 from llmjepa_kernels.training.trainer import LLMJEPATrainer
 from tests.training.test_trainer import ROWS, arguments, build, relative

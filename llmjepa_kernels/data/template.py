@@ -1,0 +1,170 @@
+"""A tokenizer's chat template, and where it puts the contents of a conversation.
+
+A template is a program, so spans are neither guessed from its source nor searched for in its
+output. It is rendered once around placeholders, which gives the literals it puts before, between
+and after the contents; every real rendering must then be exactly those literals around the real
+contents. That rendering is tokenized once, so its tokens are those of
+``tokenizer.apply_chat_template``.
+
+A content ends with the last token that holds a character of it: where a tokenizer merges "?" and
+the template's newline into one token, that token is the content's last.
+"""
+
+from __future__ import annotations
+
+import weakref
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """A tokenized rendering: its tokens, and the tokens and characters of each content."""
+
+    input_ids: list[int]
+    offsets: list[tuple[int, int]]
+    spans: list[tuple[int, int]]
+    text: str
+    char_spans: list[tuple[int, int]]
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    roles: tuple[str, ...],
+    contents: Sequence[str],
+    template_kwargs: Mapping[str, Any] | None,
+) -> Rendering:
+    """Renders and tokenizes one conversation."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            "tokenizer must be a fast one, which knows the characters of a token, got "
+            f"{type(tokenizer).__name__}"
+        )
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "the tokenizer has no chat template: set tokenizer.chat_template, or use the plain "
+            "format (plain_example)"
+        )
+    kwargs = template_kwargs or {}
+    frames = _frames.setdefault(tokenizer, {})
+    key = (str(tokenizer.chat_template), roles, repr(sorted(kwargs.items())))
+    stale = frames.get(key)
+    text, char_spans = stale.render(tokenizer, contents, kwargs) if stale else ("", None)
+    if char_spans is None:
+        # Also after a success: a template may write the date, and special tokens may be replaced.
+        frames[key] = frame = _Frame.of(tokenizer, roles, kwargs)
+        text, char_spans = frame.render(tokenizer, contents, kwargs)
+    if char_spans is None:
+        raise ValueError(
+            "the chat template does not keep a content in one piece: expected "
+            f"{list(contents)} between {list(frame.literals)}, got {text!r}"
+        )
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    offsets = encoded["offset_mapping"]
+    spans = [token_span(offsets, *span) for span in char_spans]
+    return Rendering(encoded["input_ids"], offsets, spans, text, char_spans)
+
+
+def token_span(offsets: list[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
+    """The tokens that hold the characters start..end, as (first, last + 1).
+
+    Several tokens may share the offsets of one character, and a token of white space may have
+    empty ones, so the search goes by where tokens end and then takes in all that begin earlier.
+    """
+    first = bisect_right(offsets, start, key=lambda offset: offset[1])
+    stop = bisect_left(offsets, end, lo=first, key=lambda offset: offset[1]) + 1
+    while stop < len(offsets) and offsets[stop][0] < end:
+        stop += 1
+    return first, stop
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """What a template puts around the contents of a conversation.
+
+    Attributes:
+        roles: The roles handed to the template.
+        folded: The system content goes in front of the user content.
+        literals: The text before each content, and after the last.
+    """
+
+    roles: tuple[str, ...]
+    folded: bool = False
+    literals: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, tokenizer, roles: tuple[str, ...], kwargs: Mapping[str, Any]) -> _Frame:
+        """Renders placeholders in the first of the possible ways that the template accepts."""
+        from jinja2 import TemplateError
+
+        ways = [cls(roles)]
+        if roles[0] == "system":
+            ways.append(cls(roles[1:], folded=True))
+        elif roles == ("assistant",):
+            ways.append(cls(("user",)))
+        placeholders = [f"\ue000{i}\ue001" for i in range(len(roles))]
+        refusals = []
+        for way in ways:
+            try:
+                rest = way._apply(tokenizer, placeholders, kwargs)
+            except TemplateError as error:
+                refusals.append(f"{list(way.roles)} is refused with {str(error)!r}")
+                continue
+            literals = []
+            for placeholder in placeholders:
+                before, _, rest = rest.partition(placeholder)
+                literals.append(before)
+            literals.append(rest)
+            frame = cls(way.roles, way.folded, tuple(literals))
+            # A content that is missing, repeated or out of order does not survive this.
+            if (
+                all("\ue000" not in literal for literal in literals)
+                and frame.render(tokenizer, placeholders, kwargs)[1]
+            ):
+                return frame
+            refusals.append(f"{list(way.roles)} does not give every content once and in order")
+        raise ValueError(
+            f"the chat template cannot render {list(roles)}: {'; '.join(refusals)}. Set "
+            "tokenizer.chat_template to one that can, or use the plain format (plain_example)"
+        )
+
+    def _apply(self, tokenizer, contents: Sequence[str], kwargs: Mapping[str, Any]) -> str:
+        if self.folded:
+            contents = [f"{contents[0]}\n\n{contents[1]}", *contents[2:]]
+        messages = [
+            {"role": role, "content": text} for role, text in zip(self.roles, contents, strict=True)
+        ]
+        return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
+
+    def render(
+        self, tokenizer, contents: Sequence[str], kwargs: Mapping[str, Any]
+    ) -> tuple[str, list[tuple[int, int]] | None]:
+        """The rendering and the characters of each content; None if it is not the literals'."""
+        text = self._apply(tokenizer, contents, kwargs)
+        end = len(self.literals[0])
+        spans = []
+        for content, literal in zip(contents, self.literals[1:], strict=True):
+            kept = next((c for c in _trims(content) if text.startswith(c + literal, end)), None)
+            if kept is None:
+                return text, None
+            spans.append((end, end + len(kept)))
+            end += len(kept) + len(literal)
+        return text, spans if text.startswith(self.literals[0]) and end == len(text) else None
+
+
+_frames: weakref.WeakKeyDictionary[Any, dict[Any, _Frame]] = weakref.WeakKeyDictionary()
+
+
+def _trims(content: str) -> Iterator[str]:
+    """The content as templates write it: whole, or without the white space at its ends."""
+    yield content
+    if content != content.strip():
+        for characters in (None, "\n"):
+            yield content.lstrip(characters)
+            yield content.rstrip(characters)
+            yield content.strip(characters)
