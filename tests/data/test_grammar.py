@@ -143,7 +143,8 @@ def test_a_longer_stream_begins_with_the_shorter_one_and_seeds_differ():
 
 
 def test_equal_in_another_process_with_other_hashing():
-    code = "from llmjepa_kernels import grammar; print(grammar.generate(20, seed=11, max_depth=4))"
+    code = "from llmjepa_kernels.data.grammar import generate; "
+    code += "print(generate(20, seed=11, max_depth=4))"
     output = subprocess.run(
         [sys.executable, "-c", code],
         env={"PYTHONHASHSEED": "1", "PYTHONPATH": ":".join(sys.path)},
