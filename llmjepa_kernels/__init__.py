@@ -4,7 +4,10 @@ The names in the order of the data: examples are packed into rows, attention and
 and Hugging Face models and the Trainer are patched to use both.
 """
 
+from __future__ import annotations
+
 import importlib
+from typing import TYPE_CHECKING, Any
 
 from llmjepa_kernels.ops.attention import view_attention
 from llmjepa_kernels.ops.block_mask import BlockMask
@@ -12,7 +15,15 @@ from llmjepa_kernels.ops.flash_plan import FlashPlan
 from llmjepa_kernels.ops.loss import last_token_loss
 from llmjepa_kernels.packing import Example, PackedBatch, Segment, llm_jepa_example, pack
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:  # what `_LAZY` says, for type checkers and editors
+    from llmjepa_kernels.data.chat import chat_example
+    from llmjepa_kernels.data.example_format import ExampleFormat
+    from llmjepa_kernels.data.predictor_tokens import add_predictor_tokens
+    from llmjepa_kernels.hf.patch import patch_model, unpatch_model
+    from llmjepa_kernels.training.objective import LLMJEPAOutput, llm_jepa_loss
+    from llmjepa_kernels.training.trainer import LLMJEPACollator, LLMJEPATrainer
+
+__version__ = "0.1.0"  # the only place; pyproject.toml reads it here
 
 # Most of these need transformers, so they are imported when they are asked for.
 _LAZY = {
@@ -49,18 +60,20 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        module = importlib.import_module(f"{__name__}.{_LAZY[name]}")
-    except ModuleNotFoundError as error:
-        if error.name == "transformers":
-            raise ImportError(
-                f"{name} needs the package transformers: pip install 'llmjepa_kernels[train]'"
-            ) from error
-        raise
-    return getattr(module, name)
+if not TYPE_CHECKING:  # so that type checkers know the names that are not there
+
+    def __getattr__(name: str) -> Any:
+        if name not in _LAZY:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        try:
+            module = importlib.import_module(f"{__name__}.{_LAZY[name]}")
+        except ModuleNotFoundError as error:
+            if error.name == "transformers":
+                raise ImportError(
+                    f"{name} needs the package transformers: pip install 'llmjepa_kernels[train]'"
+                ) from error
+            raise
+        return getattr(module, name)
 
 
 def __dir__() -> list[str]:

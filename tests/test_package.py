@@ -1,5 +1,6 @@
 """What importing the package brings in, and what the README says about using it."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -28,6 +29,16 @@ def test_importing_the_package_needs_torch_only():
 def test_every_public_name_is_there_and_documented(name):
     assert name in dir(llmjepa_kernels)
     assert getattr(llmjepa_kernels, name).__doc__
+
+
+def test_type_checkers_see_what_is_imported_on_demand():
+    """The block that only type checkers read names the modules that `_LAZY` imports from."""
+    tree = ast.parse(Path(llmjepa_kernels.__file__).read_text(encoding="utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    assert ast.unparse(block.test) == "TYPE_CHECKING"
+    shown = {name.name: line.module for line in block.body for name in line.names}
+    assert shown == {name: f"llmjepa_kernels.{m}" for name, m in llmjepa_kernels._LAZY.items()}
+    assert set(llmjepa_kernels._LAZY) < set(llmjepa_kernels.__all__)
 
 
 def test_unknown_names_are_unknown():
