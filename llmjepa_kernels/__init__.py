@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+import llmjepa_kernels.versions  # noqa: F401  refuses old ones before anything stumbles
 from llmjepa_kernels.ops.attention import view_attention
 from llmjepa_kernels.ops.block_mask import BlockMask
 from llmjepa_kernels.ops.flash_plan import FlashPlan

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import llmjepa_kernels
+from llmjepa_kernels import versions
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -83,3 +84,27 @@ def test_the_readme_example_trains(one_thread):
     assert len(losses) == 8
     assert losses[-1].ntp_loss < losses[0].ntp_loss
     assert losses[-1].jepa_loss < losses[0].jepa_loss
+
+
+@pytest.mark.parametrize(
+    ("package", "old", "new"),
+    [
+        ("torch", "2.9.1", "2.10.0a0+git1234"),
+        ("triton", "3.5.0", "3.6.0"),
+        ("transformers", "4.57.6", "5.5.0"),
+    ],
+)
+def test_older_versions_are_refused_by_name(package, old, new, monkeypatch):
+    """At import, before anything of them is imported."""
+    found = {package: new}
+    monkeypatch.setattr(versions, "version", lambda name: found.get(name, "99.0"))
+    versions.check_versions()
+    found[package] = old
+    with pytest.raises(ImportError, match=rf"needs {package} [\d.]+ or newer, found {old}"):
+        versions.check_versions()
+
+
+def test_the_oldest_versions_are_those_of_the_installer():
+    text = (README.parent / "pyproject.toml").read_text(encoding="utf-8")
+    for package, oldest in versions.OLDEST.items():
+        assert re.search(rf'"{package}>={re.escape(oldest)}["; ]', text), package

@@ -20,7 +20,7 @@ RULE_OF_RECIPE = {"gsm8k": "number", "hellaswag": "choice", "nq_open": "any", "s
 CHOICES = ("A", "B", "C", "D")
 _NUMBER = re.compile(
     r"####[ \t]*([-+\u2212]?)[ \t]*[$€£¥]?[ \t]*([-+\u2212]?)"
-    r"(\d[\d,]*+(?:\.\d++)?+|\.\d++)(?![/:^]|\.\d)",  # all of it, or none
+    r"(\d[\d,]*(?![\d,])(?:\.\d+(?!\d))?|\.\d+(?!\d))(?![/:^]|\.\d)",  # all of it, or none
     re.ASCII,
 )
 
