@@ -27,8 +27,7 @@ from llmjepa_kernels.data.example_format import ExampleFormat
 from llmjepa_kernels.data.samples import read_chats
 from llmjepa_kernels.data.splits import Split
 from llmjepa_kernels.evaluation.predict import Accuracy, Prediction, accuracies, predict
-from llmjepa_kernels.evaluation.rules import RULE_OF_RECIPE
-from llmjepa_kernels.evaluation.rules import rule as answer_rule
+from llmjepa_kernels.evaluation.rules import RULE_OF_RECIPE, answer_rule
 from llmjepa_kernels.hf.load import load_pretrained
 
 

@@ -24,8 +24,7 @@ from llmjepa_kernels.data.predictor_tokens import add_tokens, predictor_token
 from llmjepa_kernels.data.tokenizer import train_tokenizer
 from llmjepa_kernels.evaluation.geometry import view_states
 from llmjepa_kernels.evaluation.predict import evaluate
-from llmjepa_kernels.evaluation.rules import RULE_OF_RECIPE, Rule
-from llmjepa_kernels.evaluation.rules import rule as answer_rule
+from llmjepa_kernels.evaluation.rules import RULE_OF_RECIPE, Rule, answer_rule
 from llmjepa_kernels.hf import load as models
 from llmjepa_kernels.training.checkpoints import saving
 from llmjepa_kernels.training.collator import LLMJEPACollator, chat_tokens

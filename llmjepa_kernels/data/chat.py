@@ -180,7 +180,7 @@ def chat_prompt(
 
 
 def plain_prompt(
-    messages: Sequence[Mapping[str, str]], tokenizer, *, separator_id: int
+    messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase, *, separator_id: int
 ) -> list[int]:
     """The tokens before the assistant content in ``plain_example``, separator included."""
     user = answered(messages)[-2]["content"]
@@ -302,7 +302,7 @@ def _text_end(chat: Rendering, text: str | None) -> int | None:
     return last if chat.text[start:end] == text.strip() and not beyond.strip() else None
 
 
-def _lone_view(tokenizer, turn: Rendering, pred_follows: bool) -> _View:
+def _lone_view(tokenizer: PreTrainedTokenizerBase, turn: Rendering, pred_follows: bool) -> _View:
     """A turn alone, up to its last content token.
 
     A [PRED] written right behind the content would keep what the template writes there out of the
@@ -314,9 +314,9 @@ def _lone_view(tokenizer, turn: Rendering, pred_follows: bool) -> _View:
     return _View(turn.input_ids[:stop], start)
 
 
-def _encode(tokenizer, text: str) -> list[int]:
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _bos(tokenizer) -> list[int]:
+def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmjepa_kernels.data.chat import (
     DIRECTIONS,
@@ -23,8 +23,11 @@ from llmjepa_kernels.data.chat import (
 from llmjepa_kernels.data.predictor_tokens import known_predictor_tokens
 from llmjepa_kernels.packing import Example
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 TEMPLATES = ("chat", "plain")
-FILE_NAME = "llm_jepa.json"
+FORMAT_FILE = "llm_jepa.json"
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class ExampleFormat:
                 f"layout={self.layout!r}, template_kwargs={dict(self.template_kwargs)}"
             )
 
-    def example(self, sample: Mapping[str, Any], tokenizer) -> Example:
+    def example(self, sample: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Example:
         """The segments and pairs of a sample.
 
         Args:
@@ -92,7 +95,7 @@ class ExampleFormat:
         Raises:
             ValueError: The sample is malformed, or does not fit the tokenizer.
         """
-        options = {
+        options: dict[str, Any] = {
             "pred_ids": self.pred_ids,
             "text": sample.get("text"),
             "code": sample.get("code"),
@@ -103,7 +106,7 @@ class ExampleFormat:
             "supervise": self.supervise,
         }
         messages = sample["messages"]
-        if self.template == "plain":
+        if self.separator_id is not None:
             return plain_example(messages, tokenizer, separator_id=self.separator_id, **options)
         return chat_example(
             messages,
@@ -113,19 +116,21 @@ class ExampleFormat:
             **options,
         )
 
-    def prompt(self, sample: Mapping[str, Any], tokenizer) -> list[int]:
+    def prompt(self, sample: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """The tokens before the answer, as `example` trains on them; an answer is ignored."""
-        if self.template == "plain":
+        if self.separator_id is not None:
             return plain_prompt(sample["messages"], tokenizer, separator_id=self.separator_id)
         return chat_prompt(sample["messages"], tokenizer, template_kwargs=self.template_kwargs)
 
     def save(self, directory: str | PathLike[str]) -> None:
         """Writes ``llm_jepa.json`` into a directory that exists."""
         text = json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True) + "\n"
-        (Path(directory) / FILE_NAME).write_text(text, encoding="utf-8")
+        (Path(directory) / FORMAT_FILE).write_text(text, encoding="utf-8")
 
     @classmethod
-    def load(cls, directory: str | PathLike[str], tokenizer=None) -> ExampleFormat:
+    def load(
+        cls, directory: str | PathLike[str], tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> ExampleFormat:
         """Reads what `save` wrote beside a checkpoint.
 
         Args:
@@ -137,11 +142,10 @@ class ExampleFormat:
         Raises:
             ValueError: The file is corrupt or of another version; names it.
         """
-        path = Path(directory) / FILE_NAME
-        if not Path(directory).exists():
-            path = _of_hub(str(directory))
+        local = Path(directory)
+        path = local / FORMAT_FILE if local.exists() else _of_hub(str(directory))
         if path is None or not path.is_file():
-            return cls(pred_ids=known_predictor_tokens(tokenizer) if tokenizer else ())
+            return cls(pred_ids=tuple(known_predictor_tokens(tokenizer)) if tokenizer else ())
         try:
             values = json.loads(path.read_bytes())
             if not isinstance(values, dict):
@@ -160,7 +164,7 @@ def _of_hub(name: str) -> Path | None:
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        return Path(hf_hub_download(name, FILE_NAME))
+        return Path(hf_hub_download(name, FORMAT_FILE))
     except EntryNotFoundError:
         return None
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def predictor_token(index: int) -> str:
@@ -13,15 +17,18 @@ def predictor_token(index: int) -> str:
     return f"<|predictor_{index}|>"
 
 
-def known_predictor_tokens(tokenizer) -> list[int]:
+def known_predictor_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids of the [PRED] tokens that a tokenizer has, in order."""
-    known, ids = tokenizer.get_added_vocab(), []
+    known = tokenizer.get_added_vocab()
+    ids: list[int] = []
     while (token := predictor_token(len(ids) + 1)) in known:
         ids.append(known[token])
     return ids
 
 
-def add_predictor_tokens(model, tokenizer, num_tokens: int, *, seed: int = 0) -> list[int]:
+def add_predictor_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_tokens: int, *, seed: int = 0
+) -> list[int]:
     """Adds [PRED] tokens to a tokenizer and their rows to a model's embeddings.
 
     Args:
@@ -41,7 +48,13 @@ def add_predictor_tokens(model, tokenizer, num_tokens: int, *, seed: int = 0) ->
 
 
 @torch.no_grad()
-def add_tokens(model, tokenizer, tokens: Sequence[str], *, seed: int = 0) -> list[int]:
+def add_tokens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: Sequence[str],
+    *,
+    seed: int = 0,
+) -> list[int]:
     """Adds special tokens to a tokenizer and their rows to a model's embeddings.
 
     A new row is the mean of the embeddings plus a tenth of their standard deviation in noise of
@@ -64,7 +77,7 @@ def add_tokens(model, tokenizer, tokens: Sequence[str], *, seed: int = 0) -> lis
         ValueError: The embeddings lack rows of the tokenizer.
     """
     known = len(tokenizer)
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = len(_weight(model.get_input_embeddings()))
     if known > rows:
         raise ValueError(
             f"the tokenizer has {known} tokens, but the model has embeddings for {rows} only"
@@ -73,13 +86,17 @@ def add_tokens(model, tokenizer, tokens: Sequence[str], *, seed: int = 0) -> lis
     if len(tokenizer) > rows:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     if len(tokenizer) > known:
-        embeddings = [model.get_input_embeddings().weight]
+        embeddings = [_weight(model.get_input_embeddings())]
         head = model.get_output_embeddings()
-        if head is not None and head.weight is not embeddings[0]:
-            embeddings.append(head.weight)
+        if head is not None and _weight(head) is not embeddings[0]:
+            embeddings.append(_weight(head))
         for weight in embeddings:
             _init_rows(weight, known, len(tokenizer), seed)
-    return tokenizer.convert_tokens_to_ids(list(tokens))
+    return cast(list[int], tokenizer.convert_tokens_to_ids(list(tokens)))
+
+
+def _weight(module: nn.Module) -> Tensor:
+    return cast(Tensor, module.weight)
 
 
 def _init_rows(weight: Tensor, start: int, stop: int, seed: int) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 from llmjepa_kernels.data.grammar import SYSTEM_PROMPT as REGEX_PROMPT
 
-Recipe = Callable[[Mapping[str, Any]], "Mapping[str, Any] | list[Mapping[str, Any]]"]
+Recipe = Callable[[Mapping[str, Any]], "Mapping[str, Any] | Sequence[Mapping[str, Any]]"]
 
 
 def _chat(system: str, user: str, assistant: str, **views: str) -> dict[str, Any]:

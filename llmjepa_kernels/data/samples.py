@@ -62,7 +62,9 @@ def located_chats(
     return _stream(islice(open_rows(source), shard[0], None, shard[1]), recipe, on_error)
 
 
-def _stream(rows: Rows, recipe, on_error) -> Iterator[tuple[str, dict[str, Any]]]:
+def _stream(
+    rows: Rows, recipe: Recipe | None, on_error: Callable[[ValueError], None] | None
+) -> Iterator[tuple[str, dict[str, Any]]]:
     for place, load in rows:
         try:
             row = load()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import zip_longest
 from os import PathLike, fspath
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 Source = str | PathLike[str] | Iterable["str | PathLike[str] | Mapping[str, Any]"]
@@ -60,18 +62,26 @@ def open_rows(source: Source) -> Rows:
 def _items(source: Iterable[Any]) -> Rows:
     for index, item in enumerate(source):
         if not isinstance(item, (str, PathLike)):
-            yield f"row {index}", lambda item=item: item
+            yield f"row {index}", partial(_given, item)
             continue
         with open(item, "rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield f"{fspath(item)}:{number}", lambda line=line: json.loads(line.rstrip())
+                    yield f"{fspath(item)}:{number}", partial(_parsed, line)
+
+
+def _given(item: Any) -> Any:
+    return item
+
+
+def _parsed(line: bytes) -> Any:
+    return json.loads(line.rstrip())
 
 
 def _line_pairs(directory: Path) -> Rows:
     with open(directory / "src.txt", "rb") as src, open(directory / "targ.txt", "rb") as targ:
         for number, lines in enumerate(zip_longest(src, targ), start=1):
-            yield f"{directory}:{number}", lambda lines=lines: _pair(*lines)
+            yield f"{directory}:{number}", partial(_pair, *lines)
 
 
 def _pair(src: bytes | None, targ: bytes | None) -> dict[str, str]:
@@ -82,7 +92,7 @@ def _pair(src: bytes | None, targ: bytes | None) -> dict[str, str]:
 
 def _dataset(name: str, dataset: Iterable[Any]) -> Rows:
     for index, row in enumerate(dataset):
-        yield f"{name} row {index}", lambda row=row: row
+        yield f"{name} row {index}", partial(_given, row)
 
 
 def _hub(name: str) -> Rows:
@@ -93,7 +103,7 @@ def _hub(name: str) -> Rows:
     return _dataset(name, _datasets().load_dataset(*path, split=split, streaming=True))
 
 
-def _datasets():
+def _datasets() -> ModuleType:
     try:
         import datasets
     except ImportError as error:

@@ -16,7 +16,7 @@ import weakref
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -98,7 +98,9 @@ class _Frame:
     literals: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, tokenizer, roles: tuple[str, ...], kwargs: Mapping[str, Any]) -> _Frame:
+    def of(
+        cls, tokenizer: PreTrainedTokenizerBase, roles: tuple[str, ...], kwargs: Mapping[str, Any]
+    ) -> _Frame:
         """Renders placeholders in the first of the possible ways that the template accepts."""
         from jinja2 import TemplateError
 
@@ -133,16 +135,19 @@ class _Frame:
             "tokenizer.chat_template to one that can, or use the plain format (plain_example)"
         )
 
-    def _apply(self, tokenizer, contents: Sequence[str], kwargs: Mapping[str, Any]) -> str:
+    def _apply(
+        self, tokenizer: PreTrainedTokenizerBase, contents: Sequence[str], kwargs: Mapping[str, Any]
+    ) -> str:
         if self.folded:
             contents = [f"{contents[0]}\n\n{contents[1]}", *contents[2:]]
         messages = [
             {"role": role, "content": text} for role, text in zip(self.roles, contents, strict=True)
         ]
-        return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
+        return cast(str, text)
 
     def render(
-        self, tokenizer, contents: Sequence[str], kwargs: Mapping[str, Any]
+        self, tokenizer: PreTrainedTokenizerBase, contents: Sequence[str], kwargs: Mapping[str, Any]
     ) -> tuple[str, list[tuple[int, int]] | None]:
         """The rendering and the characters of each content; None if it is not the literals'."""
         text = self._apply(tokenizer, contents, kwargs)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from llmjepa_kernels.packing import schedule_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # What `view_geometry` returns, a row of every matrix being an example.
 DEFINITIONS = {
@@ -36,7 +39,9 @@ DEFINITIONS = {
 
 
 @torch.no_grad()
-def view_states(model, batches: Iterable[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:
+def view_states(
+    model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]
+) -> tuple[Tensor, Tensor]:
     """The last hidden states that the pairs of packed batches compare.
 
     To see the views themselves rather than a prediction, pack examples without [PRED] tokens.

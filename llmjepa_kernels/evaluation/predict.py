@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from llmjepa_kernels.data.example_format import ExampleFormat
 from llmjepa_kernels.data.splits import Split
-from llmjepa_kernels.evaluation.rules import Rule, answer_of
-from llmjepa_kernels.evaluation.rules import rule as answer_rule
+from llmjepa_kernels.evaluation.rules import Rule, answer_of, answer_rule
 from llmjepa_kernels.packing import IGNORE, Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BATCH_SIZE = 64
 
@@ -59,8 +61,8 @@ class Accuracy:
 
 
 def evaluate(
-    model,
-    tokenizer,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     samples: Sequence[Mapping[str, Any]],
     example_format: ExampleFormat | None = None,
     rule: Rule | None = None,
@@ -80,8 +82,8 @@ def evaluate(
 
 
 def predict(
-    model,
-    tokenizer,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     samples: Sequence[Mapping[str, Any]],
     example_format: ExampleFormat | None = None,
     rule: Rule | None = None,
@@ -133,26 +135,32 @@ def predict(
     # A batch takes as long as its longest answer: rows should end together.
     order = sorted(range(len(samples)), key=lambda i: (lengths[i], len(prompts[i])), reverse=True)
     order = [i for i in order if i not in done]
-    options = {
-        "stop_ids": stop_ids(tokenizer, examples[:100]),
-        "max_new_tokens": max_new_tokens or max(lengths, default=0) + 1,
-    }
+    stops = stop_ids(tokenizer, examples[:100])
+    longest = max_new_tokens or max(lengths, default=0) + 1
+    choice_ids: dict[int, str] = {}
     if rule.choices and samples:
         choice_ids = _choice_ids(rule.choices, samples[0], tokenizer, example_format)
-        options = {"stop_ids": (), "max_new_tokens": 1, "allowed_ids": list(choice_ids)}
+        stops, longest = set(), 1
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        generated = _generate(model, tokenizer, [prompts[i] for i in batch], **options)
+        generated = _generate(
+            model,
+            tokenizer,
+            [prompts[i] for i in batch],
+            stop_ids=stops,
+            max_new_tokens=longest,
+            allowed_ids=list(choice_ids),
+        )
         predictions = []
         for i, ids in zip(batch, generated, strict=True):
             if rule.choices:
                 completion = choice_ids[ids[0]]
             else:
-                completion = tokenizer.decode(ids, skip_special_tokens=True)
+                completion = cast(str, tokenizer.decode(ids, skip_special_tokens=True))
             predictions.append(
                 Prediction(
                     index=i,
-                    prompt=tokenizer.decode(prompts[i]),
+                    prompt=cast(str, tokenizer.decode(prompts[i])),
                     answer=answer_of(samples[i]),
                     completion=completion,
                     correct=rule.is_correct(completion, samples[i]),
@@ -183,7 +191,7 @@ def accuracies(
     return {name: Accuracy(sum(found), len(found)) for name, found in correct.items()}
 
 
-def stop_ids(tokenizer, examples: Iterable[Example]) -> set[int]:
+def stop_ids(tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example]) -> set[int]:
     """The tokens that end an assistant's turn: EOS, and special tokens that examples end with."""
     special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
     ends = {answer[-1] for example in examples if (answer := _answer_ids(example))}
@@ -196,7 +204,10 @@ def _answer_ids(example: Example) -> list[int]:
 
 
 def _choice_ids(
-    choices: Sequence[str], sample: Mapping[str, Any], tokenizer, example_format: ExampleFormat
+    choices: Sequence[str],
+    sample: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    example_format: ExampleFormat,
 ) -> dict[int, str]:
     """The first token of each choice where an answer begins."""
     found = {}
@@ -210,15 +221,15 @@ def _choice_ids(
 
 
 def _generate(
-    model,
-    tokenizer,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     *,
     stop_ids: Iterable[int],
     max_new_tokens: int,
-    allowed_ids: list[int] | None = None,
+    allowed_ids: list[int],
 ) -> list[list[int]]:
-    """The most likely next tokens of one batch, up to a stop token; of `allowed_ids`, if given."""
+    """The most likely next tokens of one batch, up to a stop token; of `allowed_ids`, if any."""
     stop_ids = sorted(set(stop_ids))
     pad_token_id = tokenizer.pad_token_id
     if pad_token_id is None:
@@ -228,12 +239,12 @@ def _generate(
     ids = [[pad_token_id] * n + list(prompt) for n, prompt in zip(padding, prompts, strict=True)]
     mask = [[0] * n + [1] * (width - n) for n in padding]
     options: dict[str, Any] = {"logits_processor": [_refuse_nan]}
-    if allowed_ids is not None:
+    if allowed_ids:
         options["prefix_allowed_tokens_fn"] = lambda batch_id, sent: allowed_ids
     was_training = model.training
     model.eval()
     try:
-        generated = model.generate(
+        generated = cast(Any, model).generate(
             input_ids=torch.tensor(ids, device=model.device),
             attention_mask=torch.tensor(mask, device=model.device),
             max_new_tokens=max_new_tokens,

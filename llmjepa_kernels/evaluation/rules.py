@@ -43,7 +43,7 @@ class Rule:
     choices: tuple[str, ...] = ()
 
 
-def rule(name: str = "exact", *, databases: str | PathLike[str] | None = None) -> Rule:
+def answer_rule(name: str = "exact", *, databases: str | PathLike[str] | None = None) -> Rule:
     """The rule of that name.
 
     - ``exact``: the answer to the letter, white space around it aside (NL-RX, sentiment labels).
@@ -64,15 +64,13 @@ def rule(name: str = "exact", *, databases: str | PathLike[str] | None = None) -
     """
     if name not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}, got {name!r}")
-    if (name == "sql") != (databases is not None):
-        raise ValueError(
-            "rule sql needs databases, the directory of db_id/db_id.sqlite"
-            if name == "sql"
-            else f"databases is for rule sql, got rule {name}"
-        )
     if name == "sql":
+        if databases is None:
+            raise ValueError("rule sql needs databases, the directory of db_id/db_id.sqlite")
         spider = SpiderDatabases(databases)
         return Rule(name, spider.is_correct, spider.check)
+    if databases is not None:
+        raise ValueError(f"databases is for rule sql, got rule {name}")
     return _TEXT_RULES[name]
 
 

@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import constants
 
 from llmjepa_kernels.data.chat import chat_example, chat_prompt, plain_example, plain_prompt
-from llmjepa_kernels.data.example_format import FILE_NAME, ExampleFormat
+from llmjepa_kernels.data.example_format import FORMAT_FILE, ExampleFormat
 from llmjepa_kernels.data.grammar import generate
 from llmjepa_kernels.data.tokenizer import train_tokenizer
 
@@ -80,15 +80,15 @@ def test_a_checkpoint_without_the_file_gets_the_default_and_its_predictors(tmp_p
     ],
 )
 def test_a_corrupt_file_is_named(tmp_path, text, message):
-    (tmp_path / FILE_NAME).write_text(text)
-    with pytest.raises(ValueError, match=rf"{FILE_NAME} is no example format: .*{message}"):
+    (tmp_path / FORMAT_FILE).write_text(text)
+    with pytest.raises(ValueError, match=rf"{FORMAT_FILE} is no example format: .*{message}"):
         ExampleFormat.load(tmp_path)
 
 
 def test_every_field_is_saved(tmp_path):
     ExampleFormat().save(tmp_path)
     names = {field.name for field in dataclasses.fields(ExampleFormat)}
-    assert json.loads((tmp_path / FILE_NAME).read_text()).keys() == names
+    assert json.loads((tmp_path / FORMAT_FILE).read_text()).keys() == names
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from llmjepa_kernels.evaluation.predict import (
     evaluate,
     predict,
 )
-from llmjepa_kernels.evaluation.rules import Rule, rule
+from llmjepa_kernels.evaluation.rules import Rule, answer_rule
 from llmjepa_kernels.hf import load as models
 from llmjepa_kernels.hf.patch import patch_model
 
@@ -150,7 +150,7 @@ def test_choice_takes_the_most_likely_letter(model, tokenizer, samples):
             logits = model(input_ids=torch.tensor([prompt])).logits[0, -1]
         assert int(logits.argmax()) not in letters
         expected.append("ABCD"[int(logits[letters].argmax())])
-    found = evaluate(model, tokenizer, asked, rule=rule("choice"), batch_size=4)
+    found = evaluate(model, tokenizer, asked, rule=answer_rule("choice"), batch_size=4)
     assert [p.completion for p in found] == expected
     assert [p.correct for p in found] == [e == a for e, a in zip(expected, "ABCDAB", strict=True)]
 
@@ -166,14 +166,14 @@ def test_nan_is_no_answer(model, tokenizer, samples):
     with pytest.raises(ValueError, match="logits are NaN"):
         evaluate(model, tokenizer, samples)
     with pytest.raises(ValueError, match="logits are NaN"):
-        evaluate(model, tokenizer, with_answers(samples, "ABCDAB"), rule=rule("choice"))
+        evaluate(model, tokenizer, with_answers(samples, "ABCDAB"), rule=answer_rule("choice"))
     assert model.training
 
 
 def test_mistakes_are_found_before_anything_is_generated(tokenizer, samples):
     parrot = Parrot(tokenizer, "x")
     with pytest.raises(ValueError, match="sample 0: expected a number after ####"):
-        evaluate(parrot, tokenizer, samples, rule=rule("number"))
+        evaluate(parrot, tokenizer, samples, rule=answer_rule("number"))
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         evaluate(parrot, tokenizer, samples, batch_size=0)
     with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):

@@ -6,7 +6,7 @@ from decimal import Decimal
 
 import pytest
 
-from llmjepa_kernels.evaluation.rules import RULES, listed_answers, number_after_marker, rule
+from llmjepa_kernels.evaluation.rules import RULES, answer_rule, listed_answers, number_after_marker
 
 
 def sample(answer: str, question: str = "?") -> dict:
@@ -59,7 +59,7 @@ def test_number_after_marker(text, number):
 
 
 def test_numbers_are_compared_by_value():
-    judge = rule("number").is_correct
+    judge = answer_rule("number").is_correct
     assert judge("so 36/2\n#### $18.00.", sample("9 * 2 = <<9*2=18>>18\n#### 18"))
     assert not judge("#### 1.8", sample("#### 18"))
     assert not judge("#### -18", sample("#### 18"))
@@ -69,7 +69,7 @@ def test_numbers_are_compared_by_value():
 
 
 def test_exact_ignores_white_space_around_only():
-    judge = rule().is_correct
+    judge = answer_rule().is_correct
     assert judge(" (dog)*\n", sample("(dog)*"))
     assert not judge("(dog) *", sample("(dog)*"))
     assert not judge("very bad", sample("Very Bad"))
@@ -92,9 +92,8 @@ def test_exact_ignores_white_space_around_only():
     ],
 )
 def test_any_listed_answer(completion, correct):
-    assert rule("any").is_correct(completion, sample("Bill Cullen; Drew Carey; Bob Barker")) is (
-        correct
-    )
+    judge = answer_rule("any").is_correct
+    assert judge(completion, sample("Bill Cullen; Drew Carey; Bob Barker")) is correct
 
 
 def test_articles_are_words_not_letters():
@@ -106,7 +105,7 @@ def test_answers_of_punctuation_and_articles_alone_stay():
 
 
 def test_choice_offers_four_letters():
-    choice = rule("choice")
+    choice = answer_rule("choice")
     assert choice.choices == ("A", "B", "C", "D")
     assert choice.is_correct("B", sample("B"))
     assert not choice.is_correct("B", sample("C"))
@@ -121,19 +120,19 @@ def test_choice_offers_four_letters():
     ],
 )
 def test_samples_whose_own_answer_is_none(name, bad, good, expected):
-    rule(name).check(sample(good))
+    answer_rule(name).check(sample(good))
     with pytest.raises(ValueError, match=expected):
-        rule(name).check(sample(bad))
+        answer_rule(name).check(sample(bad))
 
 
 def test_unknown_rules_and_misplaced_databases(tmp_path):
     with pytest.raises(ValueError, match=r"rule must be one of exact, .*, choice, got 'f1'"):
-        rule("f1")
+        answer_rule("f1")
     with pytest.raises(ValueError, match="rule sql needs databases"):
-        rule("sql")
+        answer_rule("sql")
     with pytest.raises(ValueError, match="databases is for rule sql, got rule exact"):
-        rule("exact", databases=tmp_path)
+        answer_rule("exact", databases=tmp_path)
     with pytest.raises(NotADirectoryError, match="missing"):
-        rule("sql", databases=tmp_path / "missing")
+        answer_rule("sql", databases=tmp_path / "missing")
     for name in RULES:
-        assert rule(name, databases=tmp_path if name == "sql" else None).name == name
+        assert answer_rule(name, databases=tmp_path if name == "sql" else None).name == name

@@ -10,7 +10,7 @@ from contextlib import closing
 
 import pytest
 
-from llmjepa_kernels.evaluation.rules import rule
+from llmjepa_kernels.evaluation.rules import answer_rule
 from llmjepa_kernels.evaluation.sql import SpiderDatabases, execute, same_rows
 
 DATABASE = "pets_1"
@@ -74,7 +74,7 @@ def sample(query: str, database: str = DATABASE) -> dict:
     ],
 )
 def test_rows_decide(databases, reference, completion, correct):
-    judge = rule("sql", databases=databases)
+    judge = answer_rule("sql", databases=databases)
     judge.check(sample(reference))
     assert judge.is_correct(completion, sample(reference)) is correct
 
