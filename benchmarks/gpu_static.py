@@ -33,6 +33,7 @@ from llmjepa_kernels.ops.common import AttentionOptions
 from llmjepa_kernels.ops.triton import attention as attention_triton
 from llmjepa_kernels.ops.triton import configs as triton_configs
 from llmjepa_kernels.ops.triton import loss as loss_triton
+from llmjepa_kernels.ops.triton import tubes as tubes_triton
 from llmjepa_kernels.ops.triton.configs import Config
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942")
@@ -151,6 +152,14 @@ def run_loss(hidden_size: int, dtype: torch.dtype, metric: str, num_pairs: int =
         return
     loss, stats = loss_triton.distance_forward(hidden, pairs, metric=metric, reduction="none")
     loss_triton.distance_backward(loss, hidden, pairs, stats, metric=metric)
+
+
+def run_tubes(hidden_size: int, dtype: torch.dtype, num_tubes: int = 20) -> None:
+    """Launches every kernel of the tubes on meta tensors."""
+    hidden = torch.empty(2, 300, hidden_size, dtype=dtype, device="meta")
+    tubes = torch.empty(2, num_tubes, 2, 3, 2, dtype=torch.int64, device="meta")
+    vectors = tubes_triton.tubes_forward(hidden, tubes)
+    tubes_triton.tubes_backward(vectors, tubes, hidden.shape[1], dtype)
 
 
 def shipped(arch: str, head_dim: int) -> list[tuple[str, Config, tuple[int, int]]]:

@@ -99,11 +99,13 @@ bool backward(const LkAttention& a) {
 }
 
 const PairKernels& pair_kernels(const LkPairs& a) { return isas()[a.isa].table->pairs[a.dtype]; }
+const TubeKernels& tube_kernels(const LkTubes& a) { return isas()[a.isa].table->tubes[a.dtype]; }
 
-bool in_range(const LkPairs& a) {
-  for (int64_t i = 0; i < 2 * a.batch * a.num_pairs; i += 2) {
-    const int64_t x = a.pairs[i], y = a.pairs[i + 1];
-    const bool real = x >= 0 && x < a.seq && y >= 0 && y < a.seq;
+// Whether each of `count` pairs of indices lies in a row of `seq`, or is -1 twice.
+bool in_range(const int64_t* pairs, int64_t count, int64_t seq) {
+  for (int64_t i = 0; i < 2 * count; i += 2) {
+    const int64_t x = pairs[i], y = pairs[i + 1];
+    const bool real = x >= 0 && x < seq && y >= 0 && y < seq;
     if (!real && (x != -1 || y != -1)) return false;
   }
   return true;
@@ -111,13 +113,14 @@ bool in_range(const LkPairs& a) {
 
 constexpr int64_t kTaskBytes = 512 << 10;  // threads are worth waking for no less
 
-int64_t row_size(const LkPairs& a) {
+template <class Arguments>
+int64_t row_size(const Arguments& a) {
   return a.dim * (a.dtype == LK_FLOAT64 ? 8 : a.dtype == LK_FLOAT32 ? 4 : 2);
 }
 
 // body(i) for i in 0 .. count - 1, each of which touches some rows.
-template <class Body>
-bool for_each(const LkPairs& a, int64_t count, int64_t rows, Body body) {
+template <class Arguments, class Body>
+bool for_each(const Arguments& a, int64_t count, int64_t rows, Body body) {
   const int64_t grain = kTaskBytes / (rows * row_size(a) + 1) + 1;
   return parallel_for(ceil_div(count, grain), a.num_threads, 0, [&](int64_t i, void*) {
     const int64_t end = std::min((i + 1) * grain, count);
@@ -125,7 +128,8 @@ bool for_each(const LkPairs& a, int64_t count, int64_t rows, Body body) {
   });
 }
 
-bool fill_with_zeros(const LkPairs& a) {
+template <class Arguments>
+bool fill_with_zeros(const Arguments& a) {
   const int64_t size = a.batch * a.seq * row_size(a);
   return parallel_for(ceil_div(size, kTaskBytes), a.num_threads, 0, [&](int64_t i, void*) {
     const int64_t begin = i * kTaskBytes;
@@ -133,14 +137,17 @@ bool fill_with_zeros(const LkPairs& a) {
   });
 }
 
-// Zero rows first, then the rows that pairs point at. A row that several slots point at is written
-// once, from all of them in ascending order.
-bool pairs_backward(const LkPairs& a, decltype(PairKernels::distance_backward) kernel) {
-  const int64_t num_rows = a.batch * a.seq, num_slots = a.batch * a.num_pairs * 2;
-  std::vector<int64_t> first(num_rows, -1), next(num_slots, -1), owners;
-  for (int64_t slot = num_slots - 1; slot >= 0; --slot) {
-    if (a.pairs[slot] < 0) continue;
-    int64_t& head = first[slot / (2 * a.num_pairs) * a.seq + a.pairs[slot]];
+// Zero rows first, then the rows that slots point at, of which each row of the batch has
+// `num_slots` with an index each. A row that several slots point at is written once, from all of
+// them in ascending order.
+template <class Arguments>
+bool scatter(const Arguments& a, const int64_t* slots, int64_t num_slots,
+             void (*kernel)(const Arguments&, const int64_t* next, int64_t first_slot)) {
+  const int64_t num_rows = a.batch * a.seq;
+  std::vector<int64_t> first(num_rows, -1), next(a.batch * num_slots, -1), owners;
+  for (int64_t slot = a.batch * num_slots - 1; slot >= 0; --slot) {
+    if (slots[slot] < 0) continue;
+    int64_t& head = first[slot / num_slots * a.seq + slots[slot]];
     next[slot] = head;
     head = slot;
   }
@@ -159,6 +166,8 @@ void lk_set_parallel(LkParallel parallel) { set_parallel(parallel); }
 int64_t lk_attention_size() { return sizeof(LkAttention); }
 
 int64_t lk_pairs_size() { return sizeof(LkPairs); }
+
+int64_t lk_tubes_size() { return sizeof(LkTubes); }
 
 const char* lk_isa_name(int32_t index) {
   return index < static_cast<int32_t>(isas().size()) ? isas()[index].name : nullptr;
@@ -188,7 +197,7 @@ int32_t lk_attention_backward(const LkAttention* args) {
 int32_t lk_distance_forward(const LkPairs* args) {
   const LkPairs& a = *args;
   const PairKernels& kernels = pair_kernels(a);
-  if (!in_range(a)) return LK_OUT_OF_RANGE;
+  if (!in_range(a.pairs, a.batch * a.num_pairs, a.seq)) return LK_OUT_OF_RANGE;
   return guarded([&] {
     if (!for_each(a, a.batch * a.num_pairs, 2,
                   [&](int64_t pair) { kernels.distance_forward(a, pair); })) {
@@ -200,13 +209,15 @@ int32_t lk_distance_forward(const LkPairs* args) {
 }
 
 int32_t lk_distance_backward(const LkPairs* args) {
-  return guarded([&] { return pairs_backward(*args, pair_kernels(*args).distance_backward); });
+  const LkPairs& a = *args;
+  return guarded(
+      [&] { return scatter(a, a.pairs, 2 * a.num_pairs, pair_kernels(a).distance_backward); });
 }
 
 int32_t lk_views_forward(const LkPairs* args) {
   const LkPairs& a = *args;
   const PairKernels& kernels = pair_kernels(a);
-  if (!in_range(a)) return LK_OUT_OF_RANGE;
+  if (!in_range(a.pairs, a.batch * a.num_pairs, a.seq)) return LK_OUT_OF_RANGE;
   return guarded([&] {
     return for_each(a, 2 * a.batch * a.num_pairs, 2,
                     [&](int64_t slot) { kernels.views_forward(a, slot); });
@@ -219,6 +230,23 @@ int32_t lk_views_backward(const LkPairs* args) {
   return guarded([&] {
     return for_each(a, 2 * a.batch * a.num_pairs, 2,
                     [&](int64_t slot) { kernels.views_dot(a, slot); }) &&
-           pairs_backward(a, kernels.views_backward);
+           scatter(a, a.pairs, 2 * a.num_pairs, kernels.views_backward);
+  });
+}
+
+int32_t lk_tubes_forward(const LkTubes* args) {
+  const LkTubes& a = *args;
+  const int64_t count = a.batch * a.num_vectors;
+  if (!in_range(a.tubes, count * kTubeSlots / 2, a.seq)) return LK_OUT_OF_RANGE;
+  return guarded([&] {
+    return for_each(a, count, kTubeSlots,
+                    [&](int64_t i) { tube_kernels(a).forward(a, i); });
+  });
+}
+
+int32_t lk_tubes_backward(const LkTubes* args) {
+  const LkTubes& a = *args;
+  return guarded([&] {
+    return scatter(a, a.tubes, kTubeSlots * a.num_vectors, tube_kernels(a).backward);
   });
 }

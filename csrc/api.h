@@ -59,6 +59,19 @@ struct LkPairs {
   void* dots;  // like `squares`, to compute in
 };
 
+// Vectors of tubes: vector i is the sum of hidden[end] - hidden[start] over its steps. `vectors` and
+// `dvectors` are contiguous float32, or float64 for float64 `hidden`. A step of -1 is none.
+struct LkTubes {
+  int64_t batch, seq, dim, num_vectors;
+  int64_t hidden_batch_stride, hidden_seq_stride;
+  const void* hidden;
+  const int64_t* tubes;  // (batch, num_vectors, 3 steps, start and end) contiguous
+  void* dhidden;         // contiguous; written completely by the backward pass
+  int32_t dtype, isa, num_threads;
+  void* vectors;  // (batch, num_vectors, dim)
+  const void* dvectors;
+};
+
 // fn(data) in up to num_threads threads at once, as GOMP_parallel does.
 typedef void (*LkParallel)(void (*fn)(void*), void* data, unsigned num_threads, unsigned flags);
 
@@ -67,14 +80,17 @@ LK_EXPORT void lk_set_parallel(LkParallel parallel);
 // Size of each structure, by which the caller sees that both mean the same.
 LK_EXPORT int64_t lk_attention_size();
 LK_EXPORT int64_t lk_pairs_size();
+LK_EXPORT int64_t lk_tubes_size();
 // Instruction sets this library was built for and this machine has, best first; null at the end.
 LK_EXPORT const char* lk_isa_name(int32_t index);
 
 LK_EXPORT int32_t lk_attention_forward(const LkAttention* args);
 LK_EXPORT int32_t lk_attention_backward(const LkAttention* args);
-// Both forward passes check the pairs first.
+// The forward passes check the indices first.
 LK_EXPORT int32_t lk_distance_forward(const LkPairs* args);
 LK_EXPORT int32_t lk_distance_backward(const LkPairs* args);
 LK_EXPORT int32_t lk_views_forward(const LkPairs* args);
 LK_EXPORT int32_t lk_views_backward(const LkPairs* args);
+LK_EXPORT int32_t lk_tubes_forward(const LkTubes* args);
+LK_EXPORT int32_t lk_tubes_backward(const LkTubes* args);
 }

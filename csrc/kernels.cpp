@@ -4,6 +4,7 @@
 #include "attention_backward.h"
 #include "attention_forward.h"
 #include "pairs.h"
+#include "tubes.h"
 
 namespace LK_ISA {
 
@@ -16,11 +17,14 @@ constexpr AttentionKernels kAttention = {
 template <class S>
 constexpr PairKernels kPairs = {distance_forward<S>,  distance_reduce<S>, distance_backward<S>,
                                 views_forward<S>,     views_dot<S>,       views_backward<S>};
+template <class S>
+constexpr TubeKernels kTubes = {tubes_forward<S>, tubes_backward<S>};
 
 // In the order of LkDtype.
 extern const KernelTable kTable;
 const KernelTable kTable = {
     {kAttention<float>, kAttention<double>, kAttention<Bfloat16>, kAttention<Float16>},
-    {kPairs<float>, kPairs<double>, kPairs<Bfloat16>, kPairs<Float16>}};
+    {kPairs<float>, kPairs<double>, kPairs<Bfloat16>, kPairs<Float16>},
+    {kTubes<float>, kTubes<double>, kTubes<Bfloat16>, kTubes<Float16>}};
 
 }  // namespace LK_ISA

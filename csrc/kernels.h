@@ -51,8 +51,16 @@ struct PairKernels {
   void (*views_backward)(const LkPairs&, const int64_t* next, int64_t first_slot);
 };
 
+constexpr int kTubeSlots = 6;  // of a vector: the two ends of each of its three steps
+
+struct TubeKernels {
+  void (*forward)(const LkTubes&, int64_t index);
+  void (*backward)(const LkTubes&, const int64_t* next, int64_t first_slot);
+};
+
 // One table per instruction set, indexed by LkDtype.
 struct KernelTable {
   AttentionKernels attention[4];
   PairKernels pairs[4];
+  TubeKernels tubes[4];
 };

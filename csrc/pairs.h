@@ -14,6 +14,11 @@ LK_INLINE const S* slot_row(const LkPairs& a, int64_t slot) {
          a.pairs[slot] * a.hidden_seq_stride;
 }
 
+// The row of dhidden that a slot points at, counted through the batch.
+LK_INLINE int64_t gradient_row(const LkPairs& a, int64_t slot) {
+  return slot / (2 * a.num_pairs) * a.seq + a.pairs[slot];
+}
+
 // Where a slot stands in `squares`, `dots` and, times dim, in `views`: all predictors, then all
 // targets.
 LK_INLINE int64_t view_of(const LkPairs& a, int64_t slot) {
@@ -142,12 +147,12 @@ struct PairWeights {
 
 // The gradient of one row of hidden: the sum of add(slot, begin, dim, sum) over the slots that
 // point at it, linked in ascending order by `next` and ended by -1. add() adds elements begin ..
-// begin + dim - 1 to the vectors of `sum`.
-template <class S, class Fn>
-LK_INLINE void sum_slots(const LkPairs& a, const int64_t* next, int64_t first_slot, Fn add) {
+// begin + dim - 1 to the vectors of `sum`. `row` counts through the batch.
+template <class S, class Arguments, class Fn>
+LK_INLINE void sum_slots(const Arguments& a, int64_t row, const int64_t* next, int64_t first_slot,
+                         Fn add) {
   using T = Compute<S>;
   constexpr int W = kLanes<T>, kVectors = 32;
-  const int64_t row = first_slot / (2 * a.num_pairs) * a.seq + a.pairs[first_slot];
   S* out = static_cast<S*>(a.dhidden) + row * a.dim;
   for (int64_t begin = 0; begin < a.dim; begin += kVectors * W) {
     const int64_t dim = a.dim - begin < kVectors * W ? a.dim - begin : kVectors * W;
@@ -166,7 +171,7 @@ LK_INLINE void sum_slots(const LkPairs& a, const int64_t* next, int64_t first_sl
 template <class S>
 void distance_backward(const LkPairs& a, const int64_t* next, int64_t first_slot) {
   using T = Compute<S>;
-  sum_slots<S>(a, next, first_slot,
+  sum_slots<S>(a, gradient_row(a, first_slot), next, first_slot,
                [&](int64_t slot, int64_t begin, int64_t dim, Vec<T>* sum) LK_INLINE_LAMBDA {
     const int64_t pair = slot / 2;
     const PairWeights<T> w(a, static_cast<const T*>(a.stats) + 3 * pair,
@@ -224,7 +229,7 @@ void views_dot(const LkPairs& a, int64_t slot) {
 template <class S>
 void views_backward(const LkPairs& a, const int64_t* next, int64_t first_slot) {
   using T = Compute<S>;
-  sum_slots<S>(a, next, first_slot,
+  sum_slots<S>(a, gradient_row(a, first_slot), next, first_slot,
                [&](int64_t slot, int64_t begin, int64_t dim, Vec<T>* sum) LK_INLINE_LAMBDA {
     const int64_t at = view_of(a, slot), first = at * a.dim + begin;
     const T norm = clamped_norm(static_cast<const T*>(a.squares)[at]);

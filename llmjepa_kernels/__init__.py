@@ -14,6 +14,7 @@ from llmjepa_kernels.ops.attention import view_attention
 from llmjepa_kernels.ops.block_mask import BlockMask
 from llmjepa_kernels.ops.flash_plan import FlashPlan
 from llmjepa_kernels.ops.loss import last_token_loss
+from llmjepa_kernels.ops.tubes import semantic_tube_loss
 from llmjepa_kernels.packing import Example, PackedBatch, Segment, llm_jepa_example, pack
 
 if TYPE_CHECKING:  # what `_LAZY` says, for type checkers and editors
@@ -56,6 +57,7 @@ __all__ = [
     "llm_jepa_loss",
     "pack",
     "patch_model",
+    "semantic_tube_loss",
     "unpatch_model",
     "view_attention",
 ]

@@ -1,1 +1,1 @@
-"""The operations: attention under the view-isolation mask, and the loss of last tokens."""
+"""The operations: attention under the view-isolation mask, losses of last tokens and of tubes."""

@@ -37,23 +37,28 @@ def empty_seq_major(x: Tensor) -> Tensor:
     return x.new_empty(batch, seq, heads, head_dim).transpose(1, 2)
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What sums over x are computed in: at least float32."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def count_pairs(pairs: Tensor) -> Tensor:
     """How many are not padding, an integer scalar."""
     return (pairs[..., 0] >= 0).sum()
 
 
-def check_pairs(pairs: Tensor, seq: int) -> None:
-    """Raises IndexError unless both indices of each pair lie in the row, or both are -1.
+def check_pairs(pairs: Tensor, seq: int, name: str = "pairs") -> None:
+    """Raises IndexError unless both indices (…, 2) of each pair lie in the row, or both are -1.
 
     Elsewhere than on a CPU it is asserted, without waiting for the device.
     """
     padding = (pairs == -1).all(dim=-1, keepdim=True)
     wrong = ~padding & ((pairs < 0) | (pairs >= seq))
     if pairs.device.type != "cpu":
-        torch._assert_async(~wrong.any(), "pairs must hold indices in 0 .. seq - 1, or -1 twice")
+        torch._assert_async(~wrong.any(), f"{name} must hold indices in 0 .. seq - 1, or -1 twice")
     elif wrong.any():
-        b, p, _ = wrong.nonzero()[0].tolist()
+        *place, _ = wrong.nonzero()[0].tolist()
         raise IndexError(
-            f"pairs must hold indices in 0 .. {seq - 1}, or -1 twice for padding; "
-            f"got pairs[{b}, {p}] = {pairs[b, p].tolist()}"
+            f"{name} must hold indices in 0 .. {seq - 1}, or -1 twice for padding; "
+            f"got {name}{place} = {pairs[tuple(place)].tolist()}"
         )

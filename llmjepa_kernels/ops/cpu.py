@@ -1,4 +1,4 @@
-"""CPU back end of both operations: C++ kernels for AVX-512, AVX2, NEON and plain vectors.
+"""CPU back end of the operations: C++ kernels for AVX-512, AVX2, NEON and plain vectors.
 
 Source: FlashAttention-2, arXiv:2307.08691, in the layout that csrc/attention.h describes.
 """
@@ -14,7 +14,12 @@ import torch
 from torch import Tensor
 
 from llmjepa_kernels.ops.block_mask import BlockMask
-from llmjepa_kernels.ops.common import AttentionOptions, check_pairs, empty_seq_major
+from llmjepa_kernels.ops.common import (
+    AttentionOptions,
+    check_pairs,
+    compute_dtype,
+    empty_seq_major,
+)
 
 # Another library, as built with sanitizers, and another instruction set than the best.
 LIBRARY_VARIABLE = "LLMJEPA_CPU_LIBRARY"
@@ -83,7 +88,7 @@ def distance_forward(
     hidden: Tensor, pairs: Tensor, *, metric: str, reduction: str
 ) -> tuple[Tensor, Tensor]:
     """The loss: (batch, num_pairs) or reduced; and what its backward needs (…, 3)."""
-    dtype, shape = _compute_dtype(hidden), pairs.shape[:2]
+    dtype, shape = compute_dtype(hidden), pairs.shape[:2]
     loss = torch.empty(shape if reduction == "none" else (), dtype=dtype)
     stats = torch.empty(*shape, 3, dtype=dtype)
     _run_pairs(
@@ -118,7 +123,7 @@ def distance_backward(
 
 def views_forward(hidden: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
     """The pairs' rows at length 1, (2, batch, num_pairs, hidden_size), and their squared norms."""
-    dtype, (batch, num_pairs, _) = _compute_dtype(hidden), pairs.shape
+    dtype, (batch, num_pairs, _) = compute_dtype(hidden), pairs.shape
     views = torch.empty(2, batch, num_pairs, hidden.shape[2], dtype=dtype)
     squares = torch.empty(2, batch, num_pairs, dtype=dtype)
     _run_pairs(
@@ -144,6 +149,41 @@ def views_backward(
         dots=dots.data_ptr(),
         dhidden=dhidden.data_ptr(),
     )
+    return dhidden
+
+
+def tubes_forward(hidden: Tensor, tubes: Tensor) -> Tensor:
+    """Both vectors of each tube, (batch, num_tubes, 2, hidden_size)."""
+    vectors = torch.empty(*tubes.shape[:3], hidden.shape[2], dtype=compute_dtype(hidden))
+    status = _run_tubes(
+        "lk_tubes_forward",
+        tubes,
+        hidden.shape,
+        hidden.dtype,
+        hidden_batch_stride=hidden.stride(0),
+        hidden_seq_stride=hidden.stride(1),
+        hidden=hidden.data_ptr(),
+        vectors=vectors.data_ptr(),
+    )
+    if status == OUT_OF_RANGE:
+        check_pairs(tubes, hidden.shape[1], "tubes")
+    _check_status(status)
+    return vectors
+
+
+def tubes_backward(dvectors: Tensor, tubes: Tensor, seq: int, dtype: torch.dtype) -> Tensor:
+    """dhidden (batch, seq, hidden_size), zero except at the tubes' rows."""
+    dvectors = dvectors.contiguous()
+    dhidden = torch.empty(len(tubes), seq, dvectors.shape[-1], dtype=dtype)
+    status = _run_tubes(
+        "lk_tubes_backward",
+        tubes,
+        dhidden.shape,
+        dtype,
+        dhidden=dhidden.data_ptr(),
+        dvectors=dvectors.data_ptr(),
+    )
+    _check_status(status)
     return dhidden
 
 
@@ -187,6 +227,15 @@ class _PairsArguments(ctypes.Structure):
     )
 
 
+class _TubesArguments(ctypes.Structure):
+    _fields_ = (
+        *_fields(ctypes.c_int64, "batch seq dim num_vectors hidden_batch_stride hidden_seq_stride"),
+        *_fields(ctypes.c_void_p, "hidden tubes dhidden"),
+        *_fields(ctypes.c_int32, "dtype isa num_threads"),
+        *_fields(ctypes.c_void_p, "vectors dvectors"),
+    )
+
+
 class _AttentionCall:
     """Fills the arguments of a call and keeps the tensors alive that they point into."""
 
@@ -195,7 +244,7 @@ class _AttentionCall:
         if dim > MAX_HEAD_DIM:
             raise ValueError(f"head_dim must be at most {MAX_HEAD_DIM} on a CPU, got {dim}")
         kv_indices = mask.kv_indices.contiguous()
-        self.stats_shape, self.stats_dtype = (batch, heads, seq), _compute_dtype(q)
+        self.stats_shape, self.stats_dtype = (batch, heads, seq), compute_dtype(q)
         self.tensors = []
         self.arguments = _AttentionArguments(
             batch=batch,
@@ -210,7 +259,7 @@ class _AttentionCall:
             softcap=options.softcap or 0.0,
             scale=options.softmax_scale,
             full_is_full=options.window is None or mask.window == options.window,
-            dtype=_dtype(q),
+            dtype=_dtype(q.dtype),
             isa=_isa(),
             num_threads=torch.get_num_threads(),
         )
@@ -256,7 +305,7 @@ def _run_pairs(function: str, hidden: Tensor, pairs: Tensor, **arguments: int) -
         *hidden.stride()[:2],
         hidden.data_ptr(),
         pairs.data_ptr(),
-        dtype=_dtype(hidden),
+        dtype=_dtype(hidden.dtype),
         isa=_isa(),
         num_threads=torch.get_num_threads(),
         **arguments,
@@ -267,19 +316,31 @@ def _run_pairs(function: str, hidden: Tensor, pairs: Tensor, **arguments: int) -
     _check_status(status)
 
 
+def _run_tubes(
+    function: str, tubes: Tensor, shape: torch.Size, dtype: torch.dtype, **arguments: int
+) -> int:
+    tubes = tubes.contiguous()
+    call = _TubesArguments(
+        *shape,
+        num_vectors=2 * tubes.shape[1],
+        tubes=tubes.data_ptr(),
+        dtype=_dtype(dtype),
+        isa=_isa(),
+        num_threads=torch.get_num_threads(),
+        **arguments,
+    )
+    return getattr(_library(), function)(ctypes.byref(call))
+
+
 def _check_status(status: int) -> None:
     if status != OK:
         raise MemoryError("the CPU kernels ran out of memory for their tiles")
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _dtype(x: Tensor) -> int:
-    if x.dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {list(DTYPES)}, got {x.dtype}")
-    return DTYPES[x.dtype]
+def _dtype(dtype: torch.dtype) -> int:
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {list(DTYPES)}, got {dtype}")
+    return DTYPES[dtype]
 
 
 def _isa() -> int:
@@ -299,7 +360,11 @@ def _library() -> ctypes.CDLL:
             "llmjepa_kernels where GCC or Clang is present, or use impl='reference'"
         )
     library = ctypes.CDLL(str(LIBRARY))
-    sizes = {"lk_attention_size": _AttentionArguments, "lk_pairs_size": _PairsArguments}
+    sizes = {
+        "lk_attention_size": _AttentionArguments,
+        "lk_pairs_size": _PairsArguments,
+        "lk_tubes_size": _TubesArguments,
+    }
     for name, structure in sizes.items():
         if not hasattr(library, name) or getattr(library, name)() != ctypes.sizeof(structure):
             raise RuntimeError(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, distributed
 from torch.nn import functional
 
-from llmjepa_kernels.ops.common import count_pairs
+from llmjepa_kernels.ops.common import compute_dtype, count_pairs
 from llmjepa_kernels.ops.registry import backward_operation, load_backend, operation
 
 if TYPE_CHECKING:  # builds of torch without distributed lack it
@@ -123,7 +123,7 @@ def _pair_distance(
 
 @torch.library.register_fake("llmjepa_kernels::pair_distance")
 def _(hidden, pairs, metric, reduction, impl):
-    dtype, shape = _compute_dtype(hidden), pairs.shape[:2]
+    dtype, shape = compute_dtype(hidden), pairs.shape[:2]
     loss = hidden.new_empty(shape if reduction == "none" else (), dtype=dtype)
     return loss, hidden.new_empty((*shape, 3), dtype=dtype)
 
@@ -177,7 +177,7 @@ def _pair_views(hidden: Tensor, pairs: Tensor, impl: str | None) -> tuple[Tensor
 
 @torch.library.register_fake("llmjepa_kernels::pair_views")
 def _(hidden, pairs, impl):
-    shape, dtype = (2, *pairs.shape[:2]), _compute_dtype(hidden)
+    shape, dtype = (2, *pairs.shape[:2]), compute_dtype(hidden)
     return (
         hidden.new_empty((*shape, hidden.shape[2]), dtype=dtype),
         hidden.new_empty(shape, dtype=dtype),
@@ -216,11 +216,8 @@ torch.library.register_autograd(
 )
 
 
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    return torch.promote_types(hidden.dtype, torch.float32)
-
-
-def _check(hidden: Tensor, pairs: Tensor, metric: str, reduction: str, temperature: float) -> None:
+def check_hidden(hidden: Tensor) -> None:
+    """Raises ValueError unless `hidden` is what the losses take."""
     if hidden.dim() != 3 or not hidden.dtype.is_floating_point:
         raise ValueError(
             "hidden must be floating point of shape (batch, seq, hidden_size), got "
@@ -231,6 +228,10 @@ def _check(hidden: Tensor, pairs: Tensor, metric: str, reduction: str, temperatu
             f"hidden must have unit stride in hidden_size, got strides {hidden.stride()}; "
             "call .contiguous()"
         )
+
+
+def _check(hidden: Tensor, pairs: Tensor, metric: str, reduction: str, temperature: float) -> None:
+    check_hidden(hidden)
     if pairs.dtype != torch.int64 or pairs.dim() != 3 or pairs.shape[::2] != (len(hidden), 2):
         raise ValueError(
             f"pairs must be int64 of shape (batch = {len(hidden)}, num_pairs, 2), got "

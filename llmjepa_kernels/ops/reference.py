@@ -1,4 +1,4 @@
-"""Both operations in plain PyTorch: the oracle of the tests, on any device, in any dtype.
+"""The operations in plain PyTorch: the oracle of the tests, on any device, in any dtype.
 
 Nothing here is fast: attention builds the whole (seq, seq) score matrix. Scores are computed in
 the inputs' dtype, the softmax in at least float32.
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llmjepa_kernels.ops.block_mask import BlockMask
-from llmjepa_kernels.ops.common import AttentionOptions, check_pairs, count_pairs
+from llmjepa_kernels.ops.common import AttentionOptions, check_pairs, compute_dtype, count_pairs
 from llmjepa_kernels.ops.dense import dense_attention, masked_scores, seq_major, visible
 
 COSINE_EPS = 1e-8  # as torch.nn.functional.cosine_similarity
@@ -137,12 +137,30 @@ def views_backward(
     return _scatter(dx, dy, hidden, pairs)
 
 
+def tubes_forward(hidden: Tensor, tubes: Tensor) -> Tensor:
+    """Both vectors of each tube, (batch, num_tubes, 2, hidden_size)."""
+    check_pairs(tubes, hidden.shape[1], "tubes")
+    batch = torch.arange(len(tubes), device=tubes.device).view(-1, 1, 1, 1, 1)
+    ends = hidden[batch, tubes.clamp(min=0)].to(compute_dtype(hidden))
+    steps = ends[..., 1, :] - ends[..., 0, :]
+    return steps.masked_fill(tubes[..., :1] < 0, 0.0).sum(dim=3)
+
+
+def tubes_backward(dvectors: Tensor, tubes: Tensor, seq: int, dtype: torch.dtype) -> Tensor:
+    """dhidden (batch, seq, hidden_size), zero except at the tubes' rows."""
+    dhidden = dvectors.new_zeros(len(tubes), seq, dvectors.shape[-1])
+    signed = torch.stack([-dvectors, dvectors], dim=3)[:, :, :, None].expand(*tubes.shape, -1)
+    signed = signed.masked_fill(tubes[..., None] < 0, 0.0).flatten(1, 4)
+    index = tubes.clamp(min=0).flatten(1)[..., None].expand_as(signed)
+    return dhidden.scatter_add_(1, index, signed).to(dtype)
+
+
 def _pair_rows(hidden: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Predictor and target rows (batch, num_pairs, hidden_size) and which pairs are real."""
     rows = torch.arange(len(pairs), device=pairs.device)[:, None]
     index = pairs.clamp(min=0)
     gathered = hidden[rows, index[..., 0]], hidden[rows, index[..., 1]]
-    x, y = (g.to(torch.promote_types(g.dtype, torch.float32)) for g in gathered)
+    x, y = (g.to(compute_dtype(g)) for g in gathered)
     return x, y, pairs[..., 0] >= 0
 
 

@@ -106,7 +106,7 @@ def backward_operation(name: str) -> Callable[[Callable], Callable]:
 
     def refuse(ctx, *gradients):
         raise RuntimeError(
-            f"{name} is not differentiable: view_attention and last_token_loss have no second "
+            f"{name} is not differentiable: view_attention and the losses have no second "
             "derivatives"
         )
 

@@ -121,22 +121,23 @@ def test_options_compile(tmp_path):
 LOSS = """
 import json, sys
 import torch
-from benchmarks.gpu_static import compiling_for, resources, run_loss
+from benchmarks.gpu_static import compiling_for, resources, run_loss, run_tubes
 
 records = []
 for arch in sys.argv[1:]:
     with compiling_for(arch) as launched:
         for metric in ("cosine", "l2", "mse", "infonce"):
             run_loss(2048, torch.bfloat16, metric)
+        run_tubes(2048, torch.bfloat16)
     records += [{"arch": arch, "name": name, **resources(k, arch)} for name, k in launched]
 print(json.dumps(records))
 """
 
 
-def test_the_loss_compiles_without_spills_for_every_architecture(tmp_path):
+def test_the_losses_compile_without_spills_for_every_architecture(tmp_path):
     records = python(["-c", LOSS, *MATRIX_INSTRUCTION], tmp_path, timeout=300)
     kernels = {(r["arch"], r["name"]) for r in records}
-    assert len(kernels) == len(MATRIX_INSTRUCTION) * 5, kernels
+    assert len(kernels) == len(MATRIX_INSTRUCTION) * 7, kernels
     for r in records:
         assert 0 < r["registers"] <= MAX_REGISTERS.get(r["arch"], 255), r
         assert 0 <= r["shared"] <= SHARED_BYTES[r["arch"]], r
@@ -146,7 +147,7 @@ def test_the_loss_compiles_without_spills_for_every_architecture(tmp_path):
 PACKINGS = """
 import json, random
 import torch
-from benchmarks.gpu_static import compiling_for, meta_mask, run_attention, run_loss
+from benchmarks.gpu_static import compiling_for, meta_mask, run_attention, run_loss, run_tubes
 
 rng = random.Random(0)
 counts = []
@@ -158,6 +159,7 @@ with compiling_for("sm_90") as launched:
         run_attention(64, torch.bfloat16, mask, window=window)
         for metric in ("cosine", "infonce"):
             run_loss(2048, torch.bfloat16, metric, num_pairs=rng.choice([1, 8, rng.randint(2, 99)]))
+        run_tubes(2048, torch.bfloat16, num_tubes=rng.choice([1, 8, rng.randint(2, 99)]))
         counts.append(len({id(kernel) for _, kernel in launched}))
 print(json.dumps(counts))
 """
@@ -165,5 +167,5 @@ print(json.dumps(counts))
 
 def test_a_hundred_packings_compile_nothing_after_the_first(tmp_path):
     counts = python(["-c", PACKINGS], tmp_path, timeout=300)
-    # Three kernels know of the window; the row statistics and the loss do not.
-    assert counts == [9] + [12] * 99
+    # Three kernels know of the window; the row statistics and the losses do not.
+    assert counts == [11] + [14] * 99

@@ -163,7 +163,7 @@ def test_a_library_of_another_version_is_refused(tmp_path):
         input=b"long long lk_attention_size(void) { return 8; }",
         check=True,
     )
-    script = "from llmjepa_kernels import cpu; cpu.isas()"
+    script = "from llmjepa_kernels.ops import cpu; cpu.isas()"
     environment = {**os.environ, cpu.LIBRARY_VARIABLE: str(tmp_path / "other.so")}
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True

@@ -8,7 +8,13 @@ import torch
 
 from llmjepa_kernels.ops import cpu
 from tests.support.emulated_cpu import EmulatedLibrary
-from tests.support.helpers import AttentionCase, check_attention, check_loss
+from tests.support.helpers import (
+    AttentionCase,
+    check_attention,
+    check_loss,
+    check_tubes,
+    random_tubes,
+)
 
 pytestmark = [
     pytest.mark.slow,
@@ -52,3 +58,10 @@ def test_loss(metric, dtype):
     pairs = torch.randint(7, (2, 9, 2), generator=generator)
     pairs[0, 4::3] = -1
     check_loss(hidden, pairs, metric, "cpu", dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tubes(dtype):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 20, 101, generator=generator, dtype=torch.float64)
+    check_tubes(hidden, random_tubes(2, 9, 20), "cpu", dtype)

@@ -54,7 +54,8 @@ class EmulatedLibrary:
         return self.isas[index].encode() if index < len(self.isas) else None
 
     def __getattr__(self, function: str):
-        sizes = attention_sizes if function.startswith("lk_attention") else pairs_sizes
+        kinds = {"attention": attention_sizes, "tubes": tubes_sizes}
+        sizes = kinds.get(function.split("_")[1], pairs_sizes)
         return lambda reference: self.call(function, reference._obj, sizes)
 
     def call(self, function: str, arguments: ctypes.Structure, sizes) -> int:
@@ -119,4 +120,17 @@ def pairs_sizes(a: ctypes.Structure) -> dict[str, int]:
         "dviews": 2 * stat * count * a.dim,
         "squares": 2 * stat * count,
         "dots": 2 * stat * count,
+    }
+
+
+def tubes_sizes(a: ctypes.Structure) -> dict[str, int]:
+    """Bytes behind each pointer of LkTubes."""
+    item, vector = ITEM_SIZES[a.dtype], (8 if a.dtype == 1 else 4) * a.dim
+    last = (a.batch - 1) * a.hidden_batch_stride + (a.seq - 1) * a.hidden_seq_stride
+    return {
+        "hidden": item * (last + a.dim),
+        "dhidden": item * a.batch * a.seq * a.dim,
+        "tubes": 48 * a.batch * a.num_vectors,
+        "vectors": vector * a.batch * a.num_vectors,
+        "dvectors": vector * a.batch * a.num_vectors,
     }

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from llmjepa_kernels import BlockMask, Example, Segment, last_token_loss, view_attention
+from llmjepa_kernels import (
+    BlockMask,
+    Example,
+    Segment,
+    last_token_loss,
+    semantic_tube_loss,
+    view_attention,
+)
 
 
 def random_forest(seq: int, seed: int, mean_length: float = 8.0) -> tuple[Tensor, Tensor]:
@@ -73,6 +82,17 @@ def random_examples(count: int, seed: int, vocab: int = 50, views: str = "shared
             pair = (1, 2)
         examples.append(Example(segments, [pair]))
     return examples
+
+
+def random_tubes(batch: int, num_tubes: int, seq: int, seed: int = 0) -> Tensor:
+    """(batch, num_tubes, 2, 3, 2): many in the same rows, some with fewer steps, some padding."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, num_tubes, 2, 3)
+    tubes = torch.randint(seq // 2 + 1, (*shape, 2), generator=generator)
+    tubes[torch.rand(shape, generator=generator) < 0.4] = -1
+    tubes[:, ::2, :, 2, 1] = torch.where(tubes[:, ::2, :, 2, 0] >= 0, seq - 1, -1)
+    tubes[0, num_tubes // 2 :: 3] = -1
+    return tubes
 
 
 @dataclass
@@ -188,14 +208,32 @@ def check_loss(
     hidden: Tensor, pairs: Tensor, metric: str, impl: str, dtype: torch.dtype, device: str = "cpu"
 ) -> None:
     """The same rule for last_token_loss: distances, and the gradient of their weighted sum."""
+    loss = functools.partial(last_token_loss, metric=metric)
+    _check_loss(loss, hidden, pairs, impl, dtype, device)
+
+
+def check_tubes(
+    hidden: Tensor, tubes: Tensor, impl: str, dtype: torch.dtype, device: str = "cpu"
+) -> None:
+    """The same for semantic_tube_loss."""
+    _check_loss(semantic_tube_loss, hidden, tubes, impl, dtype, device)
+
+
+def _check_loss(
+    loss: Callable[..., Tensor],
+    hidden: Tensor,
+    indices: Tensor,
+    impl: str,
+    dtype: torch.dtype,
+    device: str,
+) -> None:
     plain_dtype = _plain_dtype(dtype)
     hidden = hidden.to(plain_dtype).double()
-    weight = torch.linspace(0.5, 2.0, pairs[..., 0].numel(), dtype=torch.float64)
 
     def run(impl: str, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
         x = hidden.to(device=device, dtype=dtype).detach().requires_grad_()
-        options = {"metric": metric, "reduction": "none", "impl": impl}
-        distance = last_token_loss(x, pairs.to(device), **options)
+        distance = loss(x, indices.to(device), reduction="none", impl=impl)
+        weight = torch.linspace(0.5, 2.0, distance.numel(), dtype=torch.float64)
         scaled = distance * weight.view_as(distance).to(distance)
         (dhidden,) = torch.autograd.grad(scaled.sum(), x)
         return {"distance": distance.detach().cpu(), "dhidden": dhidden.cpu()}

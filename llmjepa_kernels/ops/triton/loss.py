@@ -20,7 +20,7 @@ def distance_forward(
     hidden: Tensor, pairs: Tensor, *, metric: str, reduction: str
 ) -> tuple[Tensor, Tensor]:
     """The loss: (batch, num_pairs) or reduced; and what its backward needs (…, 3)."""
-    _check(hidden)
+    check_dtype(hidden)
     check_pairs(pairs, hidden.shape[1])
     batch, num_pairs, _ = pairs.shape
     distance = hidden.new_empty(batch, num_pairs, dtype=torch.float32)
@@ -28,7 +28,7 @@ def distance_forward(
     if pairs.numel():
         _distance_forward_kernel[(batch * num_pairs,)](
             hidden,
-            *_row_strides(hidden),
+            *row_strides(hidden),
             pairs.contiguous(),
             distance,
             stats,
@@ -48,7 +48,7 @@ def distance_backward(
     ddistance: Tensor, hidden: Tensor, pairs: Tensor, stats: Tensor, *, metric: str
 ) -> Tensor:
     """dhidden (batch, seq, hidden_size), zero except at the pairs' rows."""
-    _check(hidden)
+    check_dtype(hidden)
     batch, num_pairs, _ = pairs.shape
     dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
     if pairs.numel():
@@ -56,7 +56,7 @@ def distance_backward(
         _distance_backward_kernel[grid](
             ddistance,
             hidden,
-            *_row_strides(hidden),
+            *row_strides(hidden),
             pairs.contiguous(),
             stats,
             dhidden,
@@ -73,7 +73,7 @@ def distance_backward(
 
 def views_forward(hidden: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
     """The pairs' rows at length 1, (2, batch, num_pairs, hidden_size), and their squared norms."""
-    _check(hidden)
+    check_dtype(hidden)
     check_pairs(pairs, hidden.shape[1])
     shape = (2, *pairs.shape[:2])
     views = hidden.new_empty(*shape, hidden.shape[2], dtype=torch.float32)
@@ -81,7 +81,7 @@ def views_forward(hidden: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
     if pairs.numel():
         _views_forward_kernel[(pairs.numel(),)](
             hidden,
-            *_row_strides(hidden),
+            *row_strides(hidden),
             pairs.contiguous(),
             views,
             squares,
@@ -98,7 +98,7 @@ def views_backward(
     dviews: Tensor, hidden: Tensor, pairs: Tensor, views: Tensor, squares: Tensor
 ) -> Tensor:
     """dhidden (batch, seq, hidden_size), zero except at the pairs' rows."""
-    _check(hidden)
+    check_dtype(hidden)
     dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
     if pairs.numel():
         dots = torch.empty_like(squares)
@@ -124,13 +124,14 @@ def views_backward(
     return dhidden
 
 
-def _row_strides(hidden: Tensor) -> tuple[int, int]:
+def row_strides(hidden: Tensor) -> tuple[int, int]:
     """Of the batch and of the row; 0 where there is only one."""
     batch, seq, _ = hidden.shape
     return hidden.stride(0) if batch > 1 else 0, hidden.stride(1) if seq > 1 else 0
 
 
-def _check(hidden: Tensor) -> None:
+def check_dtype(hidden: Tensor) -> None:
+    """Raises ValueError unless the kernels take the dtype of `hidden`."""
     if hidden.dtype not in DTYPES:
         raise ValueError(
             f"hidden must be float16, bfloat16 or float32 for impl='triton', got {hidden.dtype}"
