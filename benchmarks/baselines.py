@@ -7,6 +7,7 @@ cosine. No baseline uses anything of the package but the token ids of an `Exampl
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -253,20 +254,10 @@ def document_attention(
         raise ValueError(f"document attention has no dropout and none of {options}")
     groups = q.shape[1] // k.shape[1]
     if q.is_cuda and q.dtype != torch.float32:
-        from torch.nn.attention.varlen import varlen_attn
-
         longest = max(end - start for start, end in pairwise(document_bounds))
         flat = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
-        out = varlen_attn(
-            *flat,
-            document_offsets,
-            document_offsets,
-            longest,
-            longest,
-            scale=scaling,
-            window_size=(-1, 0),
-            enable_gqa=groups > 1,
-        )
+        bounds = (document_offsets, document_offsets, longest, longest)
+        out = causal_varlen(*flat, *bounds, scale=scaling)
         return out[None], None
     # One split has one backward; slices would each add a gradient of the whole row.
     sizes = [end - start for start, end in pairwise(document_bounds)]
@@ -275,6 +266,46 @@ def document_attention(
         for parts in zip(*(x.split(sizes, dim=2) for x in (q, k, v)), strict=True)
     ]
     return torch.cat(outs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def causal_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_q: int,
+    max_k: int,
+    scale: float | None = None,
+) -> Tensor:
+    """torch's variable-length attention, whose options differ from 2.10 to 2.13.
+
+    Args:
+        q: (tokens, heads, head_dim); k and v likewise, with heads that divide its.
+        cu_q: Where each sequence of queries begins, and the end; cu_k that of its keys.
+        max_q: The longest sequence of queries; max_k of keys.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = inspect.signature(varlen_attn).parameters
+    options = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    if "enable_gqa" in known:
+        options["enable_gqa"] = q.shape[1] != k.shape[1]
+    else:
+        k, v = repeated(q, k, v)
+    if "scale" in known:
+        options["scale"] = scale
+    elif scale is not None:
+        q = q * (scale * q.shape[-1] ** 0.5)
+    return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, **options)
+
+
+def repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values for every head: SDPA's fast kernels need that where there is a mask."""
+    groups = q.shape[1] // k.shape[1]
+    if groups == 1:
+        return k, v
+    return k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
 
 
 def register_document_attention() -> str:

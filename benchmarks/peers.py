@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from benchmarks.baselines import causal_varlen, repeated
 from benchmarks.workload import Case, runs
 from llmjepa_kernels import BlockMask, FlashPlan, view_attention
 from llmjepa_kernels.ops.dense import dense_attention, visible
@@ -52,7 +53,9 @@ def sdpa_dense_mask(case: Case) -> Attention:
     if seq * seq * case.heads * 4 > MAX_DENSE_BYTES:
         raise UnavailableError(f"scores of {seq} x {seq} for {case.heads} heads exceed 2 GiB")
     seen = visible(case.visible_until)[:, None]
-    return lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+    return lambda q, k, v: scaled_dot_product_attention(
+        q, *repeated(q, k, v), attn_mask=seen.to(q.device)
+    )
 
 
 def sdpa_per_run(case: Case) -> Attention:
@@ -69,10 +72,10 @@ def sdpa_per_run(case: Case) -> Attention:
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # One gather has one backward; one for each run would add a gradient of the whole row.
-        k, v = (x.index_select(2, keys).split(k_sizes, dim=2) for x in (k, v))
+        k, v = (x.index_select(2, keys).split(k_sizes, dim=2) for x in repeated(q, k, v))
         outs = [
-            scaled_dot_product_attention(*parts, is_causal=mask is None, enable_gqa=True)
-            for *parts, mask in zip(q.split(q_sizes, dim=2), k, v, masks, masks, strict=True)
+            scaled_dot_product_attention(*parts, mask, is_causal=mask is None)
+            for *parts, mask in zip(q.split(q_sizes, dim=2), k, v, masks, strict=True)
         ]
         return torch.cat(outs, dim=2)
 
@@ -151,14 +154,11 @@ def _key_blocks(mask: BlockMask | FlexBlockMask, m: int) -> list[int]:
 def torch_varlen(case: Case) -> Attention:
     """Runs as documents, keys before them gathered: exact, and no mask anywhere."""
     _needs_cuda(case, "varlen_attn")
-    from torch.nn.attention.varlen import varlen_attn
-
     plan = _VarlenPlan.of(case)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = plan.inputs(q, k, v)
-        lengths = (plan.cu_q, plan.cu_k, plan.max_q, plan.max_k)
-        out = varlen_attn(q, k, v, *lengths, window_size=(-1, 0), enable_gqa=True)
+        out = causal_varlen(q, k, v, plan.cu_q, plan.cu_k, plan.max_q, plan.max_k)
         return out[None].transpose(1, 2)
 
     return attend

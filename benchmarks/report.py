@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
 import platform
+import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,8 +21,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[1]
-WIDTH = 120  # of tables that go into a file
-PACKAGES = ("torch", "triton", "transformers", "flash-attn", "numpy")
+PACKAGES = ("torch", "triton", "transformers", "flash-attn", "flash-attn-3", "numpy")
 
 
 def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -41,6 +45,7 @@ def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
     return {
         "processor": _processor(),
         "threads": torch.get_num_threads(),
+        "matmul": _matmul_library(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "versions": {name: installed(name) for name in PACKAGES},
@@ -56,6 +61,27 @@ def _processor() -> str:
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or "unknown"
+
+
+@cache
+def _matmul_library() -> str:
+    """What ran a matrix product on the CPU: oneDNN if it says so, else the BLAS of torch."""
+    a = torch.ones(64, 64)
+    with tempfile.TemporaryFile() as file:
+        stdout = os.dup(1)
+        os.dup2(file.fileno(), 1)  # oneDNN writes past Python
+        try:
+            with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
+                a @ a
+        finally:
+            ctypes.CDLL(None).fflush(None)
+            os.dup2(stdout, 1)
+            os.close(stdout)
+        file.seek(0)
+        if b"exec,cpu" in file.read():
+            return "oneDNN"
+    built = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
+    return {"mkl": "MKL", "open": "OpenBLAS"}.get(built[1], built[1]) if built else "unknown"
 
 
 @dataclass
@@ -85,37 +111,49 @@ def show(
     tables: Sequence[Table], path: Path | None, device: torch.device | str, command: dict[str, Any]
 ) -> None:
     """Prints the tables, and writes them as JSON with the machine and the command's options."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table as RichTable
-
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=WIDTH)
     for table in tables:
-        drawn = RichTable(box=box.SIMPLE_HEAD, title=table.title, title_justify="left", padding=0)
-        for index, (_, header, _) in enumerate(table.columns):
-            drawn.add_column(header, justify="right" if index else "left", no_wrap=True)
-        for row in table.rows:
-            cells = (_cell(row.get(key), template) for key, _, template in table.columns)
-            drawn.add_row(*cells)
-        console.print(drawn)
-        for line in (*table.notes, *(f"WRONG, refused: {name}" for name in table.refused)):
-            console.print(line, markup=False)
-        console.print()
+        print(draw(table))
     about = machine(device)
-    commit = (about["commit"] or "unknown")[:10] + " with changes" * about["uncommitted_changes"]
-    console.print(
-        f"{about['processor']}, {about['threads']} threads, device {about['device']}, "
-        f"torch {about['versions']['torch']}, commit {commit}",
-        markup=False,
-    )
+    print(summary(about))
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tables_as_dicts = [vars(table) for table in tables]
-        content = {"machine": about, "command": command, "tables": tables_as_dicts}
-        path.write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
-        console.print(str(path), markup=False)
+        write(path, tables, about, command)
+        print(path)
+
+
+def summary(about: dict[str, Any]) -> str:
+    """One line of what `machine` says."""
+    commit = (about["commit"] or "unknown")[:10] + " with changes" * about["uncommitted_changes"]
+    return (
+        f"{about['processor']}, {about['threads']} threads, matrix products by {about['matmul']}, "
+        f"device {about['device']}, torch {about['versions']['torch']}, commit {commit}"
+    )
+
+
+def write(
+    path: Path, tables: Sequence[Table], about: dict[str, Any], command: dict[str, Any]
+) -> None:
+    """The tables as JSON, with the machine and the command's options."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tables_as_dicts = [vars(table) for table in tables]
+    content = {"machine": about, "command": command, "tables": tables_as_dicts}
+    path.write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
+
+
+def draw(table: Table) -> str:
+    """A table as text: the first column to the left, all others to the right."""
+    head = [header.split("\n") for _, header, _ in table.columns]
+    height = max(map(len, head))
+    lines = [[column[i] if i < len(column) else "" for column in head] for i in range(height)]
+    for row in table.rows:
+        lines.append([_cell(row.get(key), template) for key, _, template in table.columns])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    texts = []
+    for first, *others in lines:
+        cells = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
+        texts.append("  ".join(cells).rstrip())
+    texts.insert(height, "-" * max(map(len, texts)))
+    wrong = [f"WRONG, refused: {name}" for name in table.refused]
+    return "\n".join([table.title, *texts, *table.notes, *wrong, ""])
 
 
 def _cell(value: Any, template: str) -> str:

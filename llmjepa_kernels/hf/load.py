@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import transformers
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GgufConfig,
     LlamaConfig,
     LlamaForCausalLM,
 )
@@ -36,8 +36,9 @@ def load_pretrained(name: str):
     if not options and find_adapter_config_file(path) is not None:
         return _load_adapter(name)
     tokenizer = load_tokenizer(name)
-    if options:  # quantised weights cannot be trained
-        options["quantization_config"] = GgufConfig(dequantize=True)
+    if options and hasattr(transformers, "GgufConfig"):
+        # Quantised weights cannot be trained; Transformers without this option never keeps them.
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
     model.name_or_path = name  # which an adapter's configuration then gives as its base model
     return model, tokenizer
