@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from llmjepa_kernels.data.messages import answered, check_content, check_messages, check_views
+from llmjepa_kernels.data.messages import (
+    Turn,
+    check_content,
+    check_views,
+    checked_messages,
+    last_user,
+    with_placeholder_answer,
+)
 from llmjepa_kernels.data.template import Rendering, render, token_span
 from llmjepa_kernels.packing import IGNORE, Example, Segment
 
@@ -21,7 +28,7 @@ SUPERVISE = ("assistant", "all")
 
 
 def chat_example(
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     *,
     layout: str = "shared",
@@ -37,19 +44,21 @@ def chat_example(
 ) -> Example:
     """The segments and view pairs of one chat.
 
-    ``layout="shared"``: Text is the chat up to its last user token, the rest of the chat continues
-    it, and [PRED] branches off it. ``layout="official"``: the chat, the user turn alone and the
-    assistant turn alone are three separate sequences, each through the template. In both, Code is
-    the assistant turn alone through the template, including whatever header or default system
-    prompt the template then writes; every further view likewise is a turn alone. Views stop at
-    their last content token: in a causal model the tokens after it cannot change its hidden state.
-    The chat's segments come first.
+    ``layout="shared"``: Text is the chat up to the end of its last user turn, the rest of the chat
+    continues it, and [PRED] branches off it. ``layout="official"``: the chat, the last user turn
+    alone and the last assistant turn alone are three separate sequences, each through the template.
+    In both, Code is the last assistant turn alone through the template, including whatever header
+    or default system prompt the template then writes; every further view likewise is a turn alone.
+    Views stop at their last content token: in a causal model the tokens after it cannot change its
+    hidden state. The chat's segments come first.
 
     A template without a system role (Gemma) gets the system text, a blank line and the user text
     as the user content; one that refuses a lone assistant turn gets it under the user role.
 
     Args:
-        messages: An optional system turn, a user turn and an assistant turn.
+        messages: An optional system turn, a user turn and an assistant turn; further user,
+            assistant and tool turns may stand before the last assistant turn. A content is a
+            string or a list of parts of type text, which stand one after the other.
         tokenizer: A fast tokenizer with a chat template.
         layout: ``"shared"`` or ``"official"``.
         pred_ids: The k ≥ 0 [PRED] tokens; without any, a view's last content token predicts.
@@ -66,8 +75,9 @@ def chat_example(
             way round; ``"both"``: each in both ways.
         pred_position: ``"append"`` puts [PRED] behind a predicting view, ``"prepend"`` in front of
             the content of a copy of it, whose last content token then predicts.
-        supervise: ``"assistant"``: the next-token loss is on the assistant content and the end of
-            its turn; ``"all"``: on every token of the chat but the first.
+        supervise: ``"assistant"``: the next-token loss is on the content of every assistant turn
+            and on the end of the turn, where the template ends it as it does the last one;
+            ``"all"``: on every token of the chat but the first.
         template_kwargs: Passed to ``apply_chat_template``, such as ``enable_thinking``.
     Raises:
         ValueError: The messages are malformed, an option is unknown, the tokenizer is not fast or
@@ -76,26 +86,26 @@ def chat_example(
     _check_options(
         layout=layout, direction=direction, pred_position=pred_position, supervise=supervise
     )
-    check_messages(messages)
+    turns = checked_messages(messages)
     check_views(views, pairs)
-    turns = _view_turns(messages, text, code, views or {})
-    directed = _directed(pairs, turns, direction)
+    view_turns = _view_turns(turns, text, code, views or {})
+    directed = _directed(pairs, view_turns, direction)
     pred_ids = list(pred_ids)
-    contents = [message["content"] for message in messages]
-    roles = tuple(message["role"] for message in messages)
-    chat = render(tokenizer, roles, contents, template_kwargs)
-    labels = _labels(chat, supervise)
+    chat = _render(tokenizer, turns, template_kwargs)
+    asked = last_user(turns)
+    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+    labels = _labels(chat, answers, supervise)
 
     segments = [Segment(chat.input_ids, labels=labels)]
-    end = _text_end(chat, text) if layout == "shared" else None
+    end = _text_end(chat, asked, text) if layout == "shared" else None
     if end is not None:
         segments = _split(chat.input_ids, labels, end)
     appended = len(pred_ids) > 0 and pred_position == "append"
 
     def view(name: str) -> _View:
         if name == "text" and end is not None:
-            return _View(chat.input_ids[:end], chat.spans[-2][0], segment=0)
-        role, content = turns[name]
+            return _View(chat.input_ids[:end], chat.spans[asked][0], segment=0)
+        role, content = view_turns[name]
         turn = render(tokenizer, (role,), [content], template_kwargs)
         return _lone_view(tokenizer, turn, appended)
 
@@ -103,7 +113,7 @@ def chat_example(
 
 
 def plain_example(
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     *,
     separator_id: int,
@@ -130,16 +140,16 @@ def plain_example(
         ValueError: As in ``chat_example``, or the tokenizer has no EOS token.
     """
     _check_options(direction=direction, pred_position=pred_position, supervise=supervise)
-    check_messages(messages)
+    turns = _one_question(checked_messages(messages))
     check_views(views, pairs)
-    turns = _view_turns(messages, text, code, views or {})
-    directed = _directed(pairs, turns, direction)
-    prompt = plain_prompt(messages, tokenizer, separator_id=separator_id)
+    view_turns = _view_turns(turns, text, code, views or {})
+    directed = _directed(pairs, view_turns, direction)
+    prompt = plain_prompt(turns, tokenizer, separator_id=separator_id)
     if tokenizer.eos_token_id is None:
         raise ValueError("the plain format needs a tokenizer with an EOS token")
     bos = _bos(tokenizer)
 
-    answer = [*_encode(tokenizer, messages[-1]["content"]), tokenizer.eos_token_id]
+    answer = [*_encode(tokenizer, turns[-1]["content"]), tokenizer.eos_token_id]
     labels = [IGNORE] * len(prompt) + answer
     if supervise == "all":
         labels = [IGNORE, *(prompt + answer)[1:]]
@@ -148,7 +158,7 @@ def plain_example(
     def view(name: str) -> _View:
         if name == "text" and text is None:
             return _View(prompt[:end], len(bos), segment=0)
-        _, content = turns[name]
+        _, content = view_turns[name]
         return _View(bos + _encode(tokenizer, content), len(bos))
 
     segments = _split(prompt + answer, labels, end)
@@ -156,7 +166,7 @@ def plain_example(
 
 
 def chat_prompt(
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     *,
     template_kwargs: Mapping[str, Any] | None = None,
@@ -168,23 +178,40 @@ def chat_prompt(
     first token to the answer, and folds the system text where that is needed.
 
     Args:
-        messages: An optional system turn and a user turn; an assistant turn is ignored.
+        messages: Turns up to an assistant's; an assistant turn at their end is ignored.
         tokenizer, template_kwargs: As in ``chat_example``.
     Raises:
         ValueError: As in ``chat_example``.
     """
-    turns = answered(messages)
-    roles = tuple(message["role"] for message in turns)
-    chat = render(tokenizer, roles, [m["content"] for m in turns], template_kwargs)
+    chat = _render(tokenizer, with_placeholder_answer(messages), template_kwargs)
     return chat.input_ids[: chat.spans[-1][0]]
 
 
 def plain_prompt(
-    messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase, *, separator_id: int
+    messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, *, separator_id: int
 ) -> list[int]:
     """The tokens before the assistant content in ``plain_example``, separator included."""
-    user = answered(messages)[-2]["content"]
+    user = _one_question(with_placeholder_answer(messages))[-2]["content"]
     return [*_bos(tokenizer), *_encode(tokenizer, user), separator_id]
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase,
+    turns: Sequence[Turn],
+    template_kwargs: Mapping[str, Any] | None,
+) -> Rendering:
+    roles = tuple(turn["role"] for turn in turns)
+    return render(tokenizer, roles, [turn["content"] for turn in turns], template_kwargs)
+
+
+def _one_question(turns: list[Turn]) -> list[Turn]:
+    """The turns, if they are all that the plain format has a place for."""
+    roles = [turn["role"] for turn in turns]
+    if roles[-2:] != ["user", "assistant"] or len(roles) > 2 + (roles[0] == "system"):
+        raise ValueError(
+            f"the plain format takes the roles [system,] user, assistant only, got {roles}"
+        )
+    return turns
 
 
 def _check_options(**options: str) -> None:
@@ -218,22 +245,22 @@ def _split(input_ids: list[int], labels: list[int], end: int) -> list[Segment]:
 
 
 def _view_turns(
-    messages: Sequence[Mapping[str, str]],
+    turns: Sequence[Turn],
     text: str | None,
     code: str | None,
     views: Mapping[str, str | Mapping[str, str]],
 ) -> dict[str, tuple[str, str]]:
     """Role and content of every view, by name."""
-    turns = {}
-    for name, own, message in (("text", text, messages[-2]), ("code", code, messages[-1])):
+    contents = {}
+    for name, own, turn in (("text", text, turns[last_user(turns)]), ("code", code, turns[-1])):
         if own is not None:
             check_content(own, name)
-        turns[name] = message["role"], message["content"] if own is None else own
+        contents[name] = turn["role"], turn["content"] if own is None else own
     for name, view in views.items():
-        turns[name] = (
+        contents[name] = (
             (view["role"], view["content"]) if isinstance(view, Mapping) else ("assistant", view)
         )
-    return turns
+    return contents
 
 
 def _directed(
@@ -280,22 +307,30 @@ def _link(
     return Example(segments, linked)
 
 
-def _labels(chat: Rendering, supervise: str) -> list[int]:
+def _labels(chat: Rendering, answers: Iterable[int], supervise: str) -> list[int]:
+    """Of the tokens of a chat whose contents `answers` are the assistant's."""
     ids = chat.input_ids
     if supervise == "all":
         return [IGNORE, *ids[1:]]
-    start = chat.spans[-1][0]
-    # The end of the turn is what the template writes after it, white space excepted.
-    stop = max(chat.spans[-1][1], token_span(chat.offsets, 0, len(chat.text.rstrip()))[1])
-    return [IGNORE] * start + ids[start:stop] + [IGNORE] * (len(ids) - stop)
+    labels = [IGNORE] * len(ids)
+    # The end of a turn is what the template writes after the last one, white space excepted.
+    end_of_turn = chat.text[chat.char_spans[-1][1] :].rstrip()
+    for i in answers:
+        start, stop = chat.spans[i]
+        content_end = chat.char_spans[i][1]
+        if chat.text.startswith(end_of_turn, content_end):
+            end = content_end + len(end_of_turn)
+            stop = max(stop, token_span(chat.offsets, 0, end)[1])
+        labels[start:stop] = ids[start:stop]
+    return labels
 
 
-def _text_end(chat: Rendering, text: str | None) -> int | None:
+def _text_end(chat: Rendering, asked: int, text: str | None) -> int | None:
     """How many of the chat's tokens Text takes; None if it is no prefix of the user content."""
     if text is None:
-        return chat.spans[-2][1]
+        return chat.spans[asked][1]
     check_content(text, "text")
-    start, stop = chat.char_spans[-2]
+    start, stop = chat.char_spans[asked]
     end = start + len(text.strip())
     last = token_span(chat.offsets, start, end)[1]
     beyond = chat.text[end : min(chat.offsets[last - 1][1], stop)]

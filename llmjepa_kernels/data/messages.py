@@ -1,22 +1,67 @@
-"""What messages and views a sample may have."""
+"""What messages and views a sample may have, and their contents as strings."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+Turn = dict[str, str]  # role and content
 
-def check_messages(messages: Any) -> None:
-    """Raises ValueError unless messages are an optional system, a user and an assistant turn."""
-    if not _is_list(messages):
+ROLES = ("system", "user", "assistant", "tool")
+# Keys of a turn that chat templates write beside its content, which would be dropped here.
+RENDERED_KEYS = ("tool_calls", "function_call", "tool_call_id", "reasoning_content", "thinking")
+
+
+def checked_messages(messages: Any) -> list[Turn]:
+    """The turns of a chat, each with its role and its content as a string.
+
+    Args:
+        messages: An optional system turn, then user, assistant and tool turns, the last of which
+            is an assistant's, with a user's before it.
+    Raises:
+        ValueError: They are something else, or a content is no text.
+    """
+    if not is_list(messages):
         raise ValueError(f"messages must be a list of turns, got {type(messages).__name__}")
+    turns = []
     for i, message in enumerate(messages):
+        for key in RENDERED_KEYS if isinstance(message, Mapping) else ():
+            if message.get(key) not in (None, [], ""):
+                raise ValueError(
+                    f"messages[{i}] has {key}, which would be lost: write it into the content, "
+                    f"as the chat template would, and leave the key out; got {message[key]!r}"
+                )
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
             raise ValueError(f"messages[{i}] must have the keys role and content, got {message!r}")
-        check_content(message["content"], f"the content of messages[{i}]")
-    roles = [message["role"] for message in messages]
-    if roles not in (["system", "user", "assistant"], ["user", "assistant"]):
-        raise ValueError(f"messages must have the roles [system,] user, assistant, got {roles}")
+        content = content_text(message["content"], f"the content of messages[{i}]")
+        turns.append({"role": message["role"], "content": content})
+    roles = [turn["role"] for turn in turns]
+    if (
+        not all(role in ROLES for role in roles)
+        or "system" in roles[1:]
+        or "user" not in roles
+        or roles[-1] != "assistant"
+    ):
+        raise ValueError(
+            "messages must have the roles [system,] user, assistant, with further user, assistant "
+            f"and tool turns before the last assistant, got {roles}"
+        )
+    return turns
+
+
+def last_user(turns: Sequence[Mapping[str, str]]) -> int:
+    """The index of the last user turn, which is the Text."""
+    return max(i for i, turn in enumerate(turns) if turn["role"] == "user")
+
+
+def with_placeholder_answer(messages: Any) -> list[Turn]:
+    """The turns with some assistant turn at their end, in place of their own if they have one."""
+    asked = list(messages) if is_list(messages) else messages
+    if isinstance(asked, list):
+        if asked and isinstance(asked[-1], Mapping) and asked[-1].get("role") == "assistant":
+            asked.pop()
+        asked.append({"role": "assistant", "content": "x"})
+    return checked_messages(asked)
 
 
 def check_views(views: Any, pairs: Any) -> None:
@@ -38,16 +83,35 @@ def check_views(views: Any, pairs: Any) -> None:
     names += views
     if pairs is None:
         return
-    if not _is_list(pairs):
+    if not is_list(pairs):
         raise ValueError(f"pairs must be a list of pairs of views, got {pairs!r}")
     for i, pair in enumerate(pairs):
-        if not _is_list(pair) or len(pair) != 2 or pair[0] == pair[1]:
+        if not is_list(pair) or len(pair) != 2 or pair[0] == pair[1]:
             raise ValueError(f"pairs[{i}] must name two different views, got {pair!r}")
         for name in pair:
             if name not in names:
                 raise ValueError(f"pairs[{i}] must name views out of {names}, got {name!r}")
         if list(pair) in map(list, pairs[:i]):
             raise ValueError(f"pairs must not repeat a pair, got {pair!r} twice")
+
+
+def content_text(content: Any, name: str) -> str:
+    """The content as a string, the texts of a list of parts one after the other.
+
+    Raises:
+        ValueError: It has parts other than text, or is no string with more than white space in it.
+    """
+    if is_list(content):
+        for part in content:
+            kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+            if kind != "text" or not isinstance(part.get("text"), str):
+                raise ValueError(
+                    f"{name} must be a string or a list of parts of type text, as "
+                    f'{{"type": "text", "text": …}}, got a part of type {kind}: {part!r}'
+                )
+        content = "".join(part["text"] for part in content)
+    check_content(content, name)
+    return content
 
 
 def check_content(content: Any, name: str) -> None:
@@ -62,13 +126,6 @@ def check_content(content: Any, name: str) -> None:
         raise ValueError(f"{name} is not valid Unicode: {error}") from None
 
 
-def answered(messages: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
-    """The messages with some assistant turn in place of their own, checked."""
-    asked = [m for m in messages if not (isinstance(m, Mapping) and m.get("role") == "assistant")]
-    turns = [*asked, {"role": "assistant", "content": "x"}]
-    check_messages(turns)
-    return turns
-
-
-def _is_list(value: Any) -> bool:
+def is_list(value: Any) -> bool:
+    """Whether it is a sequence of something other than characters."""
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))

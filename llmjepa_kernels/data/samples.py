@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
-from llmjepa_kernels.data.messages import check_content, check_messages, check_views
+from llmjepa_kernels.data.chat_formats import messages_of
+from llmjepa_kernels.data.messages import check_views, checked_messages, content_text
 from llmjepa_kernels.data.recipes import RECIPES, Recipe
 from llmjepa_kernels.data.sources import Rows, Source, open_rows
 
@@ -20,7 +21,8 @@ def read_chats(
 ) -> Iterator[dict[str, Any]]:
     """Streams checked samples; at no time is more than one in memory.
 
-    A sample has ``messages`` ([system,] user, assistant turns). It may have ``text`` and ``code``,
+    A sample has ``messages``, see `chat_example`; other stacks' forms of a chat become such, see
+    `messages_of`. It may have ``text`` and ``code``,
     its own views in place of the user's and the assistant's content, given as a string or as a list
     of one turn and yielded as a string; ``views``, further ones by name, each a string or a turn;
     and ``pairs``, the names of the views that predict each other, see `chat_example`. Keys of these
@@ -68,15 +70,13 @@ def _stream(
     for place, load in rows:
         try:
             row = load()
-            made = recipe(row) if recipe else [row]
-            samples = [_sample(each) for each in (made if isinstance(made, list) else [made])]
-        except (ValueError, LookupError, TypeError) as error:
-            reason = str(error)
-            if isinstance(error, json.JSONDecodeError):
-                reason = f"not JSON: {error.msg} at column {error.colno}"
-            elif isinstance(error, KeyError):
-                reason = f"expected the column {error}, got {sorted(row)}"
-            located = ValueError(f"{place}: {reason}")
+            if not isinstance(row, Mapping):
+                found = type(row).__name__
+                raise ValueError(f'expected an object, as {{"messages": …}}, got {found}')
+            made = recipe(row) if recipe else row
+            samples = [_sample(each) for each in ([made] if isinstance(made, Mapping) else made)]
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            located = ValueError(f"{place}: {_reason(error)}")
             if on_error is None:
                 raise located from error
             on_error(located)
@@ -84,13 +84,21 @@ def _stream(
             yield from ((place, sample) for sample in samples)
 
 
-def _sample(row: Any) -> dict[str, Any]:
-    if not isinstance(row, Mapping):
-        raise ValueError(f"expected an object with the key messages, got {type(row).__name__}")
-    if "messages" not in row:
-        raise ValueError(f"expected the key messages, got the keys {sorted(row)}")
-    check_messages(row["messages"])
-    sample = dict(row)
+def _reason(error: Exception) -> str:
+    """What is wrong with a row, in words that do not ask for knowledge of Python."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON: {error.msg} at column {error.colno}"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply to be read"
+    if isinstance(error, ValueError):
+        return str(error)
+    return f"the recipe failed with {type(error).__name__}: {error}"
+
+
+def _sample(row: Mapping[str, Any]) -> dict[str, Any]:
+    messages, made_of = messages_of(row)
+    sample: dict[str, Any] = {"messages": checked_messages(messages)}
+    sample |= {key: value for key, value in row.items() if key not in {*made_of, "messages"}}
     for name, role in (("text", "user"), ("code", "assistant")):
         view = sample.pop(name, None)
         if view is None:
@@ -99,8 +107,7 @@ def _sample(row: Any) -> dict[str, Any]:
             if len(view) != 1 or not isinstance(view[0], Mapping) or view[0].get("role") != role:
                 raise ValueError(f"{name} must be a string or one {role} turn, got {view!r}")
             view = view[0].get("content")
-        check_content(view, name)
-        sample[name] = view
+        sample[name] = content_text(view, name)
     views, pairs = sample.pop("views", None), sample.pop("pairs", None)
     if isinstance(views, Mapping):
         views = {name: _only(view) for name, view in views.items() if view is not None}

@@ -1,7 +1,8 @@
-"""Where rows of data come from: JSONL files, pairs of lines, and the datasets library."""
+"""Where rows of data come from: files, pairs of lines, and the datasets library."""
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -22,13 +23,14 @@ def open_rows(source: Source) -> Rows:
     Args:
         source: One of
 
-            - the path of a JSONL file;
+            - the path of a JSONL file, or by its ending of a CSV, TSV or Parquet file; every value
+              of a CSV file is a string;
             - a directory with ``src.txt`` and ``targ.txt``, as NL-RX is distributed: row i has
               line i of each, as ``src`` and ``targ``;
             - a directory that ``Dataset.save_to_disk`` wrote;
             - ``hub:NAME:SPLIT`` or ``hub:NAME:CONFIG:SPLIT``, of the Hugging Face hub, read as a
               stream;
-            - an iterable of JSONL paths and of mappings, such as a ``Dataset``.
+            - an iterable of paths of such files and of mappings, such as a ``Dataset``.
 
     Raises:
         FileNotFoundError: A path does not exist; raised at once if ``source`` is a single path.
@@ -61,21 +63,72 @@ def open_rows(source: Source) -> Rows:
 
 def _items(source: Iterable[Any]) -> Rows:
     for index, item in enumerate(source):
-        if not isinstance(item, (str, PathLike)):
+        if isinstance(item, (str, PathLike)):
+            reader = _READERS.get(Path(item).suffix.lower(), _json_lines)
+            yield from reader(fspath(item))
+        else:
             yield f"row {index}", partial(_given, item)
-            continue
-        with open(item, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield f"{fspath(item)}:{number}", partial(_parsed, line)
 
 
 def _given(item: Any) -> Any:
     return item
 
 
+def _json_lines(name: str) -> Rows:
+    with open(name, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield f"{name}:{number}", partial(_parsed, line)
+
+
 def _parsed(line: bytes) -> Any:
     return json.loads(line.rstrip())
+
+
+def _separated(name: str, delimiter: str) -> Rows:
+    csv.field_size_limit(2**31 - 1)  # a text may be longer than the default of 128 KiB
+    with open(name, encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(file, delimiter=delimiter, strict=True)
+        try:
+            for row in rows:
+                yield f"{name}:{rows.line_num}", partial(_complete, row)
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"{name}: not CSV in UTF-8 after line {rows.line_num}: {error}"
+            ) from error
+
+
+def _complete(row: dict[Any, Any]) -> dict[str, str]:
+    """A row of a table, which must have a value for every column and no more."""
+    beyond = len(row.get(None, ()))
+    missing = [column for column, value in row.items() if value is None]
+    if beyond or missing:
+        columns = [column for column in row if column is not None]
+        found = len(columns) - len(missing) + beyond
+        raise ValueError(f"expected {len(columns)} values, for {columns}, got {found}")
+    return row
+
+
+def _parquet(name: str) -> Rows:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise _missing("pyarrow") from error
+    try:
+        with ParquetFile(name) as file:
+            rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
+            for index, row in enumerate(rows):
+                yield f"{name} row {index}", partial(_given, row)
+    except ArrowException as error:
+        raise ValueError(f"{name} is no Parquet file: {error}") from error
+
+
+_READERS: dict[str, Callable[[str], Rows]] = {
+    ".csv": partial(_separated, delimiter=","),
+    ".tsv": partial(_separated, delimiter="\t"),
+    ".parquet": _parquet,
+}
 
 
 def _line_pairs(directory: Path) -> Rows:
@@ -107,7 +160,9 @@ def _datasets() -> ModuleType:
     try:
         import datasets
     except ImportError as error:
-        raise ImportError(
-            "the package datasets is missing: pip install 'llmjepa_kernels[data]'"
-        ) from error
+        raise _missing("datasets") from error
     return datasets
+
+
+def _missing(package: str) -> ImportError:
+    return ImportError(f"the package {package} is missing: pip install 'llmjepa_kernels[data]'")

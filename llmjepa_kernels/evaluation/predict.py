@@ -199,8 +199,15 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example]) ->
 
 
 def _answer_ids(example: Example) -> list[int]:
-    """The supervised tokens."""
-    return [y for s in example.segments for y in s.labels or () if y != IGNORE]
+    """The last run of supervised tokens: earlier turns of a chat may be supervised too."""
+    answer: list[int] = []
+    for segment in reversed(example.segments):
+        for label in reversed(segment.labels or ()):
+            if label != IGNORE:
+                answer.append(label)
+            elif answer:
+                return answer[::-1]
+    return answer[::-1]
 
 
 def _choice_ids(

@@ -13,6 +13,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from llmjepa_kernels.data.messages import last_user
+
 Rows = list[tuple[Any, ...]]
 
 TIME_LIMIT = 10.0
@@ -75,7 +77,8 @@ class SpiderDatabases:
         execute(self._path(sample), _reference(sample), time_limit=self.time_limit)
 
     def _path(self, sample: Mapping[str, Any]) -> Path:
-        question = sample["messages"][-2]["content"]
+        messages = sample["messages"]
+        question = messages[last_user(messages)]["content"]
         match = _DB_ID.search(question)
         if not match:
             raise ValueError(f"expected For db_id:[name] in the user turn, got {question[:200]!r}")

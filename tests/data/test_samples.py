@@ -48,10 +48,10 @@ def test_own_views_become_strings_and_the_source_is_left_alone():
 
 BAD = [
     ('{"messages": [', r"not JSON: Expecting value at column 15"),
-    ("[1, 2]", "expected an object with the key messages, got list"),
-    ('{"message": []}', r"expected the key messages, got the keys \['message'\]"),
+    ("[1, 2]", "expected an object, as .*, got list"),
+    ('{"message": []}', r"expected the key messages, .* got the keys \['message'\]"),
     ('{"messages": "hi"}', "messages must be a list of turns, got str"),
-    ('{"messages": []}', r"roles \[system,\] user, assistant, got \[\]"),
+    ('{"messages": []}', r"roles \[system,\] user, assistant, .*got \[\]"),
     (json.dumps({"messages": chat()["messages"][:2]}), r"got \['system', 'user'\]"),
     (json.dumps(chat(assistant=" \n ")), r"messages\[2\] must not be empty"),
     (json.dumps(chat(user=None)), r"messages\[1\] must be a string, got NoneType"),
@@ -176,3 +176,44 @@ def test_own_recipe_and_unknown_recipe(tmp_path):
     assert samples == [chat("dog", "Hund")]
     with pytest.raises(ValueError, match=r"recipe must be one of \['gsm8k', .*got 'glue'"):
         read_chats(path, recipe="glue")
+
+
+def test_tables(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text('\ufeffprompt,completion\n"a, ""b""\nc",1\né,NA\n', encoding="utf-8")
+    rows = [('a, "b"\nc', "1"), ("é", "NA")]
+    expected = [{"messages": chat(*row)["messages"][1:]} for row in rows]
+    assert list(read_chats(path)) == expected
+    write(tmp_path / "t.TSV", "text\tlabel", "fine\t1")
+    (sample,) = read_chats(tmp_path / "t.TSV", recipe="rotten_tomatoes")
+    assert sample["messages"][-1]["content"] == "Good"
+    table = datasets.Dataset.from_list([chat("b", text="x"), chat("a", text=None)])
+    table.to_parquet(tmp_path / "t.parquet")
+    assert list(read_chats([tmp_path / "t.parquet", path])) == [
+        chat("b", text="x"),
+        chat("a"),
+        *expected,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"prompt,completion\na\n", r"a\.csv:2: expected 2 values, for .*, got 1"),
+        ("a.csv", b"prompt,completion\na,b,c\n", r"a\.csv:2: expected 2 values, for .*, got 3"),
+        ("a.csv", b'prompt,completion\n"a"b,c\n', r"a\.csv: not CSV in UTF-8 after line \d"),
+        ("a.csv", b"prompt,completion\n\xff,b\n", r"a\.csv: not CSV in UTF-8 .*0xff"),
+        ("a.parquet", b"PAR1 or not", r"a\.parquet is no Parquet file"),
+        ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1: it is nested too deeply"),
+        ("a.jsonl", b'{"prompt": "a", "completion": "b", "x": ' + b"[" * 100_000, "too deeply"),
+    ],
+)
+def test_files_that_are_none(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        list(read_chats(tmp_path / name))
+
+
+def test_a_recipe_that_fails_is_named():
+    with pytest.raises(ValueError, match="row 0: the recipe failed with KeyError: 'x'"):
+        list(read_chats([{}], recipe=lambda row: row["x"]))
