@@ -61,10 +61,10 @@ def view_states(
         for batch in batches:
             keys = ("input_ids", "position_ids", "visible_until")
             tensors = {key: batch[key] for key in keys} | schedule_of(batch)
+            # A patched model then returns the last hidden state, and few logits.
+            tensors["head_positions"] = torch.zeros(len(batch["input_ids"]), 1, dtype=torch.int64)
             outputs = model(
                 **{key: value.to(model.device) for key, value in tensors.items()},
-                logits_to_keep=1,
-                output_hidden_states=-1,
                 use_cache=False,
             )
             hidden = outputs.hidden_states[-1].float().cpu()

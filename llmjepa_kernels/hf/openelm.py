@@ -17,8 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from llmjepa_kernels.hf.layer import attention
+
+MODEL_TYPE = "openelm"
 
 # What the adapter uses of an attention layer.
 ATTENTION = {
@@ -34,21 +37,26 @@ ATTENTION = {
 }
 
 
-def is_openelm(model: PreTrainedModel) -> bool:
-    """Whether a model is OpenELM as published, with or without a head."""
+def check(model: PreTrainedModel) -> None:
+    """Raises an error unless `patch` fits the model, with or without a head.
+
+    Raises:
+        TypeError: It is not OpenELM as published.
+        ValueError: `patch` would replace a forward that is not the remote code's own.
+    """
     base = model.base_model
     layers = getattr(base, "layers", None)
-    return (
-        model.config.model_type == "openelm"
-        and isinstance(layers, nn.ModuleList)
+    if not (
+        isinstance(layers, nn.ModuleList)
         and hasattr(base, "_update_causal_mask")
         and all(_has(getattr(layer, "attn", None), ATTENTION) for layer in layers)
         and all(_has(layer.attn.pos_embedding, {"model_dim", "freq_constant"}) for layer in layers)
-    )
-
-
-def check_forwards(model: PreTrainedModel) -> None:
-    """Raises ValueError if `patch` would replace a forward that is not the remote code's own."""
+    ):
+        raise TypeError(
+            f"{type(base).__name__} does not call attention through Transformers' "
+            "AttentionInterface and is not OpenELM as published, so its attention cannot be "
+            "replaced"
+        )
     for module in _replaced(model):
         if "forward" in vars(module) and not _is_own(module.forward):
             raise ValueError(
@@ -58,17 +66,12 @@ def check_forwards(model: PreTrainedModel) -> None:
             )
 
 
-def patch(model: PreTrainedModel, attend: Callable[..., tuple[Tensor, None]]) -> None:
-    """Lets a packed row reach every layer, in place.
-
-    Args:
-        model: For which `is_openelm` holds. Its base model must have a forward pre-hook that
-            completes `visible_until` to a schedule.
-        attend: Attention of one layer, with the arguments and result of Transformers' interface.
-    """
+def patch(model: PreTrainedModel, impl: str | None) -> None:
+    """Lets a packed row, whose schedule is complete, reach every layer; in place."""
     unpatch(model)
     base = model.base_model
-    base.register_forward_pre_hook(_schedule_as_mask, with_kwargs=True)
+    attend = functools.partial(attention, impl=impl)
+    base.forward = functools.partial(_base_forward, base)
     base._update_causal_mask = functools.partial(_update_causal_mask, base)
     base._attend = attend
     for layer in base.layers:
@@ -82,30 +85,28 @@ def patch(model: PreTrainedModel, attend: Callable[..., tuple[Tensor, None]]) ->
 
 def unpatch(model: PreTrainedModel) -> None:
     """Undoes `patch`, if it was called."""
-    base = model.base_model
-    hooks = base._forward_pre_hooks
-    for key in [key for key, hook in hooks.items() if hook is _schedule_as_mask]:
-        del hooks[key], base._forward_pre_hooks_with_kwargs[key]
     for module in _replaced(model):
         if "forward" in vars(module) and _is_own(module.forward):
             del module.forward
     for name in ("_update_causal_mask", "_attend"):
-        base.__dict__.pop(name, None)
+        vars(model.base_model).pop(name, None)
 
 
-def attend_of(model: PreTrainedModel) -> Callable[..., tuple[Tensor, None]] | None:
-    """The `attend` that a model was patched with, or None."""
-    return getattr(model.base_model, "_attend", None)
+def impl_of(model: PreTrainedModel) -> str | None:
+    """The `impl` that a base model was patched with; raises RuntimeError if it was not."""
+    if "_attend" not in vars(model):
+        raise RuntimeError("its attention is that of its remote code")
+    return model._attend.keywords["impl"]
 
 
 def _replaced(model: PreTrainedModel) -> list[nn.Module]:
     """The modules whose forward `patch` replaces."""
     base = model.base_model
-    return [layer.attn for layer in base.layers] + ([] if model is base else [model])
+    return [*(layer.attn for layer in base.layers), base, *([] if model is base else [model])]
 
 
 def _is_own(forward: Callable) -> bool:
-    own = (_attention_forward, _causal_lm_forward)
+    own = (_attention_forward, _base_forward, _causal_lm_forward)
     return isinstance(forward, functools.partial) and forward.func in own
 
 
@@ -125,31 +126,18 @@ def _packed_forward(
     model: PreTrainedModel,
     *args: Any,
     labels: Tensor | None = None,
-    logits_to_keep: int | Tensor = 0,
-    output_hidden_states: bool | int | None = None,
     return_dict: bool | None = None,
     **kwargs: Any,
 ) -> CausalLMOutputWithPast:
     """The forward of a packed row, with the options of Transformers' own models."""
-    last_only = output_hidden_states == -1
-    outputs = model.base_model(
-        *args,
-        output_hidden_states=False if last_only else output_hidden_states,
-        return_dict=True,
-        **kwargs,
-    )
-    hidden = outputs.last_hidden_state
-    logits = _head(model, slice_logits_to_keep(hidden, logits_to_keep))
+    outputs = model.base_model(*args, return_dict=True, **kwargs)
+    logits = _head(model, outputs.last_hidden_state)
     loss = None
     if labels is not None:
         loss = model.loss_function(
             logits=logits, labels=labels, vocab_size=model.config.vocab_size, **kwargs
         )
-    return CausalLMOutputWithPast(
-        loss=loss,
-        logits=logits,
-        hidden_states=(hidden,) if last_only else outputs.hidden_states,
-    )
+    return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
 
 def _head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
@@ -162,17 +150,23 @@ def _head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     return functional.linear(hidden, embeddings.weight)
 
 
-def _schedule_as_mask(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
-    """Puts what the remote code has no argument for in the place of the mask."""
+def _base_forward(
+    self: PreTrainedModel, *args: Any, head_positions: Tensor | None = None, **kwargs: Any
+) -> Any:
+    """Puts what the remote code has no argument for in the place of the mask.
+
+    `head_positions` are for the hook behind it.
+    """
+    forward = type(self).forward
     if kwargs.get("visible_until") is None:
         if isinstance(mask := kwargs.get("attention_mask"), Tensor) and mask.dim() == 4:
             raise ValueError(
                 "attention_mask must have 2 dimensions, or be a causal mask of views that "
-                f"patch_model recognises: {type(module).__name__} ignores others of shape "
+                f"patch_model recognises: {type(self).__name__} ignores others of shape "
                 f"{tuple(mask.shape)}"
             )
-        return None
-    known = inspect.signature(type(module).forward).parameters
+        return forward(self, *args, **kwargs)
+    known = inspect.signature(forward).parameters
     packed = {name: value for name, value in kwargs.items() if name not in known}
     position_ids = kwargs.get("position_ids")
     if position_ids is None:  # with a recognised dense mask
@@ -180,7 +174,8 @@ def _schedule_as_mask(module: nn.Module, args: tuple, kwargs: dict[str, Any]) ->
         position_ids = torch.arange(until.shape[1], device=until.device).expand_as(until)
     packed["position_ids"] = position_ids
     rest = {name: value for name, value in kwargs.items() if name in known}
-    return args, {**rest, "attention_mask": packed, "use_cache": False}
+    rest |= {"attention_mask": packed, "use_cache": False}
+    return forward(self, *args, **rest)
 
 
 def _update_causal_mask(module: nn.Module, attention_mask: Any, *args: Any, **kwargs: Any) -> Any:

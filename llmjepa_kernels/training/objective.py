@@ -98,24 +98,27 @@ def llm_jepa_loss(
         position_ids=batch["position_ids"],
         visible_until=batch["visible_until"],
         **schedule_of(batch),
-        logits_to_keep=positions,
-        output_hidden_states=-1,  # only the last one is kept
+        head_positions=positions,
         use_cache=False,
     )
     logits = outputs.logits
-    hidden = outputs.hidden_states[-1] if outputs.hidden_states else None
-    if logits.shape[:-1] != targets.shape:
+    if logits is None or logits.shape[:-1] != targets.shape:
+        shape = None if logits is None else tuple(logits.shape)
         raise RuntimeError(
-            f"the model must return logits of shape {(*targets.shape, 'vocab')} for logits_to_keep "
-            f"of shape {tuple(positions.shape)}, got {tuple(logits.shape)}"
+            f"the model must return logits of shape {(*targets.shape, 'vocab')} for head_positions "
+            f"of shape {tuple(positions.shape)}, got {shape}"
         )
+    if not outputs.hidden_states:
+        raise RuntimeError(
+            "the model must hand on the hidden_states of its base model, which hold the last one "
+            f"for head_positions; got {outputs.hidden_states}"
+        )
+    hidden = outputs.hidden_states[-1]
     if getattr(outputs, "aux_loss", None) is not None:
         raise ValueError(
             "the model returns aux_loss, a router's loss that llm_jepa_loss would leave out: set "
             "output_router_logits=False in its config"
         )
-    if hidden is None:
-        raise RuntimeError("the model must return hidden_states for output_hidden_states, got None")
 
     num_items = (targets != IGNORE).sum()
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -179,10 +182,8 @@ def _supervised(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     positions = batch.get("supervised")
     if positions is None:
         positions = supervised_positions(labels)
-    padding = positions < 0
-    positions = positions.clamp(min=0)
-    targets = labels.gather(1, (positions + 1).clamp(max=labels.shape[1] - 1))
-    return positions, targets.masked_fill(padding, IGNORE)
+    successors = (positions + 1).clamp(max=labels.shape[1] - 1)
+    return positions, labels.gather(1, successors).masked_fill(positions < 0, IGNORE)
 
 
 def _with_detached_targets(hidden: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmjepa_kernels import pack
-from llmjepa_kernels.hf import patch as hf
-from llmjepa_kernels.hf.patch import patch_model, unpatch_model, visible_until_of
+from llmjepa_kernels.hf import dense_mask, layer
+from llmjepa_kernels.hf.dense_mask import visible_until_of
+from llmjepa_kernels.hf.patch import patch_model, unpatch_model
 from llmjepa_kernels.ops.dense import visible
 from tests.support.helpers import random_examples, random_rows
 from tests.support.models import VOCAB, tiny_model
@@ -44,15 +45,19 @@ def sink_mask(seq, window=4):
 def counts(monkeypatch):
     """How often each path ran, and how often a mask was read."""
     calls = {"sparse": 0, "dense": 0, "read": 0}
-    paths = {"sparse": "view_attention", "dense": "_dense", "read": "visible_until_of"}
-    for name, function in paths.items():
+    paths = {
+        "sparse": (layer, "view_attention"),
+        "dense": (layer, "_dense"),
+        "read": (dense_mask, "visible_until_of"),
+    }
+    for name, (module, function) in paths.items():
 
         def spy(*args, name, original, **kwargs):
             calls[name] += 1
             return original(*args, **kwargs)
 
-        spy = functools.partial(spy, name=name, original=getattr(hf, function))
-        monkeypatch.setattr(hf, function, spy)
+        spy = functools.partial(spy, name=name, original=getattr(module, function))
+        monkeypatch.setattr(module, function, spy)
     return calls
 
 

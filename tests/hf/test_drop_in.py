@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 from transformers import Trainer, TrainingArguments
 
-from llmjepa_kernels.hf import patch as hf
+from llmjepa_kernels.hf import layer
 from llmjepa_kernels.hf.patch import patch_model
 from tests.support.helpers import random_examples
 from tests.support.models import tiny_model
@@ -96,13 +96,13 @@ def test_one_line_turns_dense_masks_into_tiles(family, tmp_path, monkeypatch):
 
     calls = {"view_attention": 0, "_dense": 0}
     for name in calls:
-        original = getattr(hf, name)
+        original = getattr(layer, name)
 
         def spy(*args, name=name, original=original, **kwargs):
             calls[name] += 1
             return original(*args, **kwargs)
 
-        monkeypatch.setattr(hf, name, spy)
+        monkeypatch.setattr(layer, name, spy)
 
     patched = tiny_model(family)
     patch_model(patched)

@@ -10,7 +10,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from transformers import TrainingArguments
 
 from llmjepa_kernels import pack
-from llmjepa_kernels.hf import patch as hf
+from llmjepa_kernels.hf import layer
 from llmjepa_kernels.hf.load import add_lora
 from llmjepa_kernels.hf.patch import patch_model, patched_impl, unpatch_model
 from llmjepa_kernels.training.collator import LLMJEPACollator
@@ -29,13 +29,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def layers(monkeypatch):
     """The heads of every call of view_attention."""
     calls = []
-    view_attention = hf.view_attention
+    view_attention = layer.view_attention
 
     def spy(q, k, v, visible_until, **options):
         calls.append((q.shape[1], k.shape[1]))
         return view_attention(q, k, v, visible_until, **options)
 
-    monkeypatch.setattr(hf, "view_attention", spy)
+    monkeypatch.setattr(layer, "view_attention", spy)
     return calls
 
 
@@ -87,7 +87,7 @@ def test_logits_and_states_that_are_asked_for():
     assert len(whole.hidden_states) == 4
     positions = torch.tensor([[3, 1]] * len(batch["input_ids"]))
     bare = {key: value for key, value in batch.items() if key != "labels"}
-    some = model(**bare, logits_to_keep=positions, output_hidden_states=-1)
+    some = model(**bare, head_positions=positions)
     assert torch.equal(some.hidden_states[-1], whole.hidden_states[-1])
     torch.testing.assert_close(some.logits, whole.logits[:, [3, 1]])
     expected = torch.nn.functional.cross_entropy(
@@ -178,7 +178,7 @@ def test_patching_twice_copies_and_back():
     batch = packed()
     model = patch_model(patch_model(tiny_model("openelm")), impl="reference")
     assert patched_impl(model) == "reference"
-    assert len(model.transformer._forward_pre_hooks) == 2
+    assert len(model.transformer._forward_pre_hooks) == 1
     expected = llm_jepa_loss(model, batch).loss
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         with torch.no_grad():

@@ -1,6 +1,8 @@
 """Patching: what it changes, what it leaves as it was, what it refuses."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,9 +11,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
 
 from llmjepa_kernels import pack
-from llmjepa_kernels.hf import patch as hf
-from llmjepa_kernels.hf.patch import NAME, patch_model, patched_impl, unpatch_model
-from llmjepa_kernels.ops.block_mask import SCHEDULE_KEYS
+from llmjepa_kernels.hf import interface, layer
+from llmjepa_kernels.hf.interface import NAME
+from llmjepa_kernels.hf.patch import patch_model, patched_impl, unpatch_model
+from llmjepa_kernels.ops.block_mask import SCHEDULE_KEYS, BlockMask
 from llmjepa_kernels.ops.choice import BACKENDS
 from tests.support.helpers import random_examples
 from tests.support.models import FAMILIES, VOCAB, tiny_model
@@ -26,10 +29,10 @@ def sparse_calls(monkeypatch):
 
     def spy(q, k, v, visible_until, **options):
         calls.append(options)
-        return hf_view_attention(q, k, v, visible_until, **options)
+        return view_attention(q, k, v, visible_until, **options)
 
-    hf_view_attention = hf.view_attention
-    monkeypatch.setattr(hf, "view_attention", spy)
+    view_attention = layer.view_attention
+    monkeypatch.setattr(layer, "view_attention", spy)
     return calls
 
 
@@ -188,13 +191,13 @@ def test_schedule_is_built_once_per_forward(batch, monkeypatch, sparse_calls):
     model = patch_model(tiny_model("llama"))
     expected = model(**batch).logits
     built = []
-    build = hf.BlockMask.from_visible_until
+    build = BlockMask.from_visible_until
 
     def spy(*args, **kwargs):
         built.append(args)
         return build(*args, **kwargs)
 
-    monkeypatch.setattr(hf.BlockMask, "from_visible_until", spy)
+    monkeypatch.setattr(BlockMask, "from_visible_until", spy)
     model(**batch)
     assert not built
     bare = {key: batch[key] for key in ("input_ids", "position_ids", "visible_until")}
@@ -217,7 +220,7 @@ def test_no_mask_is_built(batch, monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("a mask was built")
 
-    monkeypatch.setitem(hf.AttentionMaskInterface._global_mapping, NAME, fail)
+    monkeypatch.setitem(interface.AttentionMaskInterface._global_mapping, NAME, fail)
     model(**batch, use_cache=False)
 
 
@@ -366,6 +369,56 @@ def test_no_layer_can_ignore_the_mask(kind, error, message, batch):
     model.model.layers[1].self_attn = kind(model.model.layers[1].self_attn)
     with pytest.raises(error, match=message):
         model(**batch)
+
+
+class CausalAttention(DeafAttention):
+    """Attention that sees all before it, whatever it is told, as some fast forwards do."""
+
+    def forward(self, hidden_states, **kwargs):
+        q = hidden_states[:, None]
+        out = nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+        return out[:, 0], None
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_layer_that_attends_by_itself_is_noticed(batch):
+    model = patch_model(tiny_model("llama"))
+    model.model.layers[0].compile(backend="eager")  # calls of compiled code are not counted
+    expected = model(**batch).logits
+    assert torch.equal(model(**batch).logits, expected)
+    model = patch_model(tiny_model("llama"))
+    attention = model.model.layers[1].self_attn
+    model.model.layers[1].self_attn = CausalAttention(attention)
+    with pytest.raises(RuntimeError, match="only 1 of the 2 layers of LlamaModel attended through"):
+        model(**batch)
+    model(**left_padded([4, 2]))  # without views, nothing is lost
+    model.model.layers[1].self_attn = attention
+    torch.testing.assert_close(model(**batch).logits, expected)
+
+
+def test_another_attention_after_patching(batch):
+    model = patch_model(tiny_model("llama"))
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(RuntimeError, match=r"LlamaModel .* implementation is 'sdpa': call patch_"):
+        model(**batch)
+    with pytest.raises(RuntimeError, match=r"not patched .its attention implementation is 'sdpa'"):
+        patched_impl(model)
+    index = torch.arange(8)
+    mask = (index <= index[:, None])[None, None]
+    ids = batch["input_ids"][:1, :8]
+    torch.testing.assert_close(model(ids, attention_mask=mask).logits, model(ids).logits)
+    assert torch.isfinite(patch_model(model)(**batch).logits).all()
+
+
+def test_another_process_needs_no_patch(batch, tmp_path):
+    """A spawned one unpickles the model, and torch.load does likewise."""
+    model = patch_model(tiny_model("llama"), impl="reference")
+    torch.save((model, dict(batch), model(**batch).logits), tmp_path / "model")
+    code = (
+        "import sys, torch; model, batch, logits = torch.load(sys.argv[1], weights_only=False); "
+        "assert torch.equal(model(**batch).logits, logits)"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "model"], check=True)
 
 
 def test_layers_of_an_unpatched_model_that_shares_the_config(batch):

@@ -122,6 +122,20 @@ def test_lora():
     assert abs(llm_jepa_loss(merged, batch).loss - results[0][0]) < 1e-4
 
 
+@pytest.mark.parametrize("options", [{"target_modules": ["lm_head"]}, {}, {"tied": True}])
+def test_adapters_of_the_head(options):
+    """LoRA, a copy of its own or tied weights: the head takes the rows that it is given."""
+    peft = pytest.importorskip("peft")
+    batch = packed()
+    model = patch_model(tiny_model("llama", tie_word_embeddings=options.pop("tied", False)))
+    options = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], **options}
+    if "lm_head" in options["target_modules"]:
+        options.pop("modules_to_save")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False, **options)
+    model = peft.get_peft_model(model, config)
+    torch.testing.assert_close(llm_jepa_loss(model, batch).ntp_loss, model(**batch).loss)
+
+
 class Recorder:
     """A back end of torch.compile that counts graphs."""
 
@@ -133,13 +147,6 @@ class Recorder:
         if self.backend == "eager":
             return graph.forward
         return torch._dynamo.lookup_backend(self.backend)(graph, inputs)
-
-
-@pytest.fixture
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

@@ -208,16 +208,22 @@ def test_pair_outside_the_row(model, batch):
 
 
 @pytest.mark.parametrize(
-    ("ignored", "message"),
+    ("lost", "message"),
     [
-        ("logits_to_keep", "must return logits of shape"),  # as some fused heads do in 2D
-        ("output_hidden_states", "must return hidden_states"),
+        ("head_positions", r"must return logits of shape .* got \(\d, \d+, 64\)"),
+        ("hidden_states", "must hand on the hidden_states"),
     ],
 )
-def test_models_that_do_not_return_what_is_asked_for(batch, ignored, message):
+def test_models_that_do_not_hand_on_what_is_asked_for(batch, lost, message):
     model = patch_model(tiny_model("llama"))
     forward = model.forward
-    model.forward = lambda **kwargs: forward(**{**kwargs, ignored: 0})
+
+    def lossy(**kwargs):
+        outputs = forward(**{key: value for key, value in kwargs.items() if key != lost})
+        outputs.hidden_states = None
+        return outputs
+
+    model.forward = lossy
     with pytest.raises(RuntimeError, match=message):
         llm_jepa_loss(model, batch)
 

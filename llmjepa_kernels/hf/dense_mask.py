@@ -1,0 +1,88 @@
+"""Dense masks of training loops: recognising those that a vector describes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmjepa_kernels.ops.dense import visible
+
+# The types of layers that Transformers takes a mask for.
+MASK_TYPES = {"full_attention", "sliding_attention"}
+
+# Additive masks hide a pair by a score this low or lower.
+HIDDEN = -1e4
+
+
+def recognise(
+    given: Any, batch: int, seq: int, *, position_ids: Tensor | None, window: int | None
+) -> dict[str, Any] | None:
+    """What takes the place of a dense mask among a model's arguments, if that can be replaced.
+
+    Args:
+        given: A model's `attention_mask`: a 4D tensor, or one for each type of layer, or else.
+        batch, seq: Of the tokens.
+        position_ids: Those among the arguments.
+        window: That of the model's layers of type "sliding_attention".
+
+    Returns:
+        `visible_until`, and `position_ids` where the masks depend on them; or `ignore_window`
+        where layers with a window are given a mask that knows of none. None for any other mask.
+    """
+    per_layer_type = isinstance(given, dict) and given.keys() <= MASK_TYPES
+    mask = given.get("full_attention") if per_layer_type else given
+    if not isinstance(mask, Tensor) or mask.shape[1:] != (1, seq, seq) or mask.requires_grad:
+        return None
+    visible_until = visible_until_of(mask[:, 0])
+    if visible_until is None:
+        return None
+    visible_until = visible_until.expand(batch, -1).contiguous()
+    if not per_layer_type:
+        # Transformers applies one 4D mask as it is, also in layers with a sliding window.
+        return {"visible_until": visible_until, "ignore_window": True}
+
+    if position_ids is None:
+        position_ids = torch.arange(seq, device=mask.device)
+    position_ids = position_ids.expand(batch, -1)
+    if "sliding_attention" in given:
+        seen = seen_pairs(given["sliding_attention"])
+        within = visible(visible_until, position_ids, window)
+        if seen is None or seen.shape != mask.shape or not _same(within, seen[:, 0]):
+            return None
+    return {"visible_until": visible_until, "position_ids": position_ids}
+
+
+def visible_until_of(mask: Tensor) -> Tensor | None:
+    """The vector that describes a dense mask, or None if no vector does.
+
+    Args:
+        mask: (batch, seq, seq), queries before keys: bool, True where visible, or floating
+            point, 0 where visible and −10⁴ or less where not.
+
+    Returns:
+        visible_until: (batch, seq) int32.
+    """
+    seen = seen_pairs(mask)
+    if seen is None:
+        return None
+    viewers = seen.sum(dim=1)
+    padding = viewers == 0
+    index = torch.arange(mask.shape[-1], device=mask.device)
+    visible_until = (index + viewers + padding).clamp(max=mask.shape[-1]).int()
+    return visible_until if _same(visible(visible_until), seen) else None
+
+
+def seen_pairs(mask: Tensor) -> Tensor | None:
+    """A dense mask as bool, or None if it does more than to hide pairs."""
+    if mask.dtype == torch.bool:
+        return mask
+    seen = mask == 0
+    return seen if (seen | (mask <= HIDDEN)).all() else None
+
+
+def _same(expected: Tensor, seen: Tensor) -> bool:
+    """Whether two masks agree, but for the queries of tokens that `seen` shows to nobody."""
+    padding = ~seen.any(dim=1)
+    return bool(((expected == seen) | padding[:, :, None]).all())

@@ -1,0 +1,223 @@
+"""Once per forward of a patched model: hooks before and after the layers.
+
+Before, a packed row is checked, or recognised in a dense mask, and completed to what the layers
+need. After, the language model head is left the tokens that need logits. It happens where the
+model that holds the layers ends, so it asks nothing of the head, of the loss or of Transformers'
+version: whatever follows (final norm and soft cap aside: LoRA, tied or replaced weights, Liger's
+forward) gets fewer tokens, and the last hidden state travels beside them in `hidden_states`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from llmjepa_kernels.hf import interface, openelm
+from llmjepa_kernels.hf.dense_mask import recognise
+from llmjepa_kernels.hf.layer import dropout_field, is_empty, running
+from llmjepa_kernels.ops.block_mask import SCHEDULE_KEYS, BlockMask, int32_positions
+from llmjepa_kernels.ops.flash_plan import FlashPlan, is_plan_key
+
+CACHES = ("cache", "past_key_values")  # the latter until Transformers 5.23
+
+
+def adapter_of(model: PreTrainedModel) -> ModuleType:
+    """What makes a model attend through `view_attention`: check, patch, unpatch and impl_of."""
+    return openelm if model.config.model_type == openelm.MODEL_TYPE else interface
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether `add_hooks` was called."""
+    return any(hook is _before for hook in module._forward_pre_hooks.values())
+
+
+def add_hooks(module: nn.Module) -> None:
+    """Lets the model that holds the layers take packed rows, once it is patched otherwise."""
+    if not has_hooks(module):
+        module.register_forward_pre_hook(_before, with_kwargs=True)
+        module.register_forward_hook(_after, with_kwargs=True)
+
+
+def remove_hooks(module: nn.Module) -> None:
+    """Undoes `add_hooks`, if it was called."""
+    for hooks, with_kwargs in (
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        (module._forward_hooks, module._forward_hooks_with_kwargs),
+    ):
+        for key in [key for key, hook in hooks.items() if hook in (_before, _after)]:
+            del hooks[key], with_kwargs[key]
+
+
+def _before(
+    module: PreTrainedModel, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]] | None:
+    running.attended = None
+    visible_until = kwargs.get("visible_until")
+    if visible_until is not None:
+        _check_packed(module, args, kwargs)
+    else:
+        recognised = _recognised(module, args, kwargs)
+        if recognised is None:
+            return None
+        kwargs = {**kwargs, **recognised}
+        visible_until = kwargs["visible_until"]
+    schedule = _schedule(module, visible_until, kwargs)
+    if kwargs.get("position_ids") is not None:  # for windows; once, not in every layer
+        schedule["window_positions"] = int32_positions(kwargs["position_ids"])
+    if not torch.compiler.is_compiling():
+        running.attended = set()
+    # Transformers hands a 4D mask to every layer untouched instead of building one. Nothing can
+    # apply an empty mask unnoticed, should a layer not attend through view_attention.
+    empty = visible_until.new_empty((len(visible_until), 1, 0, 0), dtype=torch.bool)
+    return args, {**kwargs, **schedule, "attention_mask": empty}
+
+
+def _after(module: PreTrainedModel, args: tuple, kwargs: dict[str, Any], outputs: Any) -> None:
+    if not torch.compiler.is_compiling():
+        _check_attended(module)
+    positions = kwargs.get("head_positions")
+    if positions is None:
+        return
+    if not isinstance(outputs, ModelOutput) or "last_hidden_state" not in outputs:
+        raise RuntimeError(
+            f"{type(module).__name__} must return a last_hidden_state, of which the head gets "
+            f"head_positions, got {type(outputs).__name__}"
+        )
+    hidden = outputs["last_hidden_state"]
+    index = positions.clamp(min=0).to(hidden.device)[..., None]
+    outputs["last_hidden_state"] = torch.take_along_dim(hidden, index, dim=1)
+    outputs["hidden_states"] = (hidden,)
+
+
+def _check_attended(module: PreTrainedModel) -> None:
+    """Raises RuntimeError if a layer attended to a packed row by itself, past `view_attention`."""
+    attended, running.attended = running.attended, None
+    layers = getattr(module.config, "num_hidden_layers", None)
+    if attended is None or layers is None or len(attended) >= layers:
+        return
+    if any(map(_is_compiled, module.modules())):  # compiled code does not count
+        return
+    raise RuntimeError(
+        f"only {len(attended)} of the {layers} layers of {type(module).__name__} attended through "
+        "view_attention, so views of a packed row saw each other in the others: something else "
+        "has replaced their forward"
+    )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None or hasattr(
+        module.forward, "_torchdynamo_orig_callable"
+    )
+
+
+def _attends(module: PreTrainedModel) -> bool:
+    """Whether the model was given no other attention after `patch_model`."""
+    try:
+        adapter_of(module).impl_of(module)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _recognised(
+    module: PreTrainedModel, args: tuple, kwargs: dict[str, Any]
+) -> dict[str, Any] | None:
+    """What takes the place of a dense mask among the arguments, if that can be replaced."""
+    tokens = _tokens(args, kwargs)
+    if (
+        tokens is None
+        or is_empty(kwargs.get("attention_mask"))
+        or torch.compiler.is_compiling()  # the answer depends on data
+        or any(kwargs.get(name) is not None for name in CACHES)
+        or (module.training and dropout_field(module.config) is not None)
+        or not _attends(module)
+    ):
+        return None
+    return recognise(
+        kwargs["attention_mask"],
+        *tokens.shape[:2],
+        position_ids=kwargs.get("position_ids"),
+        window=getattr(module.config, "sliding_window", None),
+    )
+
+
+def _schedule(
+    module: nn.Module, visible_until: Tensor, kwargs: dict[str, Any]
+) -> dict[str, Tensor]:
+    """What the layers need besides the mask itself, if it is not among the arguments."""
+    if adapter_of(module).impl_of(module) == "flash":
+        if any(map(is_plan_key, kwargs)):
+            return {}
+        positions = kwargs.get("position_ids")
+        if positions is None:  # with a recognised dense mask
+            positions = torch.arange(visible_until.shape[1])
+        positions = positions.expand_as(visible_until)
+        return FlashPlan.from_visible_until(visible_until, position_ids=positions).schedule()
+    given = [key for key in SCHEDULE_KEYS if kwargs.get(key) is not None]
+    if not given:
+        return BlockMask.from_visible_until(visible_until).schedule()
+    if len(given) < len(SCHEDULE_KEYS):
+        missing = [key for key in SCHEDULE_KEYS if key not in given]
+        raise ValueError(f"the schedule of visible_until is incomplete, it lacks {missing}")
+    if not torch.compiler.is_compiling():  # the answer depends on data
+        BlockMask.from_schedule(visible_until, kwargs).check()
+    return {}
+
+
+def _check_packed(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    if getattr(module, "_is_replica", False):
+        raise ValueError("DataParallel is not supported: use DistributedDataParallel, or one GPU")
+    tokens = _tokens(args, kwargs)
+    if tokens is None:
+        return  # the model's own forward says what is missing
+    try:
+        adapter_of(module).impl_of(module)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"{type(module).__name__} cannot keep the views of a packed row apart any more, since "
+            f"{error}: call patch_model(model) again"
+        ) from error
+    if "position_ids" not in inspect.signature(type(module).forward).parameters:
+        raise ValueError(
+            f"{type(module).__name__} takes no position_ids, so the positions of a packed row "
+            "would run on from one segment to the next"
+        )
+    visible_until, position_ids = kwargs["visible_until"], kwargs.get("position_ids")
+    shape = tuple(tokens.shape[:2])
+    if visible_until.dtype != torch.int32 or visible_until.shape != shape:
+        raise ValueError(
+            f"visible_until must be int32 of shape {shape} like the tokens, got "
+            f"{visible_until.dtype} of shape {tuple(visible_until.shape)}"
+        )
+    if position_ids is None:
+        raise ValueError(
+            "position_ids must be given with visible_until, since the positions of a packed row "
+            "are not those of its tokens; got None"
+        )
+    if position_ids.shape != shape:
+        raise ValueError(
+            f"position_ids must have the shape {shape} of the tokens, got "
+            f"{tuple(position_ids.shape)}"
+        )
+    if not is_empty(kwargs.get("attention_mask")):
+        raise ValueError(
+            "attention_mask must not be given with visible_until, which is the whole mask"
+        )
+    for name in CACHES:
+        if kwargs.get(name) is None:
+            continue
+        raise ValueError(
+            f"{name} must not be given with visible_until: a packed row cannot continue a KV cache"
+        )
+
+
+def _tokens(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+    """Token ids or embeddings, whose first dimensions are (batch, seq)."""
+    candidates = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1])
+    return next((tokens for tokens in candidates if tokens is not None), None)

@@ -1,0 +1,79 @@
+"""Transformers' attention interface: how `patch_model` reaches every model but OpenELM.
+
+The implementation has one name per back end. They are registered where this is imported, so that
+a model that was patched elsewhere runs in a process that only unpickles it.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
+
+from llmjepa_kernels.hf.layer import attention
+from llmjepa_kernels.ops.choice import BACKENDS
+
+NAME = "view_attention"  # of the attention implementation, as in `config._attn_implementation`
+
+
+def _name(impl: str | None) -> str:
+    # Transformers takes any name with "flash" in it for one of its own.
+    return NAME if impl is None else f"{NAME}_{impl.replace('flash', 'varlen')}"
+
+
+_IMPLS = {_name(impl): impl for impl in (None, *BACKENDS)}
+
+for _registered, _impl in _IMPLS.items():
+    AttentionInterface.register(_registered, functools.partial(attention, impl=_impl))
+    AttentionMaskInterface.register(_registered, sdpa_mask)
+
+
+def innermost(model: PreTrainedModel) -> list[PreTrainedModel]:
+    """The models that hold the layers, and are called with keyword arguments by those around."""
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    return [m for m in models if not any(isinstance(x, PreTrainedModel) for x in _inside(m))]
+
+
+def _inside(module: nn.Module) -> list[nn.Module]:
+    return list(module.modules())[1:]
+
+
+def check(model: PreTrainedModel) -> None:
+    """Raises TypeError unless the attention of a model, and of all in it, can be replaced."""
+    for part in innermost(model):
+        if not part._can_set_attn_implementation():
+            raise TypeError(
+                f"{type(part).__name__} does not call attention through Transformers' "
+                "AttentionInterface, so its attention cannot be replaced"
+            )
+
+
+def patch(model: PreTrainedModel, impl: str | None) -> None:
+    """Lets a model, with all models in it, attend through `view_attention`."""
+    previous = model.config._attn_implementation
+    if previous in _IMPLS:  # patched before, or by a model that shares the config
+        previous = getattr(model, "_before_view_attention", None)
+        previous = previous or model.get_correct_attn_implementation(None)
+    model._before_view_attention = previous
+    model.set_attn_implementation(_name(impl))
+
+
+def unpatch(model: PreTrainedModel) -> None:
+    """Undoes `patch`, if it was called."""
+    if hasattr(model, "_before_view_attention"):
+        model.set_attn_implementation(model._before_view_attention)
+        del model._before_view_attention
+
+
+def impl_of(model: PreTrainedModel) -> str | None:
+    """The `impl` that an innermost model was patched with.
+
+    Raises:
+        RuntimeError: It does not attend through `view_attention`.
+    """
+    name = model.config._attn_implementation
+    if name not in _IMPLS:
+        raise RuntimeError(f"its attention implementation is {name!r}")
+    return _IMPLS[name]

@@ -1,0 +1,201 @@
+"""The attention function of every layer, on `view_attention` or under a dense mask."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from llmjepa_kernels.hf.dense_mask import seen_pairs
+from llmjepa_kernels.ops.attention import view_attention
+from llmjepa_kernels.ops.block_mask import SCHEDULE_KEYS, BlockMask
+from llmjepa_kernels.ops.dense import dense_attention
+from llmjepa_kernels.ops.flash_plan import FlashPlan, is_plan_key
+
+
+class _Running(threading.local):
+    """The forward of a model that this thread is in."""
+
+    attended: set[int] | None = None  # modules whose attention was `view_attention`
+
+
+running = _Running()
+
+
+def is_empty(mask: Any) -> bool:
+    """Whether an `attention_mask` is no mask, or the one that stands in for it in packed rows."""
+    return mask is None or (isinstance(mask, Tensor) and mask.shape[1:] == (1, 0, 0))
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    impl: str | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    window_positions: Tensor | None = None,
+    visible_until: Tensor | None = None,
+    ignore_window: bool = False,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer, with the arguments and result that Transformers expects."""
+    if torch.is_autocast_enabled(query.device.type):
+        # Rotary embeddings leave q and k in float32 where v already is in low precision.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+
+    if visible_until is None:
+        if attention_mask is not None and is_empty(attention_mask):
+            raise TypeError(
+                f"{type(module).__name__} is not given the keyword arguments of its model's "
+                "forward, so visible_until cannot reach it"
+            )
+        out = _dense(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=scaling,
+            dropout=dropout,
+            softcap=softcap,
+            sinks=s_aux,
+            **kwargs,
+        )
+        return out, None
+
+    has_plan = impl in (None, "flash") and any(map(is_plan_key, kwargs))
+    if not has_plan and SCHEDULE_KEYS[0] not in kwargs:
+        name = type(module).__name__
+        raise RuntimeError(f"the model around {name} is not patched: call patch_model(model) first")
+    _check_layer(module, query, key, dropout, sliding_window, kwargs)
+    if not torch.compiler.is_compiling() and running.attended is not None:
+        running.attended.add(id(module))
+    window = None if ignore_window else sliding_window
+    block_mask = None if impl == "flash" else BlockMask.from_schedule(visible_until, kwargs)
+    out = view_attention(
+        query,
+        key,
+        value,
+        visible_until,
+        position_ids=window_positions if window is not None else None,
+        window=window,
+        softcap=softcap,
+        softmax_scale=scaling,
+        sinks=s_aux,
+        block_mask=block_mask,
+        flash_plan=FlashPlan.from_schedule(visible_until, kwargs) if has_plan else None,
+        impl=impl,
+    )
+    return out.transpose(1, 2), None
+
+
+def _check_layer(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    dropout: float,
+    sliding_window: int | None,
+    kwargs: dict[str, Any],
+) -> None:
+    """Refuses what view_attention would otherwise leave out."""
+    name = type(module).__name__
+    if key.shape[2] != query.shape[2]:
+        raise ValueError(
+            f"a packed row cannot continue a KV cache: {name} got {query.shape[2]} queries and "
+            f"{key.shape[2]} keys; pass use_cache=False"
+        )
+    if dropout > 0:
+        field = dropout_field(module.config) or "the attention dropout"
+        raise ValueError(
+            f"attention dropout is not supported with visible_until: set {field} of the model's "
+            f"config to 0 before it is built, got {dropout}"
+        )
+    if not getattr(module, "is_causal", True):
+        raise ValueError(f"visible_until needs causal attention, {name} is bidirectional")
+    if kwargs.get("position_bias") is not None:
+        raise ValueError(f"view_attention has no position_bias, which {name} passes")
+    if sliding_window is None and _has_window(module):
+        raise ValueError(
+            f"{name} leaves its sliding window to a dense mask, so a packed row would ignore it"
+        )
+
+
+def _has_window(module: nn.Module) -> bool:
+    if not hasattr(module, "config"):  # OpenELM's
+        return False
+    layer_types = getattr(module.config, "layer_types", None)
+    if layer_types is not None:
+        return layer_types[module.layer_idx] == "sliding_attention"
+    window = getattr(module.config, "sliding_window", None)
+    return bool(window) and getattr(module.config, "use_sliding_window", True)
+
+
+def dropout_field(config: Any) -> str | None:
+    """Name of the config's field of attention dropout, if that is not 0."""
+    fields = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
+    return next((field for field in fields if getattr(config, field, None)), None)
+
+
+def _dense(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    **kwargs: Any,
+) -> Tensor:
+    """Attention under a dense mask, as Transformers' sdpa, and with soft cap and sinks as well."""
+    if softcap is None and sinks is None:
+        if mask is not None and mask.is_floating_point() and mask.dtype != query.dtype:
+            # Unlike eager attention, PyTorch wants the mask in the dtype of q. The lowest
+            # value of one dtype may be an infinity in another.
+            mask = mask.to(query.dtype).clamp(min=torch.finfo(query.dtype).min)
+        out, _ = sdpa_attention_forward(
+            module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return out
+
+    if dropout > 0:
+        field = dropout_field(module.config) or "the attention dropout"
+        raise ValueError(
+            f"attention dropout is not supported with soft cap or sinks: set {field} of the "
+            f"model's config to 0 before it is built, got {dropout}"
+        )
+    q_len, kv_len = query.shape[2], key.shape[2]
+    if mask is None:
+        # As in sdpa: no mask means causal from the first key on, or all keys for one query.
+        seen = None
+        if q_len > 1 and getattr(module, "is_causal", True):
+            seen = torch.ones(1, q_len, kv_len, dtype=torch.bool, device=query.device).tril()
+    elif mask.shape[1] != 1:
+        raise ValueError(
+            f"attention_mask must have one head with soft cap or sinks, got {mask.shape[1]}"
+        )
+    else:
+        seen = seen_pairs(mask[:, 0])
+        if seen is None:
+            raise ValueError(
+                "attention_mask must be bool, or 0 where visible and -1e4 or less elsewhere, with "
+                "soft cap or sinks; got other values"
+            )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out, _ = dense_attention(
+        query, key, value, seen, softcap=softcap, softmax_scale=scale, sinks=sinks
+    )
+    return out.transpose(1, 2)
