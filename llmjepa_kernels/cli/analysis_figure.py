@@ -13,7 +13,7 @@ from numpy import linspace
 
 from llmjepa_kernels.cli.report import COLORS
 
-STYLE = {
+STYLE: Any = {
     "font.size": 8,
     "axes.titlesize": 9,
     "axes.titlelocation": "left",
@@ -24,7 +24,7 @@ STYLE = {
 }
 
 
-def draw(analyses: Sequence[dict[str, Any]]) -> Figure:
+def analysis_figure(analyses: Sequence[dict[str, Any]]) -> Figure:
     """Singular values and cosines of all checkpoints, a colour each; t-SNE in a panel each.
 
     Args:
@@ -35,11 +35,12 @@ def draw(analyses: Sequence[dict[str, Any]]) -> Figure:
     with rc_context(STYLE):
         if len(analyses) == 1:
             figure = Figure(figsize=(12, 3), layout="constrained")
-            curves, maps = figure.subfigures(1, 2, width_ratios=[3, 1])
+            subfigures: Any = figure.subfigures(1, 2, width_ratios=[3, 1])
         else:
             figure = Figure(figsize=(9.6, 3 + 2.9 * rows), layout="constrained")
-            curves, maps = figure.subfigures(2, 1, height_ratios=[3, 2.9 * rows])
+            subfigures = figure.subfigures(2, 1, height_ratios=[3, 2.9 * rows])
         FigureCanvasAgg(figure)
+        curves, maps = subfigures
         spectrum, *histograms = curves.subplots(1, 3)
         _draw_spectra(spectrum, analyses)
         if len(analyses) > 1:
@@ -53,7 +54,7 @@ def draw(analyses: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
-def _draw_spectra(axis, analyses: Sequence[dict[str, Any]]) -> None:
+def _draw_spectra(axis: Any, analyses: Sequence[dict[str, Any]]) -> None:
     for analysis, color in zip(analyses, COLORS, strict=False):
         values = [value for value in analysis["singular_values"] if value > 0]
         axis.plot(range(1, len(values) + 1), values, color=color, label=analysis["name"])
@@ -62,7 +63,7 @@ def _draw_spectra(axis, analyses: Sequence[dict[str, Any]]) -> None:
     )
 
 
-def _draw_cosines(axes, analyses: Sequence[dict[str, Any]]) -> None:
+def _draw_cosines(axes: Any, analyses: Sequence[dict[str, Any]]) -> None:
     """Two histograms with the same bins, so that views and predictions can be compared."""
     kinds = {"text_code": "Enc(Text)", "pred_code": "Pred(Enc(Text))"}
     shown = [c for a in analyses for kind in kinds for c in a[f"{kind}_cosines"] or ()]
@@ -86,7 +87,7 @@ def _draw_cosines(axes, analyses: Sequence[dict[str, Any]]) -> None:
     axes[0].set_ylabel("fraction of examples")
 
 
-def _draw_map(axis, analysis: dict[str, Any], color: str) -> None:
+def _draw_map(axis: Any, analysis: dict[str, Any], color: str) -> None:
     for name, marker, fill in (("Code", "s", "0.55"), ("Text", "o", color)):
         x, y = zip(*analysis["tsne"][name.lower()], strict=True)
         axis.scatter(x, y, s=9, marker=marker, color=fill, linewidth=0, alpha=0.75, label=name)

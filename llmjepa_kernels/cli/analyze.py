@@ -6,18 +6,19 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from io import BytesIO
-from itertools import islice
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers.utils import logging
 
-from llmjepa_kernels.cli.analysis_figure import draw
-from llmjepa_kernels.cli.report import COLORS, format_table
-from llmjepa_kernels.data import grammar
+from llmjepa_kernels.cli.analysis_figure import analysis_figure
+from llmjepa_kernels.cli.analyze_options import AnalyzeOptions
+from llmjepa_kernels.cli.held_out import held_out_samples
+from llmjepa_kernels.cli.report import format_table
+from llmjepa_kernels.cli.shared_options import BUILT_IN_SEED
 from llmjepa_kernels.data.example_format import ExampleFormat
-from llmjepa_kernels.data.samples import read_chats
 from llmjepa_kernels.evaluation.geometry import DEFINITIONS, embed_views, view_geometry, view_states
 from llmjepa_kernels.files import write_whole
 from llmjepa_kernels.hf.load import load_pretrained
@@ -36,46 +37,24 @@ COLUMNS = (
     ("linear_residual", "linear\nresidual", ".3f"),
 )
 BATCH_SIZE = 32
-BUILT_IN_SEED = 42  # that of llmjepa train
 
 
-def analyze(
-    checkpoints: Sequence[str],
-    data: str | PathLike[str] | None,
-    *,
-    samples: int,
-    output_dir: Path,
-    recipe: str | None = None,
-) -> str:
+def analyze(options: AnalyzeOptions) -> None:
     """Compares checkpoints on the same samples; writes ``analysis.json`` and ``analysis.png``.
-
-    Args:
-        checkpoints: At least one, each as `load_pretrained` takes it.
-        data: As `read_chats` takes it; None for built-in held-out pairs.
-        samples: The first so many are used, at least two.
-        output_dir: Made if it does not exist.
-        recipe: Of `read_chats`.
-
-    Returns:
-        A table of the numbers that are no lists.
 
     Raises:
         ValueError: Too many checkpoints or too few samples; a sample is malformed or does not fit
             a checkpoint, or its states are not finite.
         OSError: A file or a model is not there.
     """
-    if not 1 <= len(checkpoints) <= len(COLORS):
-        raise ValueError(f"expected 1 to {len(COLORS)} checkpoints, got {len(checkpoints)}")
-    if samples < 2:
-        raise ValueError(f"--samples must be at least 2, got {samples}")
-    if data is not None:
-        chats = list(islice(read_chats(data, recipe=recipe), samples))
-    elif recipe is None:
-        chats = grammar.generate(samples, seed=BUILT_IN_SEED, split="heldout")
-    else:
-        raise ValueError(f"--recipe {recipe} needs --data")
+    checkpoints, output_dir = options.checkpoints, options.output_dir
+    located = held_out_samples(
+        options.data, recipe=options.recipe, count=options.samples, seed=BUILT_IN_SEED, split=None
+    )
+    chats = [chat for _, chat in located]
     if len(chats) < 2:
-        raise ValueError(f"--data {data} must have at least 2 samples, got {len(chats)}")
+        raise ValueError(f"--data {options.data} must have at least 2 samples, got {len(chats)}")
+    logging.disable_progress_bar()  # of reading weights
     analyses = []
     for name, checkpoint in zip(short_names(checkpoints), checkpoints, strict=True):
         try:
@@ -85,7 +64,7 @@ def analyze(
         analyses.append({"name": name, "checkpoint": checkpoint, **numbers})
     output_dir.mkdir(parents=True, exist_ok=True)
     content = {
-        "data": "built-in held-out pairs" if data is None else str(data),
+        "data": options.data or "built-in held-out pairs",
         "samples": len(chats),
         "definitions": DEFINITIONS,
         "checkpoints": analyses,
@@ -93,9 +72,10 @@ def analyze(
     text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
     write_whole(output_dir / "analysis.json", text)
     picture = BytesIO()
-    draw(analyses).savefig(picture, dpi=200)
+    analysis_figure(analyses).savefig(picture, dpi=200)
     write_whole(output_dir / "analysis.png", picture.getvalue())
-    return format_table([(analysis["name"], analysis) for analysis in analyses], COLUMNS)
+    table = format_table([(analysis["name"], analysis) for analysis in analyses], COLUMNS)
+    print(f"\n{table}\nanalysis.json and analysis.png: {output_dir}/")
 
 
 def analyze_checkpoint(
@@ -126,7 +106,9 @@ def analyze_checkpoint(
     trained = ExampleFormat.load(checkpoint, tokenizer)
     views = replace(trained, pred_ids=(), direction="text_to_code")
 
-    def states(example_format: ExampleFormat, chats: Sequence[Mapping[str, Any]], name: str):
+    def states(
+        example_format: ExampleFormat, chats: Sequence[Mapping[str, Any]], name: str
+    ) -> tuple[Tensor, Tensor]:
         examples = []
         for index, chat in enumerate(chats):
             try:

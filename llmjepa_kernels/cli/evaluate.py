@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
-from itertools import islice
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import torch
 from rich import box
@@ -15,91 +14,77 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from transformers.utils import logging
 
-from llmjepa_kernels.cli.options import EVAL_SAMPLES
-from llmjepa_kernels.cli.prediction_file import (
-    PredictionFile,
-    data_fingerprint,
-    weights_fingerprint,
-)
+from llmjepa_kernels.cli.evaluate_options import EvaluateOptions
+from llmjepa_kernels.cli.fingerprints import data_fingerprint, weights_fingerprint
+from llmjepa_kernels.cli.held_out import check_answers, chosen_rule, held_out_samples
+from llmjepa_kernels.cli.prediction_file import PredictionFile
 from llmjepa_kernels.cli.report import plain_text
-from llmjepa_kernels.data import grammar
+from llmjepa_kernels.cli.shared_options import EVAL_SAMPLES
 from llmjepa_kernels.data.example_format import ExampleFormat
-from llmjepa_kernels.data.samples import read_chats
 from llmjepa_kernels.data.splits import Split
 from llmjepa_kernels.evaluation.predict import Accuracy, Prediction, accuracies, predict
-from llmjepa_kernels.evaluation.rules import RULE_OF_RECIPE, answer_rule
+from llmjepa_kernels.evaluation.rules import Rule
 from llmjepa_kernels.hf.load import load_pretrained
 
 
-class EvaluateJob:
-    """One ``llmjepa evaluate``: checks and loads all but the models at first.
+def evaluate(options: EvaluateOptions) -> None:
+    """Checks and loads all but the models at first, then evaluates one after the other.
 
-    Args:
-        args: The options, see ``llmjepa evaluate --help``.
     Raises:
         ValueError: An option or a sample is wrong, or ``--output`` belongs to something else.
         OSError: A file or a model is not there.
     """
+    evaluation = Evaluation.prepare(options)
+    logging.disable_progress_bar()  # of reading weights
+    results = {name: evaluation.run(name) for name in options.checkpoints}
+    print(format_accuracies(results, evaluation.split), end="")
+    if evaluation.file is not None:
+        file = evaluation.file
+        print(f"Predictions: {file.path}, settings and results: {file.report_path}")
 
-    def __init__(self, args: argparse.Namespace):
-        self.args = args
-        for name in ("samples", "batch_size", "max_new_tokens"):
-            value = getattr(args, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-        if repeated := {name for name in args.checkpoints if args.checkpoints.count(name) > 1}:
-            raise ValueError(f"checkpoints must differ, got {', '.join(repeated)} more than once")
-        self.device = _device(args.device)
-        self.rule = answer_rule(
-            args.rule or RULE_OF_RECIPE.get(args.recipe, "exact"), databases=args.databases
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What all checkpoints are asked, and where their answers go."""
+
+    options: EvaluateOptions
+    device: torch.device
+    samples: list[dict[str, Any]]
+    rule: Rule
+    split: Split | None
+    file: PredictionFile | None
+
+    @classmethod
+    def prepare(cls, options: EvaluateOptions) -> Evaluation:
+        """Reads the data and checks all of it; raises as `evaluate` does."""
+        device = _device(options.device)
+        rule = chosen_rule(options.rule, recipe=options.recipe, databases=options.databases)
+        split = None if options.split is None else Split.parse(options.split)
+        located = held_out_samples(
+            options.data,
+            recipe=options.recipe,
+            count=options.samples or (EVAL_SAMPLES if options.data is None else None),
+            seed=options.seed,
+            split=split,
         )
-        self.split = None if args.split is None else Split.parse(args.split)
-        self.samples = self._samples()
-        for index, sample in enumerate(self.samples):
-            try:
-                self.rule.check(sample)
-                if self.split is not None:
-                    self.split.is_out_of_distribution(sample)
-            except ValueError as error:
-                place = args.data or "the built-in data"
-                raise ValueError(f"sample {index} of {place}: {error}") from error
-        self.file = None
-        if args.output is not None:
+        check_answers(located, rule, split)
+        samples = [sample for _, sample in located]
+        file = None
+        if options.output is not None:
             settings = {
-                "data": data_fingerprint(self.samples),
-                "samples": len(self.samples),
-                "rule": self.rule.name,
-                "max_new_tokens": args.max_new_tokens,
-                "dtype": "bfloat16" if args.bf16 else "float32",
+                "data": data_fingerprint(samples),
+                "samples": len(samples),
+                "rule": rule.name,
+                "max_new_tokens": options.max_new_tokens,
+                "dtype": "bfloat16" if options.bf16 else "float32",
             }
-            self.file = PredictionFile(args.output, settings)
+            file = PredictionFile(options.output, settings)
+        return cls(options, device, samples, rule, split, file)
 
-    def _samples(self) -> list[dict[str, Any]]:
-        args = self.args
-        if args.data is None:
-            if args.recipe is not None:
-                raise ValueError(f"--recipe {args.recipe} needs --data")
-            max_depth = 2  # as `llmjepa train` has it
-            if self.split is not None and self.split.kind == "depth":
-                max_depth = max(max_depth, self.split.value + 1)
-            count = args.samples or EVAL_SAMPLES
-            return grammar.generate(count, seed=args.seed, split="heldout", max_depth=max_depth)
-        samples = list(islice(read_chats(args.data, recipe=args.recipe), args.samples))
-        if not samples:
-            raise ValueError(f"--data {args.data} has no samples")
-        return samples
-
-    def run(self) -> None:
-        """Evaluates one checkpoint after the other and prints a table of them."""
-        logging.disable_progress_bar()  # of reading weights
-        results = {name: self._evaluate(name) for name in self.args.checkpoints}
-        print(format_accuracies(results, self.split), end="")
-        if self.file is not None:
-            print(f"Predictions: {self.file.path}, settings and results: {self.file.report_path}")
-
-    def _evaluate(self, name: str) -> dict[str, Accuracy]:
+    def run(self, name: str) -> dict[str, Accuracy]:
+        """Has one checkpoint answer what it has not answered yet."""
         model, tokenizer = load_pretrained(name)
-        model.to(self.device, torch.bfloat16 if self.args.bf16 else torch.float32)
+        model.to(self.device, torch.bfloat16 if self.options.bf16 else torch.float32)
         example_format = ExampleFormat.load(name, tokenizer)
         done: dict[int, Prediction] = {}
         if self.file is not None:
@@ -114,8 +99,8 @@ class EvaluateJob:
             self.samples,
             example_format,
             self.rule,
-            max_new_tokens=self.args.max_new_tokens,
-            batch_size=self.args.batch_size,
+            max_new_tokens=self.options.max_new_tokens,
+            batch_size=self.options.batch_size,
             done=frozenset(done),
         )
         with _progress() as progress:
@@ -139,7 +124,7 @@ class EvaluateJob:
             self.file.report(name, {"split": split, "accuracy": _as_json(found)})
         return found
 
-    def _interrupted(self, count: int) -> None:
+    def _interrupted(self, count: int) -> NoReturn:
         message = f"interrupted after {count} of {len(self.samples)}"
         if self.file is not None:
             message += f", which are in {self.file.path}: the same command goes on from there"

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from llmjepa_kernels.evaluation.predict import Prediction
 from llmjepa_kernels.files import write_whole
@@ -82,7 +79,9 @@ class PredictionFile:
             ) from error
         return report
 
-    def _compare(self, found: Mapping[str, Any], wanted: Mapping[str, Any], place="") -> None:
+    def _compare(
+        self, found: Mapping[str, Any], wanted: Mapping[str, Any], place: str = ""
+    ) -> None:
         for key in sorted(found.keys() | wanted.keys()):
             if found.get(key) != wanted.get(key):
                 raise ValueError(
@@ -116,26 +115,3 @@ class PredictionFile:
     def _write_report(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self.report_path, json.dumps(self._report, indent=2) + "\n")
-
-
-def data_fingerprint(samples: Sequence[Mapping[str, Any]]) -> str:
-    """Tells data apart by the messages."""
-    digest = hashlib.blake2b(digest_size=8)
-    for sample in samples:
-        digest.update(json.dumps(sample["messages"], sort_keys=True).encode())
-    return digest.hexdigest()
-
-
-@torch.no_grad()
-def weights_fingerprint(model: torch.nn.Module, *, values: int = 64) -> str:
-    """Tells models apart by the shape and some values of every parameter.
-
-    Training changes nearly all values, so a few of each tell, at no cost for large models.
-    """
-    digest = hashlib.blake2b(digest_size=8)
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
-        some = flat[:: max(1, flat.numel() // values)].float().cpu()
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(some.numpy().tobytes())
-    return digest.hexdigest()

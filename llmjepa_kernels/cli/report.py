@@ -44,7 +44,7 @@ def write_report(runs: Sequence[dict[str, Any]], directory: Path) -> str:
     write_whole(directory / "report.txt", table)
     report = {"summary": summarize(runs), "runs": list(runs)}
     write_whole(directory / "report.json", json.dumps(report, indent=1))
-    write_whole(directory / "report.png", draw(runs))
+    write_whole(directory / "report.png", report_picture(runs))
     return table
 
 
@@ -66,7 +66,7 @@ def summarize(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, f
             }
             for seed in first.keys() & second.keys()
         }
-    summary = {}
+    summary: dict[str, dict[str, dict[str, float]]] = {}
     for name, seeds in by_name.items():
         summary[name] = {}
         for key, *_ in ROWS:
@@ -109,7 +109,7 @@ def format_table(
     return plain_text(table)
 
 
-def _table():
+def _table() -> Any:
     from rich import box
     from rich.table import Table
 
@@ -118,7 +118,7 @@ def _table():
     return table
 
 
-def plain_text(table) -> str:
+def plain_text(table: Any) -> str:
     """A table of Rich, as it is in a file."""
     from rich.console import Console
 
@@ -136,7 +136,7 @@ def _cell(found: dict[str, float] | None, spec: str, name: str) -> str:
     return f"{cell} ± {format(found['std'], spec)}" if "std" in found else cell
 
 
-def draw(runs: Sequence[dict[str, Any]]) -> bytes:
+def report_picture(runs: Sequence[dict[str, Any]]) -> bytes:
     """Losses, the cosines of the held-out views and the accuracy; a colour per name, as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -175,7 +175,7 @@ def draw(runs: Sequence[dict[str, Any]]) -> bytes:
     return image.getvalue()
 
 
-def _draw_cosines(axis, runs: Sequence[dict[str, Any]], color: dict[str, str]) -> None:
+def _draw_cosines(axis: Any, runs: Sequence[dict[str, Any]], color: dict[str, str]) -> None:
     """The cosines of all seeds of a name together."""
     cosines: dict[str, list[float]] = {}
     for run in runs:
@@ -188,7 +188,7 @@ def _draw_cosines(axis, runs: Sequence[dict[str, Any]], color: dict[str, str]) -
     axis.set_xlabel("cosine similarity", fontsize=8)
 
 
-def _draw_accuracy(axis, runs: Sequence[dict[str, Any]], color: dict[str, str]) -> None:
+def _draw_accuracy(axis: Any, runs: Sequence[dict[str, Any]], color: dict[str, str]) -> None:
     """A dot per run, a bar at their mean; out of distribution beside in distribution."""
     ticks = {}
     for place, (key, where) in enumerate(

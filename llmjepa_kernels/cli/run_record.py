@@ -10,7 +10,7 @@ from typing import Any
 from llmjepa_kernels.files import write_whole
 from llmjepa_kernels.training.checkpoints import checkpoints, why_incomplete
 
-FILE_NAME = "run.json"
+RECORD = "run.json"
 
 
 @dataclass
@@ -49,7 +49,7 @@ class RunRecord:
                     "--resume, or choose another --output-dir"
                 )
             return
-        path = self.directory / FILE_NAME
+        path = self.directory / RECORD
         if not path.is_file():
             return
         try:
@@ -69,7 +69,7 @@ class RunRecord:
 
     def checkpoint(self) -> tuple[Path | None, list[str]]:
         """The last complete checkpoint, and what is wrong with later ones."""
-        faults = []
+        faults: list[str] = []
         for checkpoint in checkpoints(self.directory):
             fault = why_incomplete(checkpoint)
             if fault is None:
@@ -90,4 +90,4 @@ class RunRecord:
 
     def _write(self, result: dict[str, Any] | None) -> None:
         record = {"options": self.options, "result": result}
-        write_whole(self.directory / FILE_NAME, json.dumps(record, indent=1, default=str))
+        write_whole(self.directory / RECORD, json.dumps(record, indent=1, default=str))

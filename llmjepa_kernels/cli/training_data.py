@@ -2,49 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
-from argparse import Namespace
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import get_worker_info
 
-from llmjepa_kernels.cli.options import TRAIN_SAMPLES
-from llmjepa_kernels.data import grammar
-from llmjepa_kernels.data.example_format import ExampleFormat
+from llmjepa_kernels.cli.fingerprints import data_fingerprint
+from llmjepa_kernels.cli.held_out import Located, built_in_samples
+from llmjepa_kernels.cli.starting_point import StartingPoint
+from llmjepa_kernels.cli.train_options import TRAIN_SAMPLES, TrainOptions
 from llmjepa_kernels.data.samples import located_chats
 from llmjepa_kernels.data.splits import Split
-from llmjepa_kernels.packing import Example, pack
+from llmjepa_kernels.packing import Example, pack, segment_ends
 from llmjepa_kernels.training.streaming import ExampleStream
 
-Located = Iterator[tuple[str, dict[str, Any]]]
 HEAD = 1000  # samples of a stream that are looked at before training
-
-
-@dataclass
-class Part:
-    """Samples, where each is from, and once tokenized their examples."""
-
-    samples: list[dict[str, Any]] = field(default_factory=list)
-    places: list[str] = field(default_factory=list)
-    examples: list[Example] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    @classmethod
-    def of(cls, located: Iterable[tuple[str, dict[str, Any]]]) -> Part:
-        part = cls()
-        for place, sample in located:
-            part.places.append(place)
-            part.samples.append(sample)
-        return part
 
 
 class LeftOut:
@@ -53,7 +30,7 @@ class LeftOut:
     KINDS = ("out of distribution", "malformed", "too long")
     SHOWN = 3  # messages per kind
 
-    def __init__(self):
+    def __init__(self) -> None:
         # A row per worker, which nobody else writes.
         self._counts = torch.zeros(256, len(self.KINDS), dtype=torch.int64).share_memory_()
 
@@ -70,10 +47,171 @@ class LeftOut:
         return {kind: count for kind, count in counts.items() if count}
 
 
+class LocatedSample(NamedTuple):
+    """A sample, and where it is from."""
+
+    place: str
+    sample: dict[str, Any]
+
+
+class SampleReader:
+    """Reads the samples of ``--data``, ``--eval-data`` or built-in ones, and divides them.
+
+    Args:
+        options: Of ``llmjepa train``.
+        left_out: Counts what is left out.
+
+    Raises:
+        ValueError: The split is none.
+    """
+
+    def __init__(self, options: TrainOptions, left_out: LeftOut) -> None:
+        self.options = options
+        self.left_out = left_out
+        self.split = Split.parse(options.split) if options.split else None
+
+    def in_distribution(self, shard: tuple[int, int] = (0, 1)) -> Located:
+        """The samples to train on; of a `shard` (i, n), every n-th row from the i-th on."""
+        options = self.options
+        if options.data is None:
+            located = built_in_samples("train", seed=options.seed, split=self.split)
+        else:
+            located = self._read(options.data, shard)
+        for place, sample in located:
+            if self.split and self._is_out(place, sample):
+                self.left_out.add("out of distribution")
+            else:
+                yield place, sample
+
+    def first(self) -> list[LocatedSample]:
+        """As many samples to train on as are asked for; of a stream, those that are checked.
+
+        Raises:
+            ValueError: There are none, or one is malformed.
+        """
+        options = self.options
+        count = options.train_samples
+        if options.streaming:
+            count = HEAD
+        elif options.data is None:
+            count = count or TRAIN_SAMPLES
+        found = [LocatedSample(*each) for each in islice(self.in_distribution(), count)]
+        if not found:
+            held_back = f" in distribution of --split {self.split}" if self.split else ""
+            raise ValueError(f"--data {options.data} has no samples{held_back}")
+        return found
+
+    def held_out(self) -> tuple[list[LocatedSample], list[LocatedSample]]:
+        """Those to evaluate on, in and out of distribution; the latter only with a split.
+
+        Raises:
+            ValueError: A part that was asked for has none, or one is malformed.
+        """
+        options, split = self.options, self.split
+        if options.eval_data is not None:
+            stream = self._read(options.eval_data)
+        elif options.data is None:
+            stream = built_in_samples("heldout", seed=options.seed, split=split)
+        else:
+            return [], []
+        if split is None:
+            return [LocatedSample(*each) for each in islice(stream, options.eval_samples)], []
+        inside: list[LocatedSample] = []
+        outside: list[LocatedSample] = []
+        for place, sample in stream:
+            part = outside if self._is_out(place, sample) else inside
+            if len(part) < options.eval_samples:
+                part.append(LocatedSample(place, sample))
+            if min(len(inside), len(outside)) == options.eval_samples:
+                break
+        for part, name in ((inside, "in"), (outside, "out of")):
+            if not part:
+                raise ValueError(f"--split {split}: no held-out sample is {name} distribution")
+        return inside, outside
+
+    def _is_out(self, place: str, sample: dict[str, Any]) -> bool:
+        assert self.split is not None
+        try:
+            return self.split.is_out_of_distribution(sample)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
+
+    def _read(self, source: str, shard: tuple[int, int] = (0, 1)) -> Located:
+        def skip(error: ValueError) -> None:
+            self.left_out.add("malformed", str(error))
+
+        on_error = skip if self.options.skip_bad_lines else None
+        return located_chats(source, recipe=self.options.recipe, on_error=on_error, shard=shard)
+
+
+@dataclass(frozen=True)
+class ExampleMaker:
+    """Makes examples of samples, and finds those that are too long.
+
+    Attributes:
+        options: Of ``llmjepa train``.
+        start: Its tokenizer and format make the examples; its model has so many positions.
+        left_out: Counts samples that are too long.
+    """
+
+    options: TrainOptions
+    start: StartingPoint
+    left_out: LeftOut
+
+    def examples(
+        self, located: Iterable[tuple[str, dict[str, Any]]]
+    ) -> Iterator[tuple[LocatedSample, Example]]:
+        """Those of the samples that fit.
+
+        Raises:
+            ValueError: A sample is malformed, or too long and not to be left out; names its line.
+        """
+        for place, sample in located:
+            try:
+                example = self.start.example_format.example(sample, self.start.tokenizer)
+                reason = self._too_long(example)
+                if reason and not self.options.skip_too_long:
+                    raise ValueError(f"{reason}; --skip-too-long leaves such samples out")
+            except ValueError as error:
+                raise ValueError(f"{place}: {error}") from error
+            if reason:
+                self.left_out.add("too long", f"{place}: {reason}")
+            else:
+                yield LocatedSample(place, sample), example
+
+    def _too_long(self, example: Example) -> str | None:
+        limit = self.options.max_length
+        if limit and sum(len(segment.input_ids) for segment in example.segments) > limit:
+            row = pack([example], share_prefixes=self.options.share_prefixes)
+            size = row["input_ids"].shape[1]
+            if size > limit:
+                return f"it takes {size} tokens, more than --max-length {limit}"
+        length, positions = max(segment_ends(example)), self.start.max_positions
+        if positions and length > positions:
+            return f"it is {length} tokens long, more than the {positions} of the model"
+        return None
+
+
+@dataclass(frozen=True)
+class Part:
+    """Samples, and their examples."""
+
+    located: list[LocatedSample]
+    examples: list[Example]
+
+    @property
+    def samples(self) -> list[dict[str, Any]]:
+        return [each.sample for each in self.located]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+
 class TrainingData:
     """The three parts of the data: to train on, held out, and held out of distribution.
 
-    Of a stream, the part to train on is its beginning only, which is checked like all others.
+    All is tokenized once, before hours of training depend on it. Of a stream, the part to train on
+    is its beginning only, which is checked like all others.
 
     Attributes:
         train, held_out, out_of_distribution: `Part`s; the last two may be empty.
@@ -81,160 +219,56 @@ class TrainingData:
             training, malformed ones, and too long ones.
 
     Args:
-        args: The options of ``llmjepa train``.
+        options: Of ``llmjepa train``.
+        train: From `SampleReader`, as `held_out`.
+        held_out: In and out of distribution.
+        start: Has the tokenizer and the format.
+        left_out: What the reader has left out.
 
     Raises:
-        ValueError: A sample is malformed, or a part that was asked for has none.
-        OSError: A file is not there.
+        ValueError: A sample is malformed or too long; names its line.
     """
 
-    def __init__(self, args: Namespace):
-        self.args = args
-        self.split = Split.parse(args.split) if args.split else None
-        self.left_out = LeftOut()
-        self.train = self._train_part()
-        self.held_out, self.out_of_distribution = self._held_out_parts()
+    def __init__(
+        self,
+        options: TrainOptions,
+        train: list[LocatedSample],
+        held_out: tuple[list[LocatedSample], list[LocatedSample]],
+        start: StartingPoint,
+        left_out: LeftOut,
+    ) -> None:
+        self._options, self._start = options, start
+        self.left_out = left_out
+        # What a stream begins with is counted as it is trained on.
+        self.train = self._part(train, LeftOut() if options.streaming else left_out)
+        self.held_out, self.out_of_distribution = (self._part(p, left_out) for p in held_out)
 
-    def tokenize(self, example_format: ExampleFormat, tokenizer, max_positions: int | None) -> None:
-        """Makes the examples of every part, once, before hours of training depend on them.
-
-        Args:
-            max_positions: Of the model.
-
-        Raises:
-            ValueError: A sample is malformed or too long; names its line.
-        """
-        self._tokenizing = (example_format, tokenizer, max_positions)
-        for part in (self.train, self.held_out, self.out_of_distribution):
-            located = zip(part.places, part.samples, strict=True)
-            left_out = LeftOut() if part is self.train and self.args.streaming else self.left_out
-            kept = list(self._tokenized(located, left_out))
-            if part.samples and not kept:
-                raise ValueError(f"all {len(part)} samples are too long, first {part.places[0]}")
-            part.places = [place for place, _, _ in kept]
-            part.samples = [sample for _, sample, _ in kept]
-            part.examples = [example for _, _, example in kept]
-
-    def stream(self, *, seed: int) -> ExampleStream:
-        """All of ``--data``, after `tokenize`; what is left out is counted in the first pass."""
-        self.left_out = LeftOut()
+    def stream(self, left_out: LeftOut, *, seed: int) -> ExampleStream:
+        """All of ``--data``, again and again; what is left out is counted in the first pass."""
         return ExampleStream(
-            partial(self._pass, self.left_out),
-            buffer_size=self.args.shuffle_buffer,
+            partial(self._pass, left_out),
+            buffer_size=self._options.shuffle_buffer,
             seed=seed,
-            loss_dropout=self.args.loss_dropout,
+            loss_dropout=self._options.loss_dropout,
         )
 
-    def digest(self) -> str:
+    def fingerprint(self) -> str:
         """Tells whether two runs had the same data."""
-        digest = hashlib.blake2b(digest_size=16)
-        for part in (self.train, self.held_out, self.out_of_distribution):
-            for sample in part.samples:
-                digest.update(json.dumps(sample, default=str).encode() + b"\n")
-            digest.update(b"\n")
-        return digest.hexdigest()
+        parts = (self.train, self.held_out, self.out_of_distribution)
+        return data_fingerprint(*(part.samples for part in parts))
+
+    def _part(self, located: list[LocatedSample], left_out: LeftOut) -> Part:
+        maker = ExampleMaker(self._options, self._start, left_out)
+        kept = list(maker.examples(located))
+        if located and not kept:
+            raise ValueError(f"all {len(located)} samples are too long, first {located[0].place}")
+        return Part([sample for sample, _ in kept], [example for _, example in kept])
 
     def _pass(
         self, left_out: LeftOut, worker: int, num_workers: int, first: bool
     ) -> Iterator[tuple[str, Example]]:
         """A worker's share of one pass over ``--data``."""
         left_out = left_out if first else LeftOut()
-        located = self._read(self.args.data, left_out, shard=(worker, num_workers))
-        located = self._in_distribution(located, left_out)
-        return ((place, example) for place, _, example in self._tokenized(located, left_out))
-
-    def _train_part(self) -> Part:
-        args = self.args
-        if args.streaming:
-            left_out, count = LeftOut(), HEAD
-        else:
-            left_out, count = self.left_out, args.train_samples
-        if args.data is None:
-            count = count or TRAIN_SAMPLES
-            located = self._built_in("train")
-        else:
-            located = self._read(args.data, left_out)
-        part = Part.of(islice(self._in_distribution(located, left_out), count))
-        if not part.samples:
-            held_back = f" in distribution of --split {self.split}" if self.split else ""
-            raise ValueError(f"--data {args.data} has no samples{held_back}")
-        return part
-
-    def _in_distribution(self, located: Located, left_out: LeftOut) -> Located:
-        for place, sample in located:
-            if self.split and self._is_out(place, sample):
-                left_out.add("out of distribution")
-            else:
-                yield place, sample
-
-    def _held_out_parts(self) -> tuple[Part, Part]:
-        args = self.args
-        if args.eval_data is not None:
-            stream = self._read(args.eval_data, self.left_out)
-        elif args.data is None:
-            stream = self._built_in("heldout")
-        else:
-            return Part(), Part()
-        if self.split is None:
-            return Part.of(islice(stream, args.eval_samples)), Part()
-        divided: tuple[list, list] = ([], [])
-        for place, sample in stream:
-            some = divided[self._is_out(place, sample)]
-            if len(some) < args.eval_samples:
-                some.append((place, sample))
-            if min(map(len, divided)) == args.eval_samples:
-                break
-        for some, name in zip(divided, ("in", "out of"), strict=True):
-            if not some:
-                raise ValueError(f"--split {self.split}: no held-out sample is {name} distribution")
-        return Part.of(divided[0]), Part.of(divided[1])
-
-    def _is_out(self, place: str, sample: dict[str, Any]) -> bool:
-        try:
-            return self.split.is_out_of_distribution(sample)
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}") from error
-
-    def _read(self, source: str, left_out: LeftOut, shard: tuple[int, int] = (0, 1)) -> Located:
-        def skip(error: ValueError) -> None:
-            left_out.add("malformed", str(error))
-
-        on_error = skip if self.args.skip_bad_lines else None
-        return located_chats(source, recipe=self.args.recipe, on_error=on_error, shard=shard)
-
-    def _built_in(self, split: str) -> Located:
-        deeper = self.split.value + 1 if self.split and self.split.kind == "depth" else 0
-        stream = grammar.samples(seed=self.args.seed, split=split, max_depth=max(2, deeper))
-        return ((f"built-in sample {index}", sample) for index, sample in enumerate(stream))
-
-    def _tokenized(
-        self, located: Iterable[tuple[str, dict[str, Any]]], left_out: LeftOut
-    ) -> Iterator[tuple[str, dict[str, Any], Example]]:
-        example_format, tokenizer, max_positions = self._tokenizing
-        for place, sample in located:
-            try:
-                example = example_format.example(sample, tokenizer)
-                reason = self._too_long(example, max_positions)
-                if reason and not self.args.skip_too_long:
-                    raise ValueError(f"{reason}; --skip-too-long leaves such samples out")
-            except ValueError as error:
-                raise ValueError(f"{place}: {error}") from error
-            if reason:
-                left_out.add("too long", f"{place}: {reason}")
-            else:
-                yield place, sample, example
-
-    def _too_long(self, example: Example, max_positions: int | None) -> str | None:
-        lengths = [len(segment.input_ids) for segment in example.segments]
-        limit = self.args.max_length
-        if limit and sum(lengths) > limit:
-            row = pack([example], share_prefixes=self.args.share_prefixes)
-            size = row["input_ids"].shape[1]
-            if size > limit:
-                return f"it takes {size} tokens, more than --max-length {limit}"
-        ends: list[int] = []
-        for segment, length in zip(example.segments, lengths, strict=True):
-            ends.append(length + (0 if segment.parent is None else ends[segment.parent]))
-        if max_positions and max(ends) > max_positions:
-            return f"it is {max(ends)} tokens long, more than the {max_positions} of the model"
-        return None
+        located = SampleReader(self._options, left_out).in_distribution((worker, num_workers))
+        examples = ExampleMaker(self._options, self._start, left_out).examples(located)
+        return ((sample.place, example) for sample, example in examples)

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmjepa_kernels.cli import main as cli
-from llmjepa_kernels.cli.analysis_figure import draw
+from llmjepa_kernels.cli.analysis_figure import analysis_figure
 from llmjepa_kernels.cli.analyze import short_names
 from llmjepa_kernels.data import grammar
 from llmjepa_kernels.data.example_format import ExampleFormat
@@ -195,7 +195,7 @@ def test_the_figure_shows_all_of_it(analysis):
     """Every singular value, every cosine, every place of both views."""
     content = json.loads((analysis / "analysis.json").read_text())["checkpoints"]
     for shown in (content, content[:1]):
-        figure = draw(shown)
+        figure = analysis_figure(shown)
         spectrum, *histograms = figure.axes[:3]
         maps = figure.axes[3:]
         lines = {line.get_label(): list(line.get_ydata()) for line in spectrum.lines}

@@ -247,7 +247,7 @@ def test_a_model_that_the_hub_does_not_give_is_named(monkeypatch, capsys):
         (["--rule", "sql"], "rule sql needs databases"),
         (["--output", "p.json"], "must end in .jsonl, got 'p.json'"),
         (["--data", "none.jsonl"], "no file 'none.jsonl'"),
-        (["--rule", "choice"], "sample 0 of the built-in data: expected A, B, C or D"),
+        (["--rule", "choice"], "built-in sample 0: expected A, B, C or D"),
         (["none.gguf"], "no file 'none.gguf'"),
         (["out/train/none"], "no directory 'out/train/none', which cannot be"),
         ([__file__], f"expected a directory or a .gguf file, got {__file__!r}"),

@@ -38,7 +38,7 @@ def test_the_module_is_the_command():
 
 def test_missing_package_says_how_to_install(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else name)
-    assert cli.main(["train", "--lora-rank", "8"]) == 2
+    assert cli.main(["train", "--model", "x", "--lora-rank", "8"]) == 2
     assert "peft is missing: pip install 'llmjepa_kernels[train]'" in capsys.readouterr().err
 
 

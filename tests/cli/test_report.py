@@ -1,6 +1,6 @@
 """The table over seeds."""
 
-from llmjepa_kernels.cli.report import comparison_table, draw, format_table
+from llmjepa_kernels.cli.report import comparison_table, format_table, report_picture
 
 
 def run(name, seed, **metrics):
@@ -29,4 +29,4 @@ def test_names_are_never_cut_off():
 
 
 def test_picture_without_any_data():
-    assert draw([run("LLM-JEPA", 1)]).startswith(b"\x89PNG")
+    assert report_picture([run("LLM-JEPA", 1)]).startswith(b"\x89PNG")

@@ -221,10 +221,10 @@ def test_overlong_example_is_named_by_line(tmp_path, capsys):
     [
         (["--max-length", "20"], "built-in sample 0: it takes "),
         (["--max-length", "0"], "--max-length must be at least 1, got 0"),
-        (["--num-pred-tokens", "-1"], "--num-pred-tokens must be 0 or more, got -1"),
+        (["--num-pred-tokens", "-1"], "--num-pred-tokens must be at least 0, got -1"),
         (["--data", "none.jsonl"], "no file 'none.jsonl'"),
         (["--model", "none.gguf"], "no file 'none.gguf'"),
-        (["--loss-dropout", "2"], "--loss-dropout must be from 0 to 1, got 2.0"),
+        (["--loss-dropout", "2"], "--loss-dropout must be at least 0, at most 1, got 2.0"),
         (["--resume-from-checkpoint", "x"], "use --resume"),
         (["--weight-decay", "much"], "--weight-decay: invalid float value: 'much'"),
         (["--weight-decoy", "1"], "unknown options --weight-decoy 1"),

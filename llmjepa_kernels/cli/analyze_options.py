@@ -1,0 +1,56 @@
+"""The options of `llmjepa analyze`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from llmjepa_kernels.cli.option_parser import Options, Range, option
+from llmjepa_kernels.cli.report import COLORS
+from llmjepa_kernels.cli.shared_options import (
+    checkpoints_option,
+    data_option,
+    needs_gguf,
+    recipe_option,
+)
+
+
+@dataclass(frozen=True)
+class AnalyzeOptions(Options):
+    """What ``llmjepa analyze`` is asked for; see `Options`."""
+
+    arguments: ClassVar[str] = " CHECKPOINT [CHECKPOINT ...]"
+    summary: ClassVar[str] = "see where checkpoints put Text and Code"
+    description: ClassVar[str] = """\
+Compares where checkpoints put the two views of the same examples: singular values of
+Enc(Text) - Enc(Code), cosines of Text, prediction and Code, effective ranks, t-SNE.
+
+The JSON defines every number. Nothing is trained or generated.
+"""
+    epilog: ClassVar[str] = """\
+examples:
+  llmjepa analyze outputs/train/ntp-only outputs/train/llm-jepa
+  llmjepa analyze meta-llama/Llama-3.2-1B-Instruct outputs/train/llm-jepa --data test.jsonl
+"""
+
+    checkpoints: tuple[str, ...] = checkpoints_option()
+    data: str | None = data_option()
+    recipe: str | None = recipe_option()
+    samples: int = option(500, "analyze the first N", metavar="N", range=Range(at_least=2))
+    output_dir: Path = option(  # noqa: RUF009
+        Path("outputs/analyze"),
+        "gets analysis.json and analysis.png",
+        metavar="DIR",
+    )
+
+    def check(self) -> None:
+        if not 1 <= len(self.checkpoints) <= len(COLORS):
+            found = len(self.checkpoints)
+            raise ValueError(f"expected 1 to {len(COLORS)} checkpoints, got {found}")
+        if self.recipe is not None and self.data is None:
+            raise ValueError(f"--recipe {self.recipe} needs --data")
+
+    def packages(self) -> dict[str, list[str]]:
+        packages = ["transformers", "matplotlib", "rich", "peft", *needs_gguf(*self.checkpoints)]
+        return {"train": packages, "analyze": ["scikit-learn", "threadpoolctl"]}

@@ -1,0 +1,91 @@
+"""The options of `llmjepa evaluate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from llmjepa_kernels.cli.option_parser import COUNT, Options, option
+from llmjepa_kernels.cli.shared_options import (
+    BUILT_IN_SEED,
+    EVAL_SAMPLES,
+    checkpoints_option,
+    data_option,
+    databases_option,
+    needs_gguf,
+    recipe_option,
+    rule_option,
+    split_option,
+)
+from llmjepa_kernels.evaluation.predict import BATCH_SIZE
+
+
+@dataclass(frozen=True)
+class EvaluateOptions(Options):
+    """What ``llmjepa evaluate`` is asked for; see `Options`."""
+
+    arguments: ClassVar[str] = " CHECKPOINT [CHECKPOINT ...]"
+    summary: ClassVar[str] = "measure the accuracy of checkpoints"
+    description: ClassVar[str] = """\
+Has checkpoints answer by greedy decoding, and reports how many answers are correct, with Wilson's
+95 % interval.
+
+rules for what is correct:
+  exact   the answer to the letter
+  number  the number after #### (GSM8K)
+  sql     a query with the same result on --databases, read-only (Spider)
+  any     one of the answers listed with "; " between them (NQ-Open)
+  choice  the most likely of A, B, C and D (HellaSwag)
+"""
+    epilog: ClassVar[str] = """\
+examples:
+  llmjepa evaluate outputs/train/ntp-only outputs/train/llm-jepa
+  llmjepa evaluate outputs/train/llm-jepa --data test.jsonl --split depth:2 --output p.jsonl
+  llmjepa evaluate Qwen/Qwen3-1.7B --data gsm8k.jsonl --rule number --bf16
+"""
+
+    checkpoints: tuple[str, ...] = checkpoints_option()
+    data: str | None = data_option()
+    recipe: str | None = recipe_option()
+    rule: str | None = rule_option()
+    databases: str | None = databases_option()
+    split: str | None = split_option("report samples out of distribution apart")
+    samples: int | None = option(
+        None,
+        "evaluate on the first N",
+        metavar="N",
+        range=COUNT,
+        default_is=f"all of --data, {EVAL_SAMPLES} built-in ones",
+    )
+    batch_size: int = option(BATCH_SIZE, "samples answered at once", metavar="N", range=COUNT)
+    max_new_tokens: int | None = option(
+        None,
+        "longest completion",
+        metavar="N",
+        range=COUNT,
+        default_is="one more than the longest answer of the data",
+    )
+    output: str | None = option(
+        None,
+        "gets every prediction as soon as it is made; the same command goes on where it stopped. "
+        "FILE.report.json gets settings and results",
+        metavar="FILE.jsonl",
+    )
+    device: str | None = option(
+        None,
+        "such as cuda:1",
+        metavar="DEVICE",
+        default_is="a GPU if there is one",
+    )
+    bf16: bool = option(False, "weights in bfloat16, not float32")
+    seed: int = option(BUILT_IN_SEED, "of the built-in data", metavar="SEED")
+
+    def check(self) -> None:
+        if repeated := {name for name in self.checkpoints if self.checkpoints.count(name) > 1}:
+            raise ValueError(f"checkpoints must differ, got {', '.join(repeated)} more than once")
+        if self.recipe is not None and self.data is None:
+            raise ValueError(f"--recipe {self.recipe} needs --data")
+
+    def packages(self) -> dict[str, list[str]]:
+        packages = ["transformers", "tokenizers", "rich", "scipy", "peft"]
+        return {"train": packages + needs_gguf(*self.checkpoints)}

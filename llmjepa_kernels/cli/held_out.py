@@ -1,0 +1,65 @@
+"""What `llmjepa` evaluates on: built-in samples, and the check that they can be judged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+from llmjepa_kernels.data import grammar
+from llmjepa_kernels.data.samples import located_chats
+from llmjepa_kernels.data.splits import Split
+from llmjepa_kernels.evaluation.rules import RULE_OF_RECIPE, Rule, answer_rule
+
+Located = Iterator[tuple[str, dict[str, Any]]]  # where samples are from, and the samples
+MAX_DEPTH = 2  # of built-in samples, unless a split asks for deeper ones
+
+
+def built_in_samples(part: str, *, seed: int, split: Split | None) -> Located:
+    """An endless stream of built-in pairs, of both kinds that a split by depth tells apart.
+
+    Args:
+        part: "train" or "heldout", which have no pair in common.
+        seed: Of the stream.
+        split: Of the command, if any.
+    """
+    depth = MAX_DEPTH
+    if split is not None and split.kind == "depth" and isinstance(split.value, int):
+        depth = max(depth, split.value + 1)
+    for index, sample in enumerate(grammar.samples(seed=seed, split=part, max_depth=depth)):
+        yield f"built-in sample {index}", sample
+
+
+def held_out_samples(
+    data: str | None, *, recipe: str | None, count: int | None, seed: int, split: Split | None
+) -> list[tuple[str, dict[str, Any]]]:
+    """The first samples of a source, or built-in ones without a source.
+
+    Raises:
+        ValueError: A sample is malformed, or there are none.
+        OSError: A file is not there.
+    """
+    if data is None:
+        return list(islice(built_in_samples("heldout", seed=seed, split=split), count))
+    found = list(islice(located_chats(data, recipe=recipe), count))
+    if not found:
+        raise ValueError(f"--data {data} has no samples")
+    return found
+
+
+def chosen_rule(name: str | None, *, recipe: str | None, databases: str | None) -> Rule:
+    """The rule of that name; without one that of the recipe's dataset, or ``exact``."""
+    return answer_rule(name or RULE_OF_RECIPE.get(recipe or "", "exact"), databases=databases)
+
+
+def check_answers(
+    located: Iterable[tuple[str, Mapping[str, Any]]], rule: Rule, split: Split | None = None
+) -> None:
+    """Raises a ValueError that names the first sample that a rule or split cannot judge."""
+    for place, sample in located:
+        try:
+            rule.check(sample)
+            if split is not None:
+                split.is_out_of_distribution(sample)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error

@@ -1,0 +1,74 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING
+from typing import Any
+
+from llmjepa_kernels.cli.option_parser import option
+from llmjepa_kernels.data.recipes import RECIPES
+from llmjepa_kernels.evaluation.rules import RULES
+
+EVAL_SAMPLES = 200  # held-out ones
+BUILT_IN_SEED = 42
+
+
+def checkpoints_option(group: str | None = None) -> Any:
+    return option(
+        MISSING,
+        "directory of a model or LoRA adapter, model of the Hugging Face hub, or .gguf file",
+        group=group,
+        metavar="CHECKPOINT",
+    )
+
+
+def data_option(group: str | None = None) -> Any:
+    return option(
+        None,
+        "as for llmjepa train",
+        group=group,
+        metavar="SOURCE",
+        default_is="its built-in held-out pairs",
+    )
+
+
+def recipe_option(group: str | None = None) -> Any:
+    return option(
+        None,
+        "makes chats of data with the columns of this dataset",
+        group=group,
+        choices=sorted(RECIPES),
+        default_is="they are chats",
+    )
+
+
+def rule_option(group: str | None = None) -> Any:
+    return option(
+        None,
+        "which answers are correct",
+        group=group,
+        choices=RULES,
+        default_is="that of the --recipe's dataset, else exact",
+    )
+
+
+def databases_option(group: str | None = None) -> Any:
+    return option(
+        None, "of Spider, with DB_ID/DB_ID.sqlite; for --rule sql", group=group, metavar="DIR"
+    )
+
+
+def split_option(what_it_does: str, group: str | None = None) -> Any:
+    return option(
+        None,
+        f"{what_it_does}: depth:N, regexes nested deeper than N; length:N, answers of more than N "
+        "characters; pairs:F, regexes with one of the fraction F of all operator pairs, or "
+        "'pairs:outer>inner,…', with one of these",
+        group=group,
+        metavar="SPEC",
+    )
+
+
+def needs_gguf(*names: str) -> list[str]:
+    """The package that reads .gguf files, if one of the models is one."""
+    return ["gguf"] if any(name.endswith(".gguf") for name in names) else []

@@ -1,0 +1,103 @@
+"""What a training run starts from: the model, its tokenizer and the format of its examples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import set_seed
+
+from llmjepa_kernels.cli.train_options import SEPARATOR, SMALL_LLAMA, TrainOptions
+from llmjepa_kernels.data.example_format import ExampleFormat
+from llmjepa_kernels.data.predictor_tokens import add_tokens, predictor_token
+from llmjepa_kernels.data.tokenizer import train_tokenizer
+from llmjepa_kernels.hf import load as models
+
+
+@dataclass(frozen=True)
+class StartingPoint:
+    """A model before training, maybe with LoRA around it, and what belongs to it."""
+
+    model: Any
+    tokenizer: Any
+    example_format: ExampleFormat
+
+    @property
+    def max_positions(self) -> int | None:
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    def count_parameters(self) -> tuple[int, int]:
+        """All of them, and those that are trained."""
+        sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
+        return sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
+
+
+def starting_point(
+    options: TrainOptions, samples: Sequence[Mapping[str, Any]], seed: int
+) -> StartingPoint:
+    """Loads or makes what to train: the same for the same seed.
+
+    Args:
+        options: Of the command.
+        samples: To train a tokenizer on, if there is none.
+        seed: Of random weights and new tokens.
+
+    Raises:
+        ValueError: The tokenizer has no chat template, but is asked for it.
+        OSError: The model is not there.
+    """
+    set_seed(seed)
+    if options.random_weights:
+        model, tokenizer = _random(options, samples)
+    else:
+        model, tokenizer = models.load_pretrained(str(options.model))
+    if options.template == "chat" and not tokenizer.chat_template:
+        raise ValueError(
+            f"the tokenizer of --model {options.model} has no chat template: train with "
+            "--format plain, or give it one"
+        )
+    example_format, new_ids = _format(options, model, tokenizer, seed)
+    if options.lora_rank is not None:
+        model = models.add_lora(model, options.lora_rank, new_ids=new_ids)
+    return StartingPoint(model, tokenizer, example_format)
+
+
+def _random(options: TrainOptions, samples: Sequence[Mapping[str, Any]]) -> tuple[Any, Any]:
+    """A model with random weights, and a tokenizer."""
+    if options.model is None or options.vocab_size is not None:
+        size = {} if options.vocab_size is None else {"vocab_size": options.vocab_size}
+        tokenizer = train_tokenizer(samples, **size)
+    else:
+        tokenizer = models.load_tokenizer(options.model)
+    if options.model is not None:
+        return models.from_scratch(options.model, tokenizer), tokenizer
+    given = {name: getattr(options, name) for name in SMALL_LLAMA}
+    size = SMALL_LLAMA | {name: n for name, n in given.items() if n is not None}
+    return models.small_llama(tokenizer, **size), tokenizer
+
+
+def _format(
+    options: TrainOptions, model: Any, tokenizer: Any, seed: int
+) -> tuple[ExampleFormat, list[int]]:
+    """The format, and the tokens that were added for it."""
+    tokens = [predictor_token(i + 1) for i in range(options.num_pred_tokens)]
+    separator_id = None
+    if options.template == "plain":
+        separator = options.separator or SEPARATOR
+        known = tokenizer(separator, add_special_tokens=False)["input_ids"]
+        if len(known) == 1:
+            separator_id = known[0]
+        else:
+            tokens.append(separator)
+    new_ids = add_tokens(model, tokenizer, tokens, seed=seed)
+    example_format = ExampleFormat(
+        template=options.template,
+        layout=options.layout,
+        direction=options.direction,
+        pred_position=options.pred_position,
+        pred_ids=tuple(new_ids[: options.num_pred_tokens]),
+        separator_id=new_ids[-1] if len(tokens) > options.num_pred_tokens else separator_id,
+        supervise=options.supervise,
+    )
+    return example_format, new_ids

@@ -1,0 +1,412 @@
+"""The options of `llmjepa train`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from llmjepa_kernels.cli.option_parser import (
+    COUNT,
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Options,
+    Range,
+    option,
+)
+from llmjepa_kernels.cli.shared_options import (
+    BUILT_IN_SEED,
+    EVAL_SAMPLES,
+    databases_option,
+    needs_gguf,
+    recipe_option,
+    rule_option,
+    split_option,
+)
+from llmjepa_kernels.data.chat import DIRECTIONS, LAYOUTS, PRED_POSITIONS, SUPERVISE
+from llmjepa_kernels.data.example_format import TEMPLATES
+from llmjepa_kernels.ops.loss import METRICS
+from llmjepa_kernels.training.loss_dropout import PER
+
+TRAIN_SAMPLES = 4000  # built-in ones
+SMALL_LLAMA = {"hidden_size": 192, "num_layers": 4}
+SEPARATOR = "<|separator|>"
+# Where the defaults are not those of TrainingArguments.
+COMMON = {
+    "lr_scheduler_type": "cosine",
+    "logging_steps": 0.02,  # 50 points, however long the training
+    "report_to": "none",
+    "logging_nan_inf_filter": False,  # which would log a mean in place of NaN
+    "use_cache": True,  # of the saved checkpoint; training never uses it
+}
+SCRATCH = {
+    "learning_rate": 2e-3,
+    "num_train_epochs": 5.0,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 64,
+    "warmup_steps": 0.05,
+    "save_strategy": "no",  # of intermediate checkpoints
+}
+FINE_TUNE = {
+    "learning_rate": 2e-5,
+    "num_train_epochs": 4.0,
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 16,
+    "warmup_steps": 0.03,
+}
+OBJECTIVES = {"NTP only": "ntp-only", "LLM-JEPA": "llm-jepa"}  # and their directories
+# Headings of the help. The first has what most runs are about.
+MAIN, MODEL, DATA = "options that matter most", "model", "data"
+OBJECTIVE, TRAINING = "objective", "training"
+
+
+def _by_start(key: str) -> str:
+    return f"{FINE_TUNE[key]:g} with --model, else {SCRATCH[key]:g}"
+
+
+@dataclass(frozen=True)
+class TrainOptions(Options):
+    """What ``llmjepa train`` is asked for; see `Options`."""
+
+    summary: ClassVar[str] = "train with LLM-JEPA"
+    description: ClassVar[str] = """\
+Trains a language model with next-token loss + λ · JEPA loss, in one forward pass per batch.
+
+Without options it makes pairs of English and regular expressions, trains a small Llama from random
+weights on them, once with next-token loss alone and once with LLM-JEPA, and compares the two on
+held-out pairs: about three minutes on two cores.
+"""
+    epilog: ClassVar[str] = """\
+Every other option of transformers.TrainingArguments is accepted as well, for example
+--weight-decay 0.01 --lr-scheduler-type linear --activation-checkpointing True.
+
+examples:
+  llmjepa train
+  llmjepa train --model meta-llama/Llama-3.2-1B-Instruct --data train.jsonl --eval-data test.jsonl
+  llmjepa train --model SmolLM2-135M-Instruct.Q4_1.gguf --data train.jsonl --lora-rank 64
+  llmjepa train --seeds 1 2 3 --split depth:2
+  torchrun --nproc-per-node 8 -m llmjepa_kernels train --model Qwen/Qwen3-1.7B --data a.jsonl
+"""
+
+    model: str | None = option(
+        None,
+        "model of the Hugging Face hub, directory or .gguf file",
+        group=MAIN,
+        metavar="NAME",
+        default_is="a small Llama from random weights, with a tokenizer trained on the data",
+    )
+    data: str | None = option(
+        None,
+        'JSONL, a line being {"messages": [{"role": "system", "content": …}, user, assistant]}; '
+        '"text" and "code" may give other views, "views": {"name": "content", …} further ones, '
+        'which Text predicts too unless "pairs": [["text", "name"], …] says which view predicts '
+        "which. Also a directory of src.txt and targ.txt or saved by the datasets library, or "
+        "hub:NAME:SPLIT, see --recipe",
+        group=MAIN,
+        metavar="SOURCE",
+        default_is="built-in pairs of English and regular expressions",
+    )
+    eval_data: str | None = option(None, "the same, held out", group=MAIN, metavar="SOURCE")
+    output_dir: Path = option(  # noqa: RUF009
+        Path("outputs/train"),
+        "gets a checkpoint per run, report.txt, report.png and report.json",
+        group=MAIN,
+        metavar="DIR",
+        recorded=False,
+    )
+    jepa_weight: float = option(
+        1.0,
+        "λ, the weight of the JEPA loss",
+        group=MAIN,
+        metavar="WEIGHT",
+        range=NOT_NEGATIVE,
+    )
+    lora_rank: int | None = option(
+        None,
+        "train LoRA of all attention and MLP projections, alpha 2R",
+        group=MAIN,
+        metavar="R",
+        range=COUNT,
+        default_is="all weights",
+    )
+    epochs: float | None = option(
+        None,
+        "passes over the data",
+        group=MAIN,
+        metavar="N",
+        range=POSITIVE,
+        default_is=_by_start("num_train_epochs"),
+    )
+    batch_size: int | None = option(
+        None,
+        "examples of a batch, on each process",
+        group=MAIN,
+        metavar="N",
+        range=COUNT,
+        default_is=_by_start("per_device_train_batch_size"),
+    )
+    learning_rate: float | None = option(
+        None,
+        "the greatest one, see --lr-scheduler-type",
+        group=MAIN,
+        metavar="LR",
+        range=NOT_NEGATIVE,
+        default_is=_by_start("learning_rate"),
+    )
+    resume: bool = option(
+        False,
+        "go on from the last checkpoints in --output-dir (see --save-steps), if there are any, and "
+        "keep the results of runs that are finished",
+        group=MAIN,
+        recorded=False,
+    )
+
+    from_scratch: bool = option(
+        False,
+        "take the architecture of --model, or of a config.json, with random weights",
+        group=MODEL,
+    )
+    hidden_size: int | None = option(
+        None,
+        "of the small Llama, whose heads are 32 wide, two of q to one of k and v",
+        group=MODEL,
+        metavar="N",
+        range=Range(at_least=64, multiple_of=64),
+        default_is=f"{SMALL_LLAMA['hidden_size']}",
+    )
+    num_layers: int | None = option(
+        None,
+        "of the small Llama",
+        group=MODEL,
+        metavar="N",
+        range=COUNT,
+        default_is=f"{SMALL_LLAMA['num_layers']}",
+    )
+    vocab_size: int | None = option(
+        None,
+        "train a tokenizer of N tokens on the data",
+        group=MODEL,
+        metavar="N",
+        range=COUNT,
+        default_is="the one of --model, else 512",
+    )
+
+    recipe: str | None = recipe_option(DATA)
+    rule: str | None = rule_option(DATA)
+    databases: str | None = databases_option(DATA)
+    split: str | None = split_option(
+        "train without the samples out of distribution, and evaluate on them apart", DATA
+    )
+    train_samples: int | None = option(
+        None,
+        "train on the first N",
+        group=DATA,
+        metavar="N",
+        range=COUNT,
+        default_is=f"all of --data, {TRAIN_SAMPLES} built-in ones",
+    )
+    eval_samples: int = option(
+        EVAL_SAMPLES,
+        "evaluate on the first N held-out ones",
+        group=DATA,
+        metavar="N",
+        range=COUNT,
+    )
+    max_length: int | None = option(
+        None,
+        "tokens in a packed row at most",
+        group=DATA,
+        metavar="N",
+        range=COUNT,
+        default_is="one row per batch, without padding",
+    )
+    streaming: bool = option(
+        False,
+        "read --data again and again during training, needs --max-steps: for data larger than "
+        "memory; --dataloader-num-workers tokenize",
+        group=DATA,
+    )
+    shuffle_buffer: int = option(
+        10_000,
+        "samples of a stream in memory, from which the next is drawn",
+        group=DATA,
+        metavar="N",
+        range=COUNT,
+    )
+    skip_bad_lines: bool = option(False, "leave malformed samples out and count them", group=DATA)
+    skip_too_long: bool = option(
+        False,
+        "leave samples longer than --max-length or the model's positions out and count them",
+        group=DATA,
+    )
+    share_prefixes: bool = option(
+        True,
+        "store equal prefixes, such as the system prompt, once per row",
+        group=DATA,
+    )
+
+    template: str = option(
+        "chat",
+        "chat: the tokenizer's chat template; plain: user content, a separator token, assistant "
+        "content",
+        group=OBJECTIVE,
+        flag="--format",
+        choices=TEMPLATES,
+    )
+    separator: str | None = option(
+        None,
+        "of --format plain, added to the tokenizer if it is none of its tokens",
+        group=OBJECTIVE,
+        metavar="TOKEN",
+        default_is=SEPARATOR,
+    )
+    supervise: str = option(
+        "assistant",
+        "next-token loss on the assistant's answer, or on all tokens",
+        group=OBJECTIVE,
+        choices=SUPERVISE,
+    )
+    layout: str = option(
+        "shared",
+        "shared: the Text view is the prefix of the chat; official: the authors' three sequences",
+        group=OBJECTIVE,
+        choices=LAYOUTS,
+    )
+    direction: str = option(
+        "text_to_code", "which view predicts which", group=OBJECTIVE, choices=DIRECTIONS
+    )
+    num_pred_tokens: int = option(
+        1,
+        "[PRED] tokens of a predicting view",
+        group=OBJECTIVE,
+        metavar="K",
+        range=NOT_NEGATIVE,
+    )
+    pred_position: str = option(
+        "append",
+        "[PRED] tokens behind the view, or in front of a copy",
+        group=OBJECTIVE,
+        choices=PRED_POSITIONS,
+    )
+    metric: str = option(
+        "cosine", "distance of prediction and Code view", group=OBJECTIVE, choices=METRICS
+    )
+    temperature: float = option(0.07, "of infonce", group=OBJECTIVE, metavar="T", range=POSITIVE)
+    detach_target: bool = option(
+        False, "let no gradient flow into the predicted view", group=OBJECTIVE
+    )
+    loss_dropout: float = option(
+        0.0,
+        "fraction of the examples, drawn anew every epoch, that go without views and so without "
+        "their cost",
+        group=OBJECTIVE,
+        metavar="RATE",
+        range=FRACTION,
+    )
+    loss_dropout_per: str = option(
+        "example",
+        "draw for every example, or as the paper for all examples of an update at once",
+        group=OBJECTIVE,
+        choices=PER,
+    )
+    compare: bool | None = option(
+        None,
+        "train with next-token loss alone as well",
+        group=OBJECTIVE,
+        default_is="without --model or with --seeds",
+        recorded=False,
+    )
+
+    max_steps: int | None = option(
+        None,
+        "stop after N updates, whatever --epochs says",
+        group=TRAINING,
+        metavar="N",
+        range=COUNT,
+    )
+    gradient_accumulation_steps: int = option(
+        1, "batches that make up an update", group=TRAINING, metavar="N", range=COUNT
+    )
+    bf16: bool = option(False, "bfloat16 autocast; weights stay in float32", group=TRAINING)
+    seed: int = option(
+        BUILT_IN_SEED,
+        "of weights, data order and built-in data",
+        group=TRAINING,
+        metavar="SEED",
+        range=Range(at_least=0, at_most=2**32 - 1),
+    )
+    seeds: tuple[int, ...] | None = option(
+        None,
+        "train once for each of these, on the same data, and report mean ± standard deviation",
+        group=TRAINING,
+        metavar="SEED",
+        range=Range(at_least=0, at_most=2**32 - 1),
+        recorded=False,
+    )
+    other: tuple[str, ...] = ()  # of TrainingArguments
+
+    def check(self) -> None:
+        if self.from_scratch and self.model is None:
+            raise ValueError("--from-scratch needs --model, whose architecture it takes")
+        for name in SMALL_LLAMA:
+            if self.model is not None and getattr(self, name) is not None:
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag} is for the small Llama, without --model")
+        if self.vocab_size is not None and not self.random_weights:
+            raise ValueError("--vocab-size is for a model --from-scratch")
+        if self.lora_rank is not None and self.random_weights:
+            raise ValueError("--lora-rank adapts a trained --model, not random weights")
+        if self.template == "plain" and self.layout != "shared":
+            raise ValueError(f"--format plain has the shared --layout only, got {self.layout}")
+        if self.separator is not None and self.template != "plain":
+            raise ValueError("--separator is for --format plain")
+        if self.streaming:
+            for flag, given in (("--data", self.data), ("--max-steps", self.max_steps)):
+                if given is None:
+                    raise ValueError(f"--streaming needs {flag}")
+            if self.train_samples is not None:
+                raise ValueError("--train-samples does not go with --streaming: see --max-steps")
+            if self.loss_dropout_per == "step":
+                raise ValueError("--loss-dropout-per step does not go with --streaming")
+        if self.seeds and len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"--seeds must differ, got {list(self.seeds)}")
+
+    def packages(self) -> dict[str, list[str]]:
+        packages = ["transformers", "accelerate", "tokenizers", "matplotlib", "rich"]
+        packages += ["peft"] * (self.lora_rank is not None) + needs_gguf(self.model or "")
+        return {"train": packages}
+
+    def recorded(self) -> dict[str, Any]:
+        return {**super().recorded(), "other": list(self.other)}
+
+    @property
+    def random_weights(self) -> bool:
+        """Whether training begins with random weights, of whatever architecture."""
+        return self.from_scratch or self.model is None
+
+    @property
+    def objectives(self) -> list[str]:
+        """The names of what is trained, for every seed."""
+        compare = self.compare
+        if compare is None:
+            compare = self.model is None or self.seeds is not None
+        return list(OBJECTIVES) if compare else ["LLM-JEPA"]
+
+    @property
+    def all_seeds(self) -> tuple[int, ...]:
+        return self.seeds or (self.seed,)
+
+    @property
+    def training_arguments(self) -> dict[str, Any]:
+        """What TrainingArguments are to be, unless `other` says otherwise."""
+        given = {
+            "num_train_epochs": self.epochs,
+            "per_device_train_batch_size": self.batch_size,
+            "learning_rate": self.learning_rate,
+            "max_steps": self.max_steps,
+            "gradient_accumulation_steps": self.gradient_accumulation_steps,
+            "bf16": self.bf16,
+        }
+        start = SCRATCH if self.random_weights else FINE_TUNE
+        return {**COMMON, **start, **{k: v for k, v in given.items() if v is not None}}

@@ -1,0 +1,206 @@
+"""One training of `llmjepa train`: from a starting point to a checkpoint and what is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from torch.nn.functional import cosine_similarity
+from transformers.trainer_callback import ProgressCallback
+
+from llmjepa_kernels.cli.run_record import RunRecord
+from llmjepa_kernels.cli.starting_point import StartingPoint
+from llmjepa_kernels.cli.train_options import TrainOptions
+from llmjepa_kernels.cli.training_arguments import training_arguments
+from llmjepa_kernels.cli.training_data import LeftOut, TrainingData
+from llmjepa_kernels.evaluation.geometry import view_states
+from llmjepa_kernels.evaluation.predict import evaluate
+from llmjepa_kernels.evaluation.rules import Rule
+from llmjepa_kernels.training.checkpoints import saving
+from llmjepa_kernels.training.collator import LLMJEPACollator, chat_tokens
+from llmjepa_kernels.training.loss_dropout import LossDropout
+from llmjepa_kernels.training.trainer import LLMJEPATrainer, ProgressBar
+
+VIEW_BATCH_SIZE = 64  # samples whose views are encoded at once
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """Trains one model.
+
+    Attributes:
+        options: Of the command.
+        data: Tokenized.
+        rule: Judges the held-out answers, if there are any.
+        record: Of this run; gets its result.
+        start: Its model is changed.
+    """
+
+    options: TrainOptions
+    data: TrainingData
+    rule: Rule | None
+    record: RunRecord
+    start: StartingPoint
+
+    def run(self) -> dict[str, Any]:
+        """Trains, saves and measures; what there is to report, empty but in the main process.
+
+        Raises:
+            OSError: The disk is full.
+        """
+        checkpoint, faults = self.record.checkpoint() if self.options.resume else (None, [])
+        left_out = LeftOut()
+        trainer = self._trainer(left_out)
+        is_main = trainer.is_world_process_zero()
+        if is_main:
+            self.record.begin()
+            self._announce(checkpoint, faults)
+        from_checkpoint = None if checkpoint is None else str(checkpoint)
+        metrics = trainer.train(resume_from_checkpoint=from_checkpoint).metrics
+        if is_main and self.options.streaming:
+            print_left_out(left_out)
+        metrics |= self._held_out_losses(trainer)
+        with saving(self.record.directory):
+            model = self._save(trainer)
+        if not is_main:
+            return {}
+        history = trainer.state.log_history
+        metrics |= self._last_losses_and_cost(trainer)
+        cosines = self._pair_cosines(model, self.start.example_format)
+        if cosines:
+            metrics["pair_cosine"] = mean(cosines)
+            views = replace(self.start.example_format, pred_ids=())
+            metrics["view_cosine"] = mean(self._pair_cosines(model, views))
+        metrics |= self._accuracies(model)
+        return self.record.finish({"metrics": metrics, "history": history, "cosines": cosines})
+
+    def _trainer(self, left_out: LeftOut) -> LLMJEPATrainer:
+        options, data, record, start = self.options, self.data, self.record, self.start
+        with_views = record.name == "LLM-JEPA"
+        if options.streaming:
+            train: Any = data.stream(left_out, seed=record.seed)
+        else:
+            train = LossDropout(
+                data.train.examples,
+                options.loss_dropout,
+                per=options.loss_dropout_per,
+                seed=record.seed,
+            )
+        trainer = LLMJEPATrainer(
+            start.model,
+            training_arguments(options, record.directory, record.seed),
+            LLMJEPACollator(
+                start.tokenizer,
+                start.example_format,
+                max_length=options.max_length,
+                # Next-token loss alone stands for plain fine-tuning, which shares nothing.
+                share_prefixes=options.share_prefixes and with_views,
+                with_views=with_views,
+            ),
+            train_dataset=train,
+            eval_dataset=data.held_out.examples or None,
+            processing_class=start.tokenizer,
+            jepa_weight=options.jepa_weight,
+            metric=options.metric,
+            temperature=options.temperature,
+            detach_target=options.detach_target,
+        )
+        if trainer.pop_callback(ProgressCallback):
+            trainer.add_callback(ProgressBar)
+        return trainer
+
+    def _announce(self, checkpoint: Path | None, faults: list[str]) -> None:
+        options = self.options
+        for fault in faults:
+            print(fault)
+        if options.resume:
+            print(f"resuming from {checkpoint or 'the beginning: there is no checkpoint'}")
+        size = f"{len(self.data.train)} examples"
+        if options.streaming:
+            size = f"a stream of {options.data}"
+        parameters, trained = (n / 1e6 for n in self.start.count_parameters())
+        print(
+            f"\n{self.record.title}: {size}, {parameters:.1f} M parameters, "
+            f"{trained:.1f} M of them trained",
+            flush=True,
+        )
+
+    def _held_out_losses(self, trainer: LLMJEPATrainer) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        if self.data.held_out.examples:
+            metrics |= trainer.evaluate()
+        if self.data.out_of_distribution.examples:
+            outside: Any = self.data.out_of_distribution.examples
+            metrics |= trainer.evaluate(outside, metric_key_prefix="ood")
+        return metrics
+
+    def _save(self, trainer: LLMJEPATrainer) -> Any:
+        """A checkpoint for ``AutoModelForCausalLM.from_pretrained``, LoRA merged into it.
+
+        Returns:
+            The model in it; in the main process only.
+        """
+        directory = Path(str(trainer.args.output_dir))
+        with_lora = self.options.lora_rank is not None
+        trainer.save_model(str(directory / "adapter" if with_lora else directory))
+        if not trainer.is_world_process_zero():
+            return None
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if with_lora:
+            model = model.merge_and_unload()
+            model.save_pretrained(directory)
+            self.start.tokenizer.save_pretrained(directory)
+            self.start.example_format.save(directory)
+        return model
+
+    def _last_losses_and_cost(self, trainer: LLMJEPATrainer) -> dict[str, float]:
+        """The last losses, and what an example costs."""
+        logs = [log for log in trainer.state.log_history if "tokens_per_step" in log]
+        tokens = sum(log["tokens_per_step"] for log in logs)
+        seconds = sum(log["tokens_per_step"] / log["tokens_per_second"] for log in logs)
+        cost = tokens / sum(log["tokens_per_step"] / log["relative_cost"] for log in logs)
+        if self.options.streaming:  # whose batches are all full
+            batch_size = trainer.get_total_train_batch_size(trainer.args)
+            tokens_per_example = tokens / len(logs) / batch_size
+        else:
+            tokens_per_example = cost * mean(map(chat_tokens, self.data.train.examples))
+        return {
+            "loss": logs[-1]["loss"],
+            "ntp_loss": logs[-1]["ntp_loss"],
+            "relative_cost": cost,
+            "tokens_per_example": tokens_per_example,
+            "seconds_per_example": tokens_per_example * seconds / tokens,
+        }
+
+    def _pair_cosines(self, model: Any, example_format: Any) -> list[float]:
+        """The cosine of every held-out pair of views, in a format."""
+        samples = self.data.held_out.samples
+        if not samples:
+            return []
+        collator = LLMJEPACollator(self.start.tokenizer, example_format)
+        batches = (collator(chunk) for chunk in _chunks(samples, VIEW_BATCH_SIZE))
+        return cosine_similarity(*view_states(model, batches)).tolist()
+
+    def _accuracies(self, model: Any) -> dict[str, float]:
+        metrics = {}
+        tokenizer, example_format = self.start.tokenizer, self.start.example_format
+        parts = {"accuracy": self.data.held_out, "ood_accuracy": self.data.out_of_distribution}
+        for key, part in parts.items():
+            if part.samples:
+                found = evaluate(model, tokenizer, part.samples, example_format, self.rule)
+                metrics[key] = mean(prediction.correct for prediction in found)
+        return metrics
+
+
+def print_left_out(left_out: LeftOut) -> None:
+    """A line per kind of samples that were left out."""
+    for kind, count in left_out.counts().items():
+        print(f"left out {count} samples: {kind}")
+
+
+def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
