@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 import re
-import sqlite3
-import sys
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from llmjepa_kernels.data.messages import last_user
+from llmjepa_kernels.evaluation.sql_process import TIME_LIMIT, QueryProcess, Rows
 
-Rows = list[tuple[Any, ...]]
-
-TIME_LIMIT = 10.0
-MAX_VALUE_BYTES = 10_000_000
 _DB_ID = re.compile(r"For db_id:\[([^]/\\]+)\]")
 _ORDER_BY = re.compile(r"\border\s+by\b", re.IGNORECASE)
-_STEPS_BETWEEN_CHECKS = 10_000
-_READING = {
-    sqlite3.SQLITE_SELECT,
-    sqlite3.SQLITE_READ,
-    sqlite3.SQLITE_FUNCTION,
-    sqlite3.SQLITE_RECURSIVE,
-}
 
 
 class SpiderDatabases:
@@ -39,7 +25,8 @@ class SpiderDatabases:
     sound for one state of the database only, and unlike it DISTINCT counts.
 
     Databases are opened for reading only, nothing but reading is authorised, and a query that runs
-    for longer than the time limit fails.
+    for longer than the time limit fails, whatever it does: see `QueryProcess`. Semicolons after a
+    statement mean nothing, a second statement makes a completion wrong.
 
     Source: Spider's execution accuracy, arXiv:2010.02840.
 
@@ -53,16 +40,16 @@ class SpiderDatabases:
 
     def __init__(self, directory: str | PathLike[str], *, time_limit: float = TIME_LIMIT):
         self.directory = Path(directory)
-        self.time_limit = time_limit
+        self._queries = QueryProcess(time_limit)
         if not self.directory.is_dir():
             raise NotADirectoryError(f"no directory of databases {str(directory)!r}")
 
     def is_correct(self, completion: str, sample: Mapping[str, Any]) -> bool:
         reference, path = _reference(sample), self._path(sample)
-        expected = execute(path, reference, time_limit=self.time_limit)
+        expected = self._queries.execute(path, reference)
         try:
             limit = len(expected) + 1  # one row too many is wrong, however many follow
-            got = execute(path, completion, time_limit=self.time_limit, max_rows=limit)
+            got = self._queries.execute(path, completion, max_rows=limit)
         except ValueError:
             return False
         return same_rows(expected, got, ordered=bool(_ORDER_BY.search(reference)))
@@ -74,7 +61,7 @@ class SpiderDatabases:
             ValueError: The sample names no database, or its query fails.
             FileNotFoundError: The database is missing.
         """
-        execute(self._path(sample), _reference(sample), time_limit=self.time_limit)
+        self._queries.execute(self._path(sample), _reference(sample))
 
     def _path(self, sample: Mapping[str, Any]) -> Path:
         messages = sample["messages"]
@@ -87,40 +74,6 @@ class SpiderDatabases:
         if not path.is_file():
             raise FileNotFoundError(f"no database {str(path)!r}, which a sample asks for")
         return path
-
-
-def execute(
-    path: str | PathLike[str], query: str, *, time_limit: float, max_rows: int = -1
-) -> Rows:
-    """The rows of one query that only reads.
-
-    Args:
-        path: An SQLite database, which is neither written to nor locked for writing.
-        query: One statement. It may call built-in functions, but not attach, write, load an
-            extension, or set or ask for a PRAGMA.
-        time_limit: In seconds.
-        max_rows: Rows to fetch at most; all if negative.
-    Raises:
-        ValueError: The query is malformed, not authorised, no query at all, or took too long.
-    """
-    uri = f"{Path(path).absolute().as_uri()}?mode=ro"
-    try:
-        with closing(sqlite3.connect(uri, uri=True)) as connection:
-            connection.text_factory = lambda text: text.decode("utf-8", errors="replace")
-            if sys.version_info >= (3, 11):  # before, SQLite's own limit of 1 GB holds
-                connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_VALUE_BYTES)
-            connection.set_authorizer(_authorize)
-            deadline = time.monotonic() + time_limit
-            connection.set_progress_handler(
-                lambda: time.monotonic() > deadline, _STEPS_BETWEEN_CHECKS
-            )
-            cursor = connection.execute(query)
-            if cursor.description is None:
-                raise ValueError("it returns no table")
-            return cursor.fetchall() if max_rows < 0 else cursor.fetchmany(max_rows)
-    except (sqlite3.Error, sqlite3.Warning, ValueError, MemoryError) as error:
-        reason = f"it took over {time_limit:g} s" if str(error) == "interrupted" else error
-        raise ValueError(f"query {query!r} failed on {Path(path).name}: {reason}") from error
 
 
 def same_rows(expected: Rows, got: Rows, *, ordered: bool) -> bool:
@@ -149,7 +102,3 @@ def _match_columns(expected: Sequence, got: Sequence, chosen: list[int]) -> bool
 
 def _reference(sample: Mapping[str, Any]) -> str:
     return sample["messages"][-1]["content"]
-
-
-def _authorize(action: int, *_: str | None) -> int:
-    return sqlite3.SQLITE_OK if action in _READING else sqlite3.SQLITE_DENY

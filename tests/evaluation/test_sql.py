@@ -11,7 +11,8 @@ from contextlib import closing
 import pytest
 
 from llmjepa_kernels.evaluation.rules import answer_rule
-from llmjepa_kernels.evaluation.sql import SpiderDatabases, execute, same_rows
+from llmjepa_kernels.evaluation.sql import SpiderDatabases, same_rows
+from llmjepa_kernels.evaluation.sql_process import QueryProcess
 
 DATABASE = "pets_1"
 
@@ -33,6 +34,11 @@ def databases(tmp_path_factory):
         connection.execute("INSERT INTO pets VALUES (CAST(x'52ff' AS TEXT), 'owl', 1, 3)")
         connection.commit()
     return directory
+
+
+@pytest.fixture(scope="module")
+def queries():
+    return QueryProcess()
 
 
 def sample(query: str, database: str = DATABASE) -> dict:
@@ -68,6 +74,10 @@ def sample(query: str, database: str = DATABASE) -> dict:
         ("SELECT x FROM empty", "I do not know", False),
         ("SELECT x FROM empty", "SELECT nothing FROM empty", False),
         ("SELECT x FROM empty", "SELECT x FROM empty; SELECT x FROM empty", False),
+        ("SELECT x FROM empty", "SELECT x FROM empty; ;", True),
+        ("SELECT x FROM empty;;", "SELECT x FROM empty ;\n;\t; ", True),
+        ("SELECT ';' FROM pets", "SELECT ';' FROM pets;", True),
+        ("SELECT x FROM empty", ";", False),
         ("SELECT x FROM empty", "SELECT x FROM empty\0", False),
         ("SELECT x FROM empty", "SELECT '\ud800'", False),
         ("SELECT x FROM empty", "SELECT " + "(" * 9999, False),
@@ -108,20 +118,20 @@ if sys.version_info >= (3, 11):  # before, sqlite3 could not be told how large a
 
 
 @pytest.mark.parametrize("query", ATTACKS)
-def test_nothing_but_reading_is_authorised(databases, tmp_path, query):
+def test_nothing_but_reading_is_authorised(databases, queries, tmp_path, query):
     path = databases / DATABASE / f"{DATABASE}.sqlite"
     before = hashlib.sha256(path.read_bytes()).digest()
     new = tmp_path / "new.sqlite"
     with pytest.raises(ValueError, match=r"failed on pets_1\.sqlite"):
-        execute(path, query.format(new=new), time_limit=5)
+        queries.execute(path, query.format(new=new))
     assert not new.exists()
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     assert hashlib.sha256(path.read_bytes()).digest() == before
 
 
-def test_a_missing_database_is_not_made(tmp_path):
+def test_a_missing_database_is_not_made(queries, tmp_path):
     with pytest.raises(ValueError, match="unable to open database file"):
-        execute(tmp_path / "none.sqlite", "SELECT 1", time_limit=5)
+        queries.execute(tmp_path / "none.sqlite", "SELECT 1")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -133,13 +143,41 @@ def test_endless_queries_end(databases):
     path = databases / DATABASE / f"{DATABASE}.sqlite"
     start = time.process_time()
     with pytest.raises(ValueError, match=r"took over 0\.2 s"):
-        execute(path, ENDLESS.format("count(*)"), time_limit=0.2)
+        QueryProcess(0.2).execute(path, ENDLESS.format("count(*)"))
     assert not judge.is_correct(ENDLESS.format("max(x)"), sample("SELECT 1"))
     # As many rows as there is memory for: only one more than expected is fetched.
     assert not judge.is_correct(ENDLESS.format("x"), sample("SELECT 1"))
     many = "SELECT count(*) FROM " + ", ".join(f"pets AS p{i}" for i in range(60))
     assert not judge.is_correct(many, sample("SELECT 1"))
     assert time.process_time() - start < 30  # and not for ever
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "SELECT hex(zeroblob(4000000)) LIKE '%' || hex(zeroblob(24000)) || '1'",
+        "SELECT hex(zeroblob(4000000)) GLOB '*' || hex(zeroblob(24000)) || '1'",
+        "SELECT instr(hex(zeroblob(4000000)), hex(zeroblob(2000000)) || '1')",
+    ],
+)
+def test_a_single_step_of_hours_ends(databases, query):
+    path = databases / DATABASE / f"{DATABASE}.sqlite"
+    queries = QueryProcess(0.5)
+    assert queries.execute(path, "SELECT 1") == [(1,)]
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=r"failed on pets_1\.sqlite: it took over 0\.5 s"):
+        queries.execute(path, query)
+    assert time.monotonic() - start < 30  # and not for hours
+    assert queries.execute(path, "SELECT count(*) FROM pets") == [(5,)]  # a new one is started
+
+
+def test_a_child_that_was_killed_is_replaced(databases):
+    path = databases / DATABASE / f"{DATABASE}.sqlite"
+    queries = QueryProcess()
+    for _ in range(2):
+        assert queries.execute(path, "SELECT 1.5, NULL, x'ff', 'é'") == [(1.5, None, b"\xff", "é")]
+        queries._child.kill()
+        queries._child.wait()
 
 
 def test_what_is_wrong_with_a_sample_is_named(databases):
