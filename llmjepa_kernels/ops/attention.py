@@ -11,7 +11,13 @@ from llmjepa_kernels.ops.block_mask import BlockMask, check_window, int32_positi
 from llmjepa_kernels.ops.choice import choose
 from llmjepa_kernels.ops.common import AttentionOptions, empty_seq_major
 from llmjepa_kernels.ops.flash_plan import FlashPlan
-from llmjepa_kernels.ops.registry import AttentionBackend, backward_operation, operation
+from llmjepa_kernels.ops.registry import (
+    AttentionBackend,
+    backward_operation,
+    on_device_of,
+    operation,
+    runs_eagerly,
+)
 
 
 def view_attention(
@@ -79,30 +85,60 @@ def view_attention(
         )
     if block_mask is not None:
         _check_block_mask(block_mask, visible_until, window)
+    softmax_scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    position_ids = position_ids if window is not None else None
+    if runs_eagerly(q, k, v, sinks):
+        options = _options(position_ids, window, softcap, softmax_scale, sinks)
+        return _EagerAttention.apply(q, k, v, sinks, block_mask, flash_plan, options, impl)
     out, _ = torch.ops.llmjepa_kernels.attention_forward(
-        q,
-        k,
-        v,
-        [] if block_mask is None else _mask_tensors(block_mask),
-        (0, 0) if block_mask is None else block_mask.block_size,
-        None if block_mask is None else block_mask.window,
-        [] if flash_plan is None else flash_plan.tensors(),
-        position_ids if window is not None else None,
-        window,
-        softcap,
-        q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
-        sinks,
-        impl,
+        *(q, k, v, *_flat(block_mask, flash_plan)),
+        *(position_ids, window, softcap, softmax_scale, sinks, impl),
     )
     return out
+
+
+class _EagerAttention(torch.autograd.Function):
+    """The operation below as autograd alone needs it, at a fraction of torch.library's cost."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, sinks, block_mask, flash_plan, options, impl):
+        with on_device_of(q):
+            backend, mask = choose(impl, (q, k, v), block_mask, flash_plan, options)
+            out, lse = backend.attention_forward(q, k, v, mask, options)
+        ctx.save_for_backward(q, k, v, out, lse, sinks)
+        ctx.arguments = backend, mask, block_mask, flash_plan, options, impl
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        q, k, v, out, lse, sinks = ctx.saved_tensors
+        backend, mask, block_mask, flash_plan, options, impl = ctx.arguments
+        dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+        if runs_eagerly(dout) and not torch.is_grad_enabled():
+            with on_device_of(q):
+                dq, dk, dv, dsinks = backend.attention_backward(
+                    dout, q, k, v, out, lse, mask, options
+                )
+        else:  # among others a second derivative, which the operation refuses
+            dq, dk, dv, dsinks = torch.ops.llmjepa_kernels.attention_backward(
+                *(dout, q, k, v, out, lse, *_flat(block_mask, flash_plan)),
+                *(options.position_ids, options.window, options.softcap, options.softmax_scale),
+                *(sinks, impl),
+            )
+        return dq, dk, dv, None if sinks is None else dsinks, None, None, None, None
 
 
 # The operation as torch sees it. A BlockMask travels as its tensors and two plain values, a
 # FlashPlan as its tensors; one that is not needed, as no tensors.
 
 
-def _mask_tensors(mask: BlockMask) -> list[Tensor]:
-    return [mask.visible_until, *mask.schedule_tensors()]
+def _flat(
+    mask: BlockMask | None, plan: FlashPlan | None
+) -> tuple[list[Tensor], tuple[int, int], int | None, list[Tensor]]:
+    tensors = [] if plan is None else plan.tensors()
+    if mask is None:
+        return [], (0, 0), None, tensors
+    return [mask.visible_until, *mask.schedule_tensors()], mask.block_size, mask.window, tensors
 
 
 def _resolve(

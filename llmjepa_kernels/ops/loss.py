@@ -9,7 +9,12 @@ from torch import Tensor, distributed
 from torch.nn import functional
 
 from llmjepa_kernels.ops.common import compute_dtype, count_pairs
-from llmjepa_kernels.ops.registry import backward_operation, load_backend, operation
+from llmjepa_kernels.ops.registry import (
+    backward_operation,
+    load_backend,
+    operation,
+    runs_eagerly,
+)
 
 if TYPE_CHECKING:  # builds of torch without distributed lack it
     from torch.distributed import ProcessGroup
@@ -62,6 +67,8 @@ def last_token_loss(
     """
     _check(hidden, pairs, metric, reduction, temperature)
     if metric != "infonce":
+        if runs_eagerly(hidden, pairs):
+            return _EagerDistance.apply(hidden, pairs, metric, reduction, impl)
         loss, _ = _OPS.pair_distance(hidden, pairs, metric, reduction, impl)
         return loss
     distance = _infonce(hidden, pairs, temperature, group, impl)
@@ -75,7 +82,10 @@ def _infonce(
     hidden: Tensor, pairs: Tensor, temperature: float, group: ProcessGroup | None, impl: str | None
 ) -> Tensor:
     """Cross-entropy over all targets of the batch; padding is neither query nor negative."""
-    views, _ = _OPS.pair_views(hidden, pairs, impl)
+    if runs_eagerly(hidden, pairs):
+        views = _EagerViews.apply(hidden, pairs, impl)
+    else:
+        views, _ = _OPS.pair_views(hidden, pairs, impl)
     predictors, targets = views.flatten(1, 2).unbind()
     real = candidates = pairs[..., 0].flatten() >= 0
     own = torch.arange(len(real), device=real.device)
@@ -214,6 +224,40 @@ def _backward_views(ctx, dviews, _dsquares):
 torch.library.register_autograd(
     "llmjepa_kernels::pair_views", _backward_views, setup_context=_setup_views
 )
+
+
+class _EagerDistance(torch.autograd.Function):
+    """`pair_distance` as autograd alone needs it, at a fraction of torch.library's cost."""
+
+    @staticmethod
+    def forward(ctx, hidden, pairs, metric, reduction, impl):
+        loss, stats = _pair_distance(hidden, pairs, metric, reduction, impl)
+        ctx.save_for_backward(hidden, pairs, stats)
+        ctx.options = metric, reduction, impl
+        return loss
+
+    @staticmethod
+    def backward(ctx, dloss):
+        eager = runs_eagerly(dloss) and not torch.is_grad_enabled()
+        run = _pair_distance_backward if eager else _OPS.pair_distance_backward
+        return run(dloss, *ctx.saved_tensors, *ctx.options), None, None, None, None
+
+
+class _EagerViews(torch.autograd.Function):
+    """The same for `pair_views`."""
+
+    @staticmethod
+    def forward(ctx, hidden, pairs, impl):
+        views, squares = _pair_views(hidden, pairs, impl)
+        ctx.save_for_backward(hidden, pairs, views, squares)
+        ctx.impl = impl
+        return views
+
+    @staticmethod
+    def backward(ctx, dviews):
+        eager = runs_eagerly(dviews) and not torch.is_grad_enabled()
+        run = _pair_views_backward if eager else _OPS.pair_views_backward
+        return run(dviews, *ctx.saved_tensors, ctx.impl), None, None
 
 
 def check_hidden(hidden: Tensor) -> None:

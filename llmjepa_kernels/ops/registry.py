@@ -6,6 +6,7 @@ import functools
 import importlib
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -82,8 +83,30 @@ def load_backend(backends: Mapping[str, str], impl: str | None, device: torch.de
     return _module(backends[impl])
 
 
+def on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Makes x's device the current one: that is where Triton launches, and on its stream."""
+    return torch.accelerator.device_index(x.device.index)
+
+
+def runs_eagerly(*tensors: Tensor | None) -> bool:
+    """Whether only autograd looks on: no compiler, tracer, mode, transform or kind of tensor.
+
+    All of these see an operation of torch; a plain `torch.autograd.Function` costs less.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or any(x is not None and (type(x) not in _PLAIN or x.is_meta) for x in tensors)
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
 def operation(name: str) -> Callable[[Callable], Callable]:
-    """Makes a function an operation of torch, for all devices.
+    """Makes a function an operation of torch, for all devices, on that of its first tensor.
 
     As `torch.library.custom_op` does, without its checks for aliases at every call, which take
     longer than a small kernel; `torch.library.opcheck` makes them in the tests.
@@ -92,8 +115,14 @@ def operation(name: str) -> Callable[[Callable], Callable]:
     def register(function: Callable) -> Callable:
         schema = torch.library.infer_schema(function, mutates_args=())
         torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
-        torch.library.impl(name, "default", function)
-        return function
+
+        @functools.wraps(function)
+        def run(x: Tensor, *arguments: Any) -> Any:
+            with on_device_of(x):
+                return function(x, *arguments)
+
+        torch.library.impl(name, "default", run)
+        return run
 
     return register
 
@@ -111,8 +140,8 @@ def backward_operation(name: str) -> Callable[[Callable], Callable]:
         )
 
     def register(function: Callable) -> Callable:
-        operation(name)(function)
+        run = operation(name)(function)
         torch.library.register_autograd(name, refuse)
-        return function
+        return run
 
     return register

@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 from llmjepa_kernels import BlockMask, view_attention
+from llmjepa_kernels.ops import attention, choice, loss, registry
 from llmjepa_kernels.ops.dense import visible
 from tests.support.helpers import AttentionCase, random_rows
 
@@ -201,3 +203,56 @@ def test_a_mask_of_another_batch_is_refused():
     windowed = BlockMask.from_visible_until(visible_until, position_ids=position_ids, window=2)
     with pytest.raises(ValueError, match="built for window=2, but window=None"):
         view_attention(q, q, q, visible_until, block_mask=windowed, impl="reference")
+
+
+def test_back_ends_run_on_the_device_of_their_inputs(monkeypatch):
+    """Triton launches where the process currently is, which may be another GPU."""
+    entered, seen = [], []
+
+    class Guard:
+        def __init__(self, index):
+            self.index = index
+
+        def __enter__(self):
+            entered.append(self.index)
+
+        def __exit__(self, *_):
+            entered.pop()
+
+    class Backend:
+        @staticmethod
+        def attention_forward(q, *_):
+            seen.append(("forward", *entered))
+            return q, q
+
+        @staticmethod
+        def attention_backward(dout, *_):
+            seen.append(("backward", *entered))
+            return dout, dout, dout, None
+
+        @staticmethod
+        def distance_forward(hidden, *_, **__):
+            seen.append(("distance", *entered))
+            return hidden, hidden
+
+    monkeypatch.setattr(torch.accelerator, "device_index", Guard)
+    for module in (choice, loss):
+        monkeypatch.setitem(module.BACKENDS, "triton", "fake")
+    monkeypatch.setattr(registry, "_module", {"fake": Backend}.__getitem__)
+    with FakeTensorMode():
+        q = torch.empty(1, 1, 4, 8, device="cuda:1")
+        mask = [torch.empty(1, 4, dtype=torch.int32, device="cuda:1")] * 7
+        flat = (mask, (4, 4), None, [], None, None, None, 1.0, None, None)
+        attention._attention_forward(q, q, q, *flat)
+        attention._attention_backward(q, q, q, q, q, q, *flat)
+        loss._pair_distance(q, mask[0], "cosine", "sum", None)
+    assert seen == [("forward", 1), ("backward", 1), ("distance", 1)]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "+".join(o) or "plain")
+def test_eager_calls_and_the_operation_of_torch_give_the_same_bits(monkeypatch, options):
+    case = AttentionCase.random(batch=2, heads=4, kv_heads=2, seq=33, head_dim=8, **options)
+    eager = case.run("reference", torch.float32)
+    monkeypatch.setattr(attention, "runs_eagerly", lambda *tensors: False)
+    for name, value in case.run("reference", torch.float32).items():
+        assert torch.equal(value, eager[name]), name
