@@ -16,6 +16,7 @@ from llmjepa_kernels.ops.flash_plan import FlashPlan
 from llmjepa_kernels.ops.loss import last_token_loss
 from llmjepa_kernels.ops.tubes import semantic_tube_loss
 from llmjepa_kernels.packing import Example, PackedBatch, Segment, llm_jepa_example, pack
+from llmjepa_kernels.tubes import TokenPath, TubeSampler
 
 if TYPE_CHECKING:  # what `_LAZY` says, for type checkers and editors
     from llmjepa_kernels.data.chat import chat_example
@@ -23,7 +24,8 @@ if TYPE_CHECKING:  # what `_LAZY` says, for type checkers and editors
     from llmjepa_kernels.data.predictor_tokens import add_predictor_tokens
     from llmjepa_kernels.hf.patch import patch_model, unpatch_model
     from llmjepa_kernels.training.objective import LLMJEPAOutput, llm_jepa_loss
-    from llmjepa_kernels.training.trainer import LLMJEPACollator, LLMJEPATrainer
+    from llmjepa_kernels.training.collator import LLMJEPACollator
+    from llmjepa_kernels.training.trainer import LLMJEPATrainer
 
 __version__ = "0.1.0"  # the only place; pyproject.toml reads it here
 
@@ -50,6 +52,8 @@ __all__ = [
     "LLMJEPATrainer",
     "PackedBatch",
     "Segment",
+    "TokenPath",
+    "TubeSampler",
     "add_predictor_tokens",
     "chat_example",
     "last_token_loss",

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from llmjepa_kernels.ops.block_mask import SCHEDULE_KEYS, BlockMask, choose_block_size
 from llmjepa_kernels.ops.flash_plan import FlashPlan, is_plan_key
+from llmjepa_kernels.ops.tubes import TUBE_SHAPE
+from llmjepa_kernels.tubes import Step, TokenPath, Tube
 
 IGNORE = -100  # the label of a token that nobody supervises, as in Hugging Face
 
@@ -41,10 +43,15 @@ class Example:
     Attributes:
         segments: Parents before children.
         pairs: (predictor, target) indices into `segments`, each of which may be in several pairs.
+        path: The tokens that tubes are drawn from, see `TubeSampler`.
+        tubes: Two vectors each, see `semantic_tube_loss`: up to three steps (start, end), token
+            indices within the sequence of `path`.
     """
 
     segments: Sequence[Segment]
     pairs: Sequence[tuple[int, int]] = ()
+    path: TokenPath | None = None
+    tubes: Sequence[Tube] = ()
 
 
 class PackedBatch(dict):
@@ -55,6 +62,7 @@ class PackedBatch(dict):
         visible_until: (batch, seq) int32; token i sees token j iff ``j <= i < visible_until[j]``.
         view_pairs: (batch, num_pairs, 2) int64; row-local indices of the (predictor, target)
             last tokens, padded with −1.
+        tubes: (batch, num_tubes, 2, 3, 2) int64, row-local indices, see `semantic_tube_loss`.
         kv_offsets, …, q_indices: The tiles that attention visits, see `BlockMask.schedule`.
         flash_reach, …: The calls of ``impl="flash"``, see `FlashPlan.schedule`; if asked for.
         attention_mask: (batch, 1, 0, 0) bool, empty: a model that is not patched, and would let
@@ -133,12 +141,25 @@ def without_views(example: Example) -> Example:
             "the example has no supervised token, so nothing is left without its views"
         )
     index = {old: new for new, old in enumerate(sorted(kept))}
+    path = example.path if example.path is not None and example.path.segment in index else None
     return Example(
         [
             Segment(s.input_ids, s.parent if s.parent is None else index[s.parent], s.labels)
             for s in (example.segments[i] for i in index)
-        ]
+        ],
+        path=path and replace(path, segment=index[path.segment]),
+        tubes=example.tubes if path else (),
     )
+
+
+def sequence_ids(example: Example, segment: int) -> list[int]:
+    """The tokens of a segment after those of all segments above it."""
+    ids: list[int] = []
+    above: int | None = segment
+    while above is not None:
+        ids = [*example.segments[above].input_ids, *ids]
+        above = example.segments[above].parent
+    return ids
 
 
 def segment_ends(example: Example) -> list[int]:
@@ -211,15 +232,20 @@ def pack(
     if pad_to_multiple_of is not None:
         length += -length % pad_to_multiple_of
     columns = [row.emit(length, pad_token_id) for row in rows]
-    num_pairs = max(len(pairs) for *_, pairs in columns)
+    num_pairs = max(len(pairs) for *_, pairs, _ in columns)
+    num_tubes = max(len(tubes) for *_, tubes in columns)
     batch = PackedBatch()
     for i, key in enumerate(("input_ids", "position_ids", "labels", "visible_until")):
         dtype = torch.int32 if key == "visible_until" else torch.int64
         batch[key] = torch.tensor([column[i] for column in columns], dtype=dtype)
     batch["view_pairs"] = torch.tensor(
-        [pairs + [(-1, -1)] * (num_pairs - len(pairs)) for *_, pairs in columns],
+        [pairs + [(-1, -1)] * (num_pairs - len(pairs)) for *_, pairs, _ in columns],
         dtype=torch.int64,
     ).view(len(rows), num_pairs, 2)
+    batch["tubes"] = torch.tensor(
+        [tubes + [_NO_TUBE] * (num_tubes - len(tubes)) for *_, tubes in columns],
+        dtype=torch.int64,
+    ).view(len(rows), num_tubes, *TUBE_SHAPE)
     size = block_size or choose_block_size(batch["visible_until"], compute_capability)
     mask = BlockMask.from_visible_until(batch["visible_until"], (size, size))
     batch.update(mask.schedule())
@@ -233,6 +259,9 @@ def pack(
 
 
 # From examples to trees of token runs
+
+_NUM_VECTORS, _NUM_STEPS, _ = TUBE_SHAPE
+_NO_TUBE: list[Step] = [(-1, -1)] * (_NUM_VECTORS * _NUM_STEPS)
 
 
 @dataclass
@@ -249,6 +278,7 @@ class _Run:
 class _Tree:
     runs: list[_Run]
     pairs: list[tuple[int, int]]
+    tubes: list[tuple[int, list[Step]]]  # the run that ends their sequence, and six steps
     name: int
     size: int
 
@@ -296,7 +326,33 @@ def _prepare(example: Example, name: int) -> _Tree:
                 f"{len(example.segments)} segments, got {tuple(pair)}"
             )
     pairs = [(last_run[predictor], last_run[target]) for predictor, target in example.pairs]
-    return _Tree(runs, pairs, name, sum(len(run.ids) for run in runs))
+    tubes = list(_check_tubes(example, last_run, name))
+    return _Tree(runs, pairs, tubes, name, sum(len(run.ids) for run in runs))
+
+
+def _check_tubes(
+    example: Example, last_run: list[int], name: int
+) -> Iterator[tuple[int, list[Step]]]:
+    """The run that ends the sequence of each tube, and its steps as in `TUBE_SHAPE`, padded."""
+    if not example.tubes:
+        return
+    if example.path is None or not 0 <= example.path.segment < len(example.segments):
+        raise ValueError(
+            f"example {name}: tubes need a path that ends with one of its "
+            f"{len(example.segments)} segments, got {example.path}"
+        )
+    end = segment_ends(example)[example.path.segment]
+    for tube in example.tubes:
+        steps = [step for vector in tube for step in vector]
+        right = len(tube) == _NUM_VECTORS and all(len(vector) <= _NUM_STEPS for vector in tube)
+        if not right or not steps or not all(0 <= i < end for step in steps for i in step):
+            raise ValueError(
+                f"example {name}: tubes must be {_NUM_VECTORS} lists of up to {_NUM_STEPS} steps "
+                f"between the {end} tokens of its path's sequence, got {tube}"
+            )
+        padding = [[(-1, -1)] * (_NUM_STEPS - len(vector)) for vector in tube]
+        steps = [step for pair in zip(tube, padding, strict=True) for x in pair for step in x]
+        yield last_run[example.path.segment], steps
 
 
 def _check_segment(segment: Segment, index: int, name: int) -> tuple[list[int], list[int]]:
@@ -348,6 +404,8 @@ class _Node:
     lead: _Node | None = None  # starts with a supervised token: must follow directly
     by_first: dict[int, _Node] = field(default_factory=dict)
     others: list[_Node] = field(default_factory=list)
+    parent: _Node | None = None
+    first: int = 0  # position of the first token, once emitted
     last: int = -1  # index of the last token in the row, once emitted
 
     def children(self) -> Iterator[_Node]:
@@ -355,6 +413,13 @@ class _Node:
             yield self.lead
         yield from self.by_first.values()
         yield from self.others
+
+    def place(self, position: int) -> int:
+        """The index in the row of a token of the sequence that ends here, once emitted."""
+        node = self
+        while position < node.first and node.parent is not None:
+            node = node.parent
+        return node.last + 1 - len(node.ids) + position - node.first
 
 
 class _Row:
@@ -365,6 +430,7 @@ class _Row:
         self.root = _Node([], [], 0)
         self.length = 0
         self.pairs: list[tuple[_Node, _Node]] = []
+        self.tubes: list[tuple[_Node, list[Step]]] = []
 
     def add(self, tree: _Tree) -> None:
         ends: list[_Node] = []
@@ -372,6 +438,7 @@ class _Row:
             parent = self.root if run.parent is None else ends[run.parent]
             ends.append(self._insert(parent, run))
         self.pairs += [(ends[predictor], ends[target]) for predictor, target in tree.pairs]
+        self.tubes += [(ends[run], steps) for run, steps in tree.tubes]
 
     def added_length(self, tree: _Tree) -> int:
         """At most how many tokens `add` would add (prefixes shared within `tree` count twice)."""
@@ -404,7 +471,7 @@ class _Row:
             parent = child if common == len(child.ids) else _split(parent, child, common)
         if done == len(run.ids):
             return parent
-        node = _Node(run.ids[done:], run.labels[done:], run.shareable - done)
+        node = _Node(run.ids[done:], run.labels[done:], run.shareable - done, parent=parent)
         if node.labels[0] != IGNORE:
             parent.lead = node
         elif self.share_prefixes and node.shareable:
@@ -414,8 +481,8 @@ class _Row:
         self.length += len(node.ids)
         return node
 
-    def emit(self, length: int, pad_token_id: int) -> tuple[list, list, list, list, list]:
-        """Columns of the row, depth first, and the pairs as indices into it."""
+    def emit(self, length: int, pad_token_id: int) -> tuple[list, list, list, list, list, list]:
+        """Columns of the row, depth first, and the pairs and tubes as indices into it."""
         ids: list[int] = []
         positions: list[int] = []
         labels: list[int] = []
@@ -431,7 +498,7 @@ class _Row:
             labels += node.labels
             positions += range(position, position + size)
             visible_until += node.ids  # room; set when the subtree is done
-            node.last = len(ids) - 1
+            node.first, node.last = position, len(ids) - 1
             stack.append((node, position, True))
             stack += [(child, position + size, False) for child in node.children()][::-1]
 
@@ -441,7 +508,11 @@ class _Row:
         positions += [0] * padding
         labels += [IGNORE] * padding
         pairs = [(predictor.last, target.last) for predictor, target in self.pairs]
-        return ids, positions, labels, visible_until, pairs
+        tubes = [
+            [(i if i < 0 else node.place(i), j if j < 0 else node.place(j)) for i, j in steps]
+            for node, steps in self.tubes
+        ]
+        return ids, positions, labels, visible_until, pairs, tubes
 
 
 def _common_prefix(child: _Node, run: _Run, done: int) -> int:
@@ -454,7 +525,8 @@ def _common_prefix(child: _Node, run: _Run, done: int) -> int:
 
 def _split(parent: _Node, child: _Node, size: int) -> _Node:
     """Sets the first `size` tokens of `child` apart, as a new node between it and `parent`."""
-    head = _Node(child.ids[:size], child.labels[:size], size)
+    head = _Node(child.ids[:size], child.labels[:size], size, parent=parent)
+    child.parent = head
     child.ids, child.labels = child.ids[size:], child.labels[size:]
     child.shareable -= size
     parent.by_first[head.ids[0]] = head

@@ -2,6 +2,7 @@ import copy
 import pickle
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,14 +11,15 @@ from hypothesis import strategies as st
 
 from llmjepa_kernels import Example, PackedBatch, Segment, llm_jepa_example, pack
 from llmjepa_kernels.packing import segment_ends, without_views
+from llmjepa_kernels.tubes import TokenPath
 from tests.support.helpers import random_examples
 
 PAD = 999
 
 
 def expected_facts(examples):
-    """What separate passes would compute: every token's context, every loss term, every pair."""
-    contexts, terms, pairs = set(), Counter(), Counter()
+    """What separate passes would compute: contexts of tokens, loss terms, pairs and tubes."""
+    contexts, terms, pairs, tubes = set(), Counter(), Counter(), Counter()
     for example in examples:
         paths = []
         for segment in example.segments:
@@ -30,12 +32,16 @@ def expected_facts(examples):
                     terms[context[:-1], token, label] += 1
             paths.append(above + tuple(segment.input_ids))
         pairs.update((paths[p], paths[t]) for p, t in example.pairs)
-    return contexts, terms, pairs
+        for tube in example.tubes:
+            steps = [(i, *step) for i, vector in enumerate(tube) for step in vector]
+            sequence = paths[example.path.segment]
+            tubes[tuple((i, sequence[: s + 1], sequence[: e + 1]) for i, s, e in steps)] += 1
+    return contexts, terms, pairs, tubes
 
 
 def packed_facts(batch):
     """The same, read off the packed rows through the mask alone."""
-    contexts, terms, pairs = set(), Counter(), Counter()
+    contexts, terms, pairs, tubes = set(), Counter(), Counter(), Counter()
     for b in range(len(batch["input_ids"])):
         ids, positions, labels, until = (
             batch[key][b].tolist()
@@ -59,7 +65,11 @@ def packed_facts(batch):
             assert (predictor == -1) == (target == -1)
             if predictor >= 0:
                 pairs[paths[predictor], paths[target]] += 1
-    return contexts, terms, pairs
+        for tube in batch["tubes"][b].tolist():
+            steps = [(i, *step) for i, vector in enumerate(tube) for step in vector if step[0] >= 0]
+            if steps:
+                tubes[tuple((i, paths[start], paths[end]) for i, start, end in steps)] += 1
+    return contexts, terms, pairs, tubes
 
 
 @st.composite
@@ -75,7 +85,12 @@ def forests(draw):
             labels = [t if k else -100 for t, k in zip(ids, keep, strict=True)]
             segments.append(Segment(ids, parent, draw(st.sampled_from([None, labels]))))
         index = st.integers(0, len(segments) - 1)
-        examples.append(Example(segments, draw(st.lists(st.tuples(index, index), max_size=3))))
+        example = Example(segments, draw(st.lists(st.tuples(index, index), max_size=3)))
+        path = TokenPath(draw(index), ())
+        token = st.integers(0, segment_ends(example)[path.segment] - 1)
+        steps = st.lists(st.tuples(token, token), max_size=3)
+        tubes = draw(st.lists(st.tuples(steps, steps).filter(any), max_size=2))
+        examples.append(replace(example, path=path, tubes=tubes))
     return examples
 
 
@@ -90,7 +105,7 @@ def test_nothing_is_lost_or_added(examples, share, max_length):
 @given(examples=forests())
 def test_sharing_stores_every_prefix_that_nobody_supervises_once(examples):
     batch = pack(examples)
-    _, terms, _ = expected_facts(examples)
+    _, terms, *_ = expected_facts(examples)
     predictors = {context for context, _, _ in terms}
     supervised = {(*context, token) for context, token, _ in terms}
     ids, until = batch["input_ids"][0].tolist(), batch["visible_until"][0].tolist()

@@ -17,6 +17,7 @@ from llmjepa_kernels.data.messages import (
 )
 from llmjepa_kernels.data.template import Rendering, render, token_span
 from llmjepa_kernels.packing import IGNORE, Example, Segment
+from llmjepa_kernels.tubes import TokenPath
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,7 +51,8 @@ def chat_example(
     In both, Code is the last assistant turn alone through the template, including whatever header
     or default system prompt the template then writes; every further view likewise is a turn alone.
     Views stop at their last content token: in a causal model the tokens after it cannot change its
-    hidden state. The chat's segments come first.
+    hidden state. The chat's segments come first. The contents of the last user and the last
+    assistant turn are the example's path.
 
     A template without a system role (Gemma) gets the system text, a blank line and the user text
     as the user content; one that refuses a lone assistant turn gets it under the user role.
@@ -100,6 +102,7 @@ def chat_example(
     end = _text_end(chat, asked, text) if layout == "shared" else None
     if end is not None:
         segments = _split(chat.input_ids, labels, end)
+    path = TokenPath(len(segments) - 1, [chat.spans[asked], chat.spans[-1]])
     appended = len(pred_ids) > 0 and pred_position == "append"
 
     def view(name: str) -> _View:
@@ -109,7 +112,7 @@ def chat_example(
         turn = render(tokenizer, (role,), [content], template_kwargs)
         return _lone_view(tokenizer, turn, appended)
 
-    return _link(segments, view, directed, pred_position, pred_ids)
+    return _link(segments, path, view, directed, pred_position, pred_ids)
 
 
 def plain_example(
@@ -162,7 +165,8 @@ def plain_example(
         return _View(bos + _encode(tokenizer, content), len(bos))
 
     segments = _split(prompt + answer, labels, end)
-    return _link(segments, view, directed, pred_position, list(pred_ids))
+    path = TokenPath(1, [(len(bos), end), (len(prompt), len(prompt + answer) - 1)])
+    return _link(segments, path, view, directed, pred_position, list(pred_ids))
 
 
 def chat_prompt(
@@ -277,6 +281,7 @@ def _directed(
 
 def _link(
     segments: list[Segment],
+    path: TokenPath,
     view: Callable[[str], _View],
     pairs: Sequence[tuple[str, str]],
     pred_position: str,
@@ -304,7 +309,7 @@ def _link(
         return add([*ids[:start], *pred_ids, *ids[start:]])
 
     linked = [(predictor(source), target(name)) for source, name in pairs]
-    return Example(segments, linked)
+    return Example(segments, linked, path)
 
 
 def _labels(chat: Rendering, answers: Iterable[int], supervise: str) -> list[int]:

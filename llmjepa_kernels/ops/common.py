@@ -47,6 +47,16 @@ def count_pairs(pairs: Tensor) -> Tensor:
     return (pairs[..., 0] >= 0).sum()
 
 
+def real_tubes(tubes: Tensor) -> Tensor:
+    """(batch, num_tubes) bool: which have any step, and so are no padding."""
+    return (tubes >= 0).flatten(2).any(dim=2)
+
+
+def count_tubes(tubes: Tensor) -> Tensor:
+    """How many are not padding, an integer scalar."""
+    return real_tubes(tubes).sum()
+
+
 def check_pairs(pairs: Tensor, seq: int, name: str = "pairs") -> None:
     """Raises IndexError unless both indices (…, 2) of each pair lie in the row, or both are -1.
 

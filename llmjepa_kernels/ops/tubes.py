@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmjepa_kernels.ops.common import compute_dtype
+from llmjepa_kernels.ops.common import compute_dtype, real_tubes
 from llmjepa_kernels.ops.loss import check_hidden, last_token_loss
 from llmjepa_kernels.ops.registry import backward_operation, load_backend, operation
 
@@ -48,9 +48,8 @@ def semantic_tube_loss(
     _check_tubes(hidden, tubes)
     vectors = torch.ops.llmjepa_kernels.tube_vectors(hidden, tubes, impl)
     batch, num_tubes = tubes.shape[:2]
-    real = (tubes >= 0).flatten(2).any(dim=2)
     pairs = torch.arange(2 * num_tubes, device=hidden.device).view(1, num_tubes, 2)
-    pairs = torch.where(real[..., None], pairs, -1)
+    pairs = torch.where(real_tubes(tubes)[..., None], pairs, -1)
     return last_token_loss(
         vectors.view(batch, 2 * num_tubes, hidden.shape[2]), pairs, reduction=reduction, impl=impl
     )

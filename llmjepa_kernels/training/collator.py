@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from llmjepa_kernels.data.example_format import ExampleFormat
 from llmjepa_kernels.ops.choice import may_choose_flash
-from llmjepa_kernels.packing import Example, PackedBatch, pack, without_views
+from llmjepa_kernels.packing import Example, PackedBatch, pack, sequence_ids, without_views
 from llmjepa_kernels.training.objective import supervised_positions
+from llmjepa_kernels.tubes import TubeSampler
 
 
 @dataclass
@@ -27,7 +28,8 @@ class LLMJEPACollator:
         example_format: How `tokenizer` turns those into examples, [PRED] tokens included.
         max_length: Tokens in a row at most. Default: one row per batch, without any padding.
         share_prefixes: Store equal prefixes once per row.
-        with_views: False leaves the views out: next-token loss alone, plain fine-tuning.
+        with_views: False leaves the views out: no LLM-JEPA, and no tokens for it.
+        tubes: Draws tubes for Semantic Tube Prediction, anew every epoch. Trainer sets the epoch.
         pad_to_multiple_of: Pads rows to a multiple of this, for fewer different shapes.
         flash_plan: Also plan the calls of ``impl="flash"``. Default: where ``LLMJEPA_AUTOTUNE=1``
             is to choose between the back ends and flash-attn is installed.
@@ -42,13 +44,20 @@ class LLMJEPACollator:
     max_length: int | None = None
     share_prefixes: bool = True
     with_views: bool = True
+    tubes: TubeSampler | None = None
     pad_to_multiple_of: int | None = None
     flash_plan: bool | None = None
 
     def __post_init__(self) -> None:
+        # Shared memory, so that workers that outlive an epoch see the next one.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         # Asked here, as a worker process could not.
         cuda = torch.cuda.is_available() and torch.version.hip is None
         self._compute_capability = torch.cuda.get_device_capability() if cuda else None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the tubes of an epoch."""
+        self._epoch.fill_(epoch)
 
     def __call__(self, features: Sequence[Example | Mapping[str, Any]]) -> PackedBatch:
         """Packs the features, and adds how many tokens their chats alone take.
@@ -59,8 +68,14 @@ class LLMJEPACollator:
                 sum is how many tokens plain fine-tuning on the same chats takes, unpadded.
         """
         examples = [self.example(feature) for feature in features]
+        packed = examples if self.with_views else [without_views(example) for example in examples]
+        if self.tubes is not None:
+            packed = [
+                with_tubes(example, self.tubes, int(self._epoch), name)
+                for name, example in enumerate(packed)
+            ]
         batch = pack(
-            examples if self.with_views else [without_views(example) for example in examples],
+            packed,
             self.max_length,
             share_prefixes=self.share_prefixes,
             pad_token_id=getattr(self.tokenizer, "pad_token_id", None) or 0,
@@ -86,6 +101,22 @@ class LLMJEPACollator:
             raise ValueError("features with messages need a tokenizer, got tokenizer=None")
         example = self.example_format.example(feature, self.tokenizer)
         return without_views(example) if feature.get("without_views") else example
+
+
+def with_tubes(example: Example, sampler: TubeSampler, epoch: int, name: int = 0) -> Example:
+    """The example with the tubes of an epoch.
+
+    Raises:
+        ValueError: It has no path to draw them from; says which by `name`.
+    """
+    path = example.path
+    if path is None:
+        raise ValueError(
+            f"example {name}: tubes are drawn from a path, which chat_example and plain_example "
+            "give their examples, got path=None"
+        )
+    tubes = sampler.draw(path, sequence_ids(example, path.segment), epoch)
+    return replace(example, tubes=tubes)
 
 
 def chat_tokens(example: Example) -> int:

@@ -1,4 +1,4 @@
-"""llm_jepa_loss: next-token and JEPA loss of packed rows from one forward of any training loop."""
+"""llm_jepa_loss: next-token, JEPA and tube losses of packed rows, for any training loop."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from torch.nn import functional
 from transformers.utils import ModelOutput
 
 from llmjepa_kernels.hf.patch import patched_impl
-from llmjepa_kernels.ops.common import count_pairs
+from llmjepa_kernels.ops.common import count_pairs, count_tubes
 from llmjepa_kernels.ops.loss import BACKENDS as LOSS_BACKENDS
 from llmjepa_kernels.ops.loss import last_token_loss
+from llmjepa_kernels.ops.tubes import semantic_tube_loss
 from llmjepa_kernels.packing import IGNORE, schedule_of
 
 if TYPE_CHECKING:  # builds of torch without distributed lack it
@@ -28,21 +29,26 @@ class LLMJEPAOutput(ModelOutput):
     """Losses of one batch, float32 scalars (float64 for a float64 model).
 
     Attributes:
-        loss: ``ntp_loss + jepa_weight * jepa_loss``, the one to call backward on.
+        loss: ``ntp_weight * ntp_loss + jepa_weight * jepa_loss + stp_weight * stp_loss``, the one
+            to call backward on.
         ntp_loss: Sum over the supervised tokens divided by `num_items`, or by
             `num_items_in_batch` where that was given.
         jepa_loss: Sum over the pairs divided by `num_pairs`, or by `num_pairs_in_batch`.
+        stp_loss: Sum over the tubes divided by `num_tubes`, or by `num_tubes_in_batch`.
         cosine: Cosine similarity of the pairs, normalised like `jepa_loss`, without gradient.
         num_items: Supervised tokens of this batch, an integer scalar.
         num_pairs: Pairs of this batch, an integer scalar.
+        num_tubes: Tubes of this batch, an integer scalar.
     """
 
     loss: Tensor | None = None
     ntp_loss: Tensor | None = None
     jepa_loss: Tensor | None = None
+    stp_loss: Tensor | None = None
     cosine: Tensor | None = None
     num_items: Tensor | None = None
     num_pairs: Tensor | None = None
+    num_tubes: Tensor | None = None
 
 
 def llm_jepa_loss(
@@ -50,14 +56,20 @@ def llm_jepa_loss(
     batch: Mapping[str, Tensor],
     *,
     jepa_weight: float = 1.0,
+    stp_weight: float = 0.0,
+    ntp_weight: float = 1.0,
     metric: str = "cosine",
     temperature: float = 0.07,
     num_items_in_batch: int | Tensor | None = None,
     num_pairs_in_batch: int | Tensor | None = None,
+    num_tubes_in_batch: int | Tensor | None = None,
     detach_target: bool = False,
     gather_negatives: bool | ProcessGroup = True,
 ) -> LLMJEPAOutput:
-    """``L = L_NTP + jepa_weight · d(Pred(Enc(Text)), Enc(Code))`` from one forward pass.
+    """Next-token, LLM-JEPA and tube losses of packed rows from one forward pass.
+
+    ``L = ntp_weight · L_NTP + jepa_weight · d(Pred(Enc(Text)), Enc(Code)) + stp_weight · L_STP``,
+    where the second term is over the pairs of the batch and the third over its tubes.
 
     The language model head runs on the supervised tokens only. For gradient accumulation, pass
     the counts of the whole accumulated batch: the losses of its parts then add up to the means
@@ -68,11 +80,14 @@ def llm_jepa_loss(
             wrap it.
         batch: A `PackedBatch` or any mapping with its keys, on the model's device. `supervised`
             of `supervised_positions` spares a GPU one synchronisation, and a schedule another.
-        jepa_weight: λ.
+        jepa_weight: λ of LLM-JEPA.
+        stp_weight: λ of Semantic Tube Prediction.
+        ntp_weight: γ.
         metric: "cosine", "l2", "mse" or "infonce", see `last_token_loss`.
         temperature: Of "infonce" only.
         num_items_in_batch: Divides the sum over supervised tokens. Default: their number here.
         num_pairs_in_batch: Divides the sum over pairs. Default: their number here.
+        num_tubes_in_batch: Divides the sum over tubes. Default: their number here.
         detach_target: Let no gradient flow into the target views.
         gather_negatives: With "infonce" under torch.distributed, contrast with the targets of all
             processes, or of a group of them: that of data parallelism, where processes share
@@ -83,7 +98,7 @@ def llm_jepa_loss(
         ValueError: The batch lacks a key, or the model adds a loss of its own.
         RuntimeError: The model is not patched, or does not return the logits or states asked for.
 
-    Source: LLM-JEPA, arXiv:2509.14252.
+    Source: LLM-JEPA, arXiv:2509.14252; Semantic Tube Prediction, arXiv:2602.22617.
     """
     impl = patched_impl(model)
     if impl not in LOSS_BACKENDS:  # a back end of attention alone
@@ -127,6 +142,13 @@ def llm_jepa_loss(
     )
     ntp_loss = _divide(ntp_sum, num_items_in_batch, num_items)
 
+    stp_sum, num_tubes = ntp_sum.new_zeros(()), num_items.new_zeros(())
+    tubes = batch.get("tubes")
+    if tubes is not None and tubes.shape[1]:
+        stp_sum = semantic_tube_loss(hidden, tubes, reduction="sum", impl=impl)
+        num_tubes = count_tubes(tubes)
+    stp_loss = _divide(stp_sum, num_tubes_in_batch, num_tubes)
+
     pairs = batch["view_pairs"]
     num_pairs = count_pairs(pairs)
     if detach_target:
@@ -148,12 +170,14 @@ def llm_jepa_loss(
             distance = last_token_loss(hidden, pairs, reduction="sum", impl=impl)
         cosine = _divide(num_pairs - distance, num_pairs_in_batch, num_pairs)
     return LLMJEPAOutput(
-        loss=ntp_loss + jepa_weight * jepa_loss,
+        loss=ntp_weight * ntp_loss + jepa_weight * jepa_loss + stp_weight * stp_loss,
         ntp_loss=ntp_loss,
         jepa_loss=jepa_loss,
+        stp_loss=stp_loss,
         cosine=cosine,
         num_items=num_items,
         num_pairs=num_pairs,
+        num_tubes=num_tubes,
     )
 
 

@@ -16,6 +16,7 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from llmjepa_kernels.hf.patch import patch_model, patched_impl
+from llmjepa_kernels.ops.common import real_tubes
 from llmjepa_kernels.packing import IGNORE, Example, without_views
 from llmjepa_kernels.training.checkpoints import MANIFEST, mark_complete, saving
 from llmjepa_kernels.training.collator import LLMJEPACollator
@@ -28,17 +29,17 @@ if TYPE_CHECKING:  # builds of torch without distributed lack it
 
 
 class LLMJEPATrainer(Trainer):
-    """Trains with ``ntp_loss + jepa_weight * jepa_loss``, one forward pass per batch.
+    """Trains with `llm_jepa_loss`, one forward pass per batch.
 
-    Both means are exact under gradient accumulation and across processes: they are taken over
-    the supervised tokens and over the pairs of all batches that make up an update, so 1 x 8 and
+    Its means are exact under gradient accumulation and across processes: they are taken over the
+    supervised tokens, the pairs and the tubes of all batches that make up an update, so 1 x 8 and
     4 x 2 examples give the same one. With ``average_tokens_across_devices=False`` they are taken
     per process, as in Transformers.
 
     Besides ``loss`` it logs, as means over the updates since the last log,
 
-    - ``ntp_loss``, ``jepa_loss`` and ``cosine``, the mean cosine similarity of the pairs, the
-      latter two over the updates that have any;
+    - ``ntp_loss``; ``jepa_loss`` and ``cosine``, the mean cosine similarity of the pairs, over the
+      updates that have any; ``stp_loss`` over the updates that have tubes;
     - ``tokens_per_step``, all tokens through the model, padding included, and
       ``tokens_per_second``, both over all processes;
     - ``relative_cost``, tokens through the model over the tokens of the same chats alone, packed
@@ -48,16 +49,20 @@ class LLMJEPATrainer(Trainer):
     `UpdateSampler`, where ``train_dataset`` is a sequence of `Example`s, or `LossDropout` of one,
     and sampling is random or sequential.
 
-    Evaluation gives ``eval_loss``, ``eval_ntp_loss``, ``eval_jepa_loss`` and ``eval_cosine`` as
-    means over the whole set, in which Accelerate repeats its first samples where several processes
-    leave their last batches unfilled. Without any pair there is neither ``jepa_loss`` nor
-    ``cosine``. Rows differ in shape and the head runs on supervised tokens only, so there are no
-    predictions: `predict` returns the same metrics.
+    Evaluation gives ``eval_loss``, ``eval_ntp_loss``, ``eval_jepa_loss``, ``eval_cosine`` and
+    ``eval_stp_loss`` as means over the whole set, in which Accelerate repeats its first samples
+    where several processes leave their last batches unfilled. Without any pair there is neither
+    ``jepa_loss`` nor ``cosine``, without any tube no ``stp_loss``. Rows differ in shape and the
+    head runs on supervised tokens only, so there are no predictions: `predict` returns the same
+    metrics.
 
     Args:
         model, args, data_collator, *other, **more: As in `Trainer`. A model that is not patched
             yet is patched here. The collator defaults to ``LLMJEPACollator(processing_class)``.
-        jepa_weight: λ.
+        jepa_weight: λ of LLM-JEPA.
+        stp_weight: λ of Semantic Tube Prediction, for which the collator draws `tubes`.
+        ntp_weight: γ.
+        weight_warmup: Share of the updates over which both λ grow linearly from 0.
         metric: "cosine", "l2", "mse" or "infonce", see `last_token_loss`.
         temperature: Of "infonce", whose negatives are the other targets of the same micro-batch,
             over all processes.
@@ -66,8 +71,8 @@ class LLMJEPATrainer(Trainer):
             takes those of its members, which tensor parallelism needs. See `llm_jepa_loss`.
 
     Raises:
-        ValueError: DataParallel, label smoothing, a loss function or metrics of logits are asked
-            for, none of which fits a packed row.
+        ValueError: `weight_warmup` is not from 0 to 1; or DataParallel, label smoothing, a loss
+            function or metrics of logits are asked for, none of which fits a packed row.
     """
 
     # Trainer must not divide by the accumulation steps what is already normalised over them.
@@ -80,6 +85,9 @@ class LLMJEPATrainer(Trainer):
         data_collator: Callable[[Sequence[Any]], Any] | None = None,
         *other: Any,
         jepa_weight: float = 1.0,
+        stp_weight: float = 0.0,
+        ntp_weight: float = 1.0,
+        weight_warmup: float = 0.0,
         metric: str = "cosine",
         temperature: float = 0.07,
         detach_target: bool = False,
@@ -93,8 +101,13 @@ class LLMJEPATrainer(Trainer):
         to_train: Any = self.model
         if not _is_patched(to_train):
             patch_model(to_train)
+        if not 0 <= weight_warmup <= 1:
+            raise ValueError(f"weight_warmup must be from 0 to 1, got {weight_warmup}")
+        self.weight_warmup = weight_warmup
         self.loss_options: dict[str, Any] = {
             "jepa_weight": jepa_weight,
+            "stp_weight": stp_weight,
+            "ntp_weight": ntp_weight,
             "metric": metric,
             "temperature": temperature,
             "detach_target": detach_target,
@@ -112,6 +125,7 @@ class LLMJEPATrainer(Trainer):
         self.args.remove_unused_columns = False  # the collator takes the columns it knows
         self.model_accepts_loss_kwargs = True  # makes Trainer count the supervised tokens
         self._num_pairs: Tensor | int = 0
+        self._num_tubes: Tensor | int = 0
         self._eval_sums = torch.zeros(0)
         self._reset_train_sums()
 
@@ -128,9 +142,11 @@ class LLMJEPATrainer(Trainer):
                 raise ValueError(f"LLMJEPATrainer does not support {name}, got {given!r}")
 
     def _reset_train_sums(self) -> None:
-        self._train_sums = torch.zeros(6)  # ntp_loss, jepa_loss, cosine, pairs, tokens, sft
+        # ntp_loss, jepa_loss, cosine, stp_loss, pairs, tubes, tokens, sft
+        self._train_sums = torch.zeros(8)
         self._updates = 0
         self._updates_with_pairs: Tensor | int = 0
+        self._updates_with_tubes: Tensor | int = 0
         self._started: float | None = None
 
     def _get_train_sampler(self, train_dataset=None):
@@ -189,20 +205,28 @@ class LLMJEPATrainer(Trainer):
         return lambda index, update: (bare if dropout.drops(index, update) else whole)[index]
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """Collects the batches of an update, and counts their pairs."""
+        """Collects the batches of an update, and counts their pairs and tubes."""
         if self._started is None:
             self._started = time.perf_counter()
         self._updates += 1
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        predictors = [batch["view_pairs"][..., 0] for batch in batches]
-        labels = [predictor.masked_fill(predictor < 0, IGNORE) for predictor in predictors]
-        # Counted like supervised tokens, so whatever parallelism means for those holds for pairs.
-        num_pairs: Any = self._get_num_items_in_batch(
+        pairs = [batch["view_pairs"][..., 0] >= 0 for batch in batches]
+        self._num_pairs = self._count(pairs, device)
+        self._updates_with_pairs = self._updates_with_pairs + (self._num_pairs > 0)
+        if all(batch.get("tubes") is not None for batch in batches):
+            self._num_tubes = self._count([real_tubes(batch["tubes"]) for batch in batches], device)
+            self._updates_with_tubes = self._updates_with_tubes + (self._num_tubes > 0)
+        return batches, num_items
+
+    def _count(self, real: list[Tensor], device: torch.device) -> Any:
+        """How many are True of all batches of an update, over all processes.
+
+        Counted like supervised tokens, so whatever parallelism means for those holds for these.
+        """
+        labels = [torch.where(x, 0, IGNORE) for x in real]
+        return self._get_num_items_in_batch(
             [{"labels": label, "shift_labels": label} for label in labels], device
         )
-        self._num_pairs = num_pairs
-        self._updates_with_pairs = self._updates_with_pairs + (num_pairs > 0)
-        return batches, num_items
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of one batch: its share of the update's, given `num_items_in_batch`."""
@@ -213,20 +237,29 @@ class LLMJEPATrainer(Trainer):
             counts = {
                 "num_items_in_batch": num_items_in_batch,
                 "num_pairs_in_batch": self._num_pairs,
+                "num_tubes_in_batch": self._num_tubes,
             }
-        outputs: Any = llm_jepa_loss(model, batch, **self.loss_options, **counts)
+        options = self._warmed_up() if model.training else self.loss_options
+        outputs: Any = llm_jepa_loss(model, batch, **options, **counts)
         loss = outputs.loss
         if counts:
             scale = self._loss_scale()
             loss = loss * scale
             tokens = batch["input_ids"].numel()
             sft = tokens if sft_tokens is None else sft_tokens.sum()
-            shares = [outputs.ntp_loss, outputs.jepa_loss, outputs.cosine]
-            shares = [scale * share.detach() for share in shares]
-            values = (*shares, outputs.num_pairs, tokens, sft)
+            means = [outputs.ntp_loss, outputs.jepa_loss, outputs.cosine, outputs.stp_loss]
+            shares = [scale * mean.detach() for mean in means]
+            values = (*shares, outputs.num_pairs, outputs.num_tubes, tokens, sft)
             summands = torch.stack([torch.as_tensor(x, device=loss.device) for x in values])
             self._train_sums = self._train_sums.to(loss.device) + summands
         return (loss, outputs) if return_outputs else loss
+
+    def _warmed_up(self) -> dict[str, Any]:
+        """The options of the loss at this update."""
+        updates = self.weight_warmup * self.state.max_steps
+        share = min(1.0, (self.state.global_step + 1) / updates) if updates else 1.0
+        weights = {name: share * self.loss_options[name] for name in ("jepa_weight", "stp_weight")}
+        return {**self.loss_options, **weights}
 
     def _loss_scale(self) -> int:
         """Makes the mean over processes, which DistributedDataParallel takes, a sum."""
@@ -238,13 +271,16 @@ class LLMJEPATrainer(Trainer):
         """Adds what was summed up since the last log to the log of the loss."""
         if "loss" in logs and self._started is not None:
             sums = self.accelerator.reduce(self._train_sums, reduction="mean") / self._updates
-            ntp_loss, jepa_loss, cosine, pairs, tokens, sft_tokens = sums.tolist()
+            ntp_loss, jepa_loss, cosine, stp_loss, pairs, tubes, tokens, sft_tokens = sums.tolist()
             with_pairs = int(self._updates_with_pairs) / self._updates
+            with_tubes = int(self._updates_with_tubes) / self._updates
             tokens_per_step = tokens * self.accelerator.num_processes // self.get_tp_size()
             seconds = time.perf_counter() - self._started
             logs["ntp_loss"] = ntp_loss
             if pairs:
                 logs |= {"jepa_loss": jepa_loss / with_pairs, "cosine": cosine / with_pairs}
+            if tubes:
+                logs["stp_loss"] = stp_loss / with_tubes
             logs |= {
                 "tokens_per_step": tokens_per_step,
                 "tokens_per_second": tokens_per_step * self._updates / seconds,
@@ -289,9 +325,10 @@ class LLMJEPATrainer(Trainer):
         batch = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, batch, return_outputs=True)
-        items, pairs = outputs.num_items, outputs.num_pairs
+        items, pairs, tubes = outputs.num_items, outputs.num_pairs, outputs.num_tubes
         sums = [outputs.ntp_loss * items, outputs.jepa_loss * pairs, outputs.cosine * pairs]
-        self._eval_sums += torch.stack([*sums, items, pairs]).to(self._eval_sums)
+        sums += [outputs.stp_loss * tubes, items, pairs, tubes]
+        self._eval_sums += torch.stack(sums).to(self._eval_sums)
         return loss, None, None
 
     def evaluation_loop(
@@ -304,17 +341,23 @@ class LLMJEPATrainer(Trainer):
     ):
         """Evaluates; each loss is the mean over all tokens or pairs, however they are batched."""
         paused = time.perf_counter()
-        self._eval_sums = torch.zeros(5, device=self.args.device)
+        self._eval_sums = torch.zeros(7, device=self.args.device)
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
         sums = self.accelerator.reduce(self._eval_sums, reduction="sum")
-        ntp_loss, jepa_loss, cosine, items, pairs = sums.tolist()
-        ntp_loss, jepa_loss = ntp_loss / max(items, 1), jepa_loss / max(pairs, 1)
-        loss = ntp_loss + self.loss_options["jepa_weight"] * jepa_loss
-        metrics = {"loss": loss, "ntp_loss": ntp_loss}
+        ntp_loss, jepa_loss, cosine, stp_loss, items, pairs, tubes = sums.tolist()
+        means = {
+            "ntp": ntp_loss / max(items, 1),
+            "jepa": jepa_loss / max(pairs, 1),
+            "stp": stp_loss / max(tubes, 1),
+        }
+        loss = sum(self.loss_options[f"{name}_weight"] * mean for name, mean in means.items())
+        metrics = {"loss": loss, "ntp_loss": means["ntp"]}
         if pairs:
-            metrics |= {"jepa_loss": jepa_loss, "cosine": cosine / pairs}
+            metrics |= {"jepa_loss": means["jepa"], "cosine": cosine / pairs}
+        if tubes:
+            metrics["stp_loss"] = means["stp"]
         named = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
         output = output._replace(metrics={**(output.metrics or {}), **named})
         if self._started is not None:
@@ -323,14 +366,17 @@ class LLMJEPATrainer(Trainer):
 
 
 class _SetEpoch(TrainerCallback):
-    """Tells sampler and dataset the epoch, as Accelerate does only in one process, not resumed."""
+    """Tells sampler, dataset and collator the epoch.
+
+    Accelerate tells the first two, but only in one process that has not resumed.
+    """
 
     def __init__(self, trainer: LLMJEPATrainer):
         self.trainer = trainer
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         dataset = getattr(train_dataloader, "dataset", None)
-        for stage in (dataset, self.trainer._update_sampler):
+        for stage in (dataset, self.trainer._update_sampler, self.trainer.data_collator):
             set_epoch = getattr(stage, "set_epoch", None)
             if set_epoch is not None:
                 set_epoch(int(state.epoch or 0))
@@ -347,7 +393,7 @@ def _is_patched(model: torch.nn.Module) -> bool:
 class ProgressBar(ProgressCallback):
     """Trainer's progress bar, with the latest losses on it instead of a line for each log."""
 
-    SHOWN = ("loss", "ntp_loss", "jepa_loss", "cosine", "tokens_per_second")
+    SHOWN = ("loss", "ntp_loss", "jepa_loss", "cosine", "stp_loss", "tokens_per_second")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and self.training_bar is not None:

@@ -16,7 +16,7 @@ from llmjepa_kernels.data.chat import (
     plain_example,
     plain_prompt,
 )
-from llmjepa_kernels.packing import without_views
+from llmjepa_kernels.packing import sequence_ids, without_views
 from tests.support.chat_templates import KWARGS, OLMO2, QWEN3, SMOLLM2, SPANS, USER_ALONE
 from tests.support.chats import CHAT, KINDS, SPECIAL, decode, decode_start, get_tokenizer, turns
 
@@ -45,7 +45,20 @@ def test_shared_layout(family, kind):
         completion_labels=completion.labels,
     )
     assert pred == expected.segments[2]
-    assert example == expected
+    assert (example.segments, example.pairs) == (expected.segments, expected.pairs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", SPANS)
+def test_the_path_is_the_contents_of_both_turns(family, kind):
+    tokenizer = get_tokenizer(SPANS[family][0], kind)
+    for layout in ("shared", "official"):
+        example = chat_example(CHAT, tokenizer, layout=layout, template_kwargs=KWARGS.get(family))
+        for chat in (example, without_views(example)):
+            ids = sequence_ids(chat, chat.path.segment)
+            user, assistant = (decode(tokenizer, ids[slice(*span)]) for span in chat.path.spans)
+            assert user.strip().endswith(CHAT[-2]["content"])  # Gemma's begins with the system text
+            assert assistant.strip() == CHAT[-1]["content"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -32,11 +32,11 @@ def all_float64(monkeypatch):
 def separate_passes(model, examples):
     """Every segment in a pass of its own behind what it continues, through unpatched attention.
 
-    Returns the hidden state of each context (a token with all it sees), and both mean losses.
+    Returns the hidden state of each context (a token with all it sees), and the mean losses.
     """
-    states, ntp, jepa, num_items, num_pairs = {}, 0, 0, 0, 0
+    states, ntp, jepa, stp, num_items, num_pairs, num_tubes = {}, 0, 0, 0, 0, 0, 0
     for example in examples:
-        paths, ends = [], []
+        paths, passes = [], []
         for segment in example.segments:
             above = [] if segment.parent is None else paths[segment.parent]
             path = above + list(segment.input_ids)
@@ -45,7 +45,7 @@ def separate_passes(model, examples):
                 input_ids=torch.tensor([path]), output_hidden_states=True, use_cache=False
             )
             hidden = outputs.hidden_states[-1][0]
-            ends.append(hidden[-1])
+            passes.append(hidden)
             states |= {tuple(path[: i + 1]): hidden[i].detach() for i in range(len(path))}
             labels = [-100] * len(path)
             if segment.labels is not None:
@@ -54,9 +54,15 @@ def separate_passes(model, examples):
             ntp = ntp + functional.cross_entropy(outputs.logits[0, :-1], labels, reduction="sum")
             num_items += int((labels != -100).sum())
         for predictor, target in example.pairs:
-            jepa = jepa + 1 - functional.cosine_similarity(ends[predictor], ends[target], dim=0)
+            ends = passes[predictor][-1], passes[target][-1]
+            jepa = jepa + 1 - functional.cosine_similarity(*ends, dim=0)
             num_pairs += 1
-    return states, ntp / num_items, jepa / num_pairs
+        for tube in example.tubes:
+            hidden = passes[example.path.segment]
+            vectors = [sum(hidden[end] - hidden[start] for start, end in steps) for steps in tube]
+            stp = stp + 1 - functional.cosine_similarity(*vectors, dim=0)
+            num_tubes += 1
+    return states, ntp / num_items, jepa / num_pairs, stp / num_tubes
 
 
 def gradients(model, loss):
@@ -68,12 +74,12 @@ def gradients(model, loss):
 def assert_equal_passes(family, examples, dtype, tolerance, impl=None, **packing):
     """Hidden states, losses and gradients, each relative to its own largest value."""
     model = tiny_model(family, dtype=dtype)
-    states, ntp_loss, jepa_loss = separate_passes(model, examples)
-    expected = gradients(model, ntp_loss + 0.7 * jepa_loss)
+    states, ntp_loss, jepa_loss, stp_loss = separate_passes(model, examples)
+    expected = gradients(model, ntp_loss + 0.7 * jepa_loss + 0.3 * stp_loss)
 
     patch_model(model, impl=impl)
     batch = pack(examples, **packing)
-    output = llm_jepa_loss(model, batch, jepa_weight=0.7)
+    output = llm_jepa_loss(model, batch, jepa_weight=0.7, stp_weight=0.3)
     actual = gradients(model, output.loss)
 
     def compare(actual, expected, name):
@@ -82,6 +88,7 @@ def assert_equal_passes(family, examples, dtype, tolerance, impl=None, **packing
 
     compare(output.ntp_loss, ntp_loss, "ntp_loss")
     compare(output.jepa_loss, jepa_loss, "jepa_loss")
+    compare(output.stp_loss, stp_loss, "stp_loss")
     assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
         compare(actual[name], gradient, f"gradient of {name}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from llmjepa_kernels import (
     semantic_tube_loss,
     view_attention,
 )
+from llmjepa_kernels.packing import sequence_ids
+from llmjepa_kernels.tubes import TokenPath, TubeSampler
 
 
 def random_forest(seq: int, seed: int, mean_length: float = 8.0) -> tuple[Tensor, Tensor]:
@@ -74,13 +76,19 @@ def random_examples(count: int, seed: int, vocab: int = 50, views: str = "shared
             segments += [Segment(pred, 0)] if pred else []
             segments.append(Segment(answer))
             pair = (2 if pred else 0, len(segments) - 1)
+            last = 1
         else:
             chat = text + answer
             chat_labels = [-100] * len(text) + labels
             user = text[len(header) // 2 :] + pred
             segments = [Segment(chat, labels=chat_labels), Segment(user), Segment(answer)]
             pair = (1, 2)
-        examples.append(Example(segments, [pair]))
+            last = 0
+        start = len(text) + len(code_header)
+        path = TokenPath(last, [(len(header), len(text)), (start, start + len(code))])
+        example = Example(segments, [pair], path)
+        tubes = TubeSampler(count=2).draw(path, sequence_ids(example, last))
+        examples.append(replace(example, tubes=tubes))
     return examples
 
 

@@ -20,11 +20,12 @@ from llmjepa_kernels.data.predictor_tokens import add_predictor_tokens
 from llmjepa_kernels.data.tokenizer import train_tokenizer
 from llmjepa_kernels.hf.load import add_lora
 from llmjepa_kernels.hf.patch import patch_model, patched_impl
-from llmjepa_kernels.packing import IGNORE, without_views
+from llmjepa_kernels.packing import IGNORE, Example, Segment, without_views
 from llmjepa_kernels.training.collator import LLMJEPACollator, chat_tokens
 from llmjepa_kernels.training.loss_dropout import LossDropout
 from llmjepa_kernels.training.objective import llm_jepa_loss
 from llmjepa_kernels.training.trainer import LLMJEPATrainer
+from llmjepa_kernels.tubes import TubeSampler
 
 ROWS = generate(24, seed=3)
 
@@ -172,7 +173,44 @@ def test_loss_dropout_takes_the_cost_of_the_views_away(tokenizer):
     assert batch["input_ids"].numel() == sft_tokens + sum(views[i] for i in kept)
 
 
+def test_collator_draws_tubes_anew_every_epoch(tokenizer):
+    _, collator = build(tokenizer)
+    collator = replace(collator, tubes=TubeSampler(count=3))
+    first, again = collator(ROWS[:4])["tubes"], collator(ROWS[:4])["tubes"]
+    assert first.shape == (1, 12, 2, 3, 2)
+    assert torch.equal(first, again)
+    collator.set_epoch(1)
+    assert not torch.equal(collator(ROWS[:4])["tubes"], first)
+    # They cost no tokens.
+    collator = replace(collator, with_views=False, share_prefixes=False)
+    batch = collator(ROWS[:4])
+    assert int(batch["sft_tokens"].sum()) == batch["input_ids"].numel()
+
+
+def test_weights_grow_over_the_warm_up(tokenizer, tmp_path):
+    """λ is a quarter and a half of itself at the first two of eight updates with all of a warm-up
+    over half of them, and whole from the fourth on."""
+    model, collator = build(tokenizer)
+    collator.tubes = TubeSampler()
+    trainer = LLMJEPATrainer(
+        model,
+        arguments(tmp_path, max_steps=8, train_sampling_strategy="sequential"),
+        collator,
+        train_dataset=ROWS,
+        jepa_weight=2.0,
+        stp_weight=0.5,
+        weight_warmup=0.5,
+    )
+    trainer.train()
+    for i, log in enumerate(trainer.state.log_history[:8]):
+        share = min(1, (i + 1) / 4)
+        terms = 2 * log["jepa_loss"] + 0.5 * log["stp_loss"]
+        assert log["loss"] == pytest.approx(log["ntp_loss"] + share * terms, rel=1e-4)
+
+
 def test_collator_names_what_is_wrong(tokenizer):
+    with pytest.raises(ValueError, match="example 0: tubes are drawn from a path"):
+        LLMJEPACollator(tubes=TubeSampler())([Example([Segment([5], labels=[5])])])
     with pytest.raises(ValueError, match=r"with the key messages, got \['text'\]"):
         LLMJEPACollator(tokenizer)([{"text": "a"}])
     with pytest.raises(ValueError, match="tokenizer=None"):
@@ -184,9 +222,9 @@ def test_collator_names_what_is_wrong(tokenizer):
 # The update
 
 
-def by_hand(model, batch, learning_rate=0.1, jepa_weight=2.0):
+def by_hand(model, batch, learning_rate=0.1, **weights):
     batch = {key: value for key, value in batch.items() if key != "sft_tokens"}
-    outputs = llm_jepa_loss(patch_model(model), batch, jepa_weight=jepa_weight)
+    outputs = llm_jepa_loss(patch_model(model), batch, **weights)
     outputs.loss.backward()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -203,8 +241,12 @@ def test_accumulation_gives_the_update_of_the_whole_batch(
     # One chat in three has no pair, so the counts of pairs and tokens differ between batches.
     data = [collator.example(row) for row in ROWS[:8]]
     data = [without_views(example) if i % 3 == 0 else example for i, example in enumerate(data)]
+    data = [
+        replace(x, tubes=TubeSampler(count=1 + i % 2).draw(x.path, [i])) for i, x in enumerate(data)
+    ]
     expected_model, _ = build(tokenizer)
-    expected = by_hand(expected_model, collator(data))
+    weights = {"jepa_weight": 2.0, "stp_weight": 0.5, "ntp_weight": 0.8}
+    expected = by_hand(expected_model, collator(data), **weights)
 
     options = {
         "per_device_train_batch_size": batch_size,
@@ -212,12 +254,12 @@ def test_accumulation_gives_the_update_of_the_whole_batch(
         "train_sampling_strategy": "sequential",
     }
     args = arguments(tmp_path, **options)
-    trainer = LLMJEPATrainer(model, args, collator, train_dataset=data, jepa_weight=2.0)
+    trainer = LLMJEPATrainer(model, args, collator, train_dataset=data, **weights)
     trainer.train()
     update = parameters(expected_model) - start
     assert relative(parameters(model) - start, update) <= 1e-6
     log = trainer.state.log_history[0]
-    for name in ("loss", "ntp_loss", "jepa_loss", "cosine"):
+    for name in ("loss", "ntp_loss", "jepa_loss", "stp_loss", "cosine"):
         assert log[name] == pytest.approx(expected[name].item(), rel=1e-5)
 
 

@@ -21,6 +21,7 @@ from llmjepa_kernels.data.tokenizer import train_tokenizer
 from llmjepa_kernels.packing import without_views
 from llmjepa_kernels.training.loss_dropout import LossDropout
 from llmjepa_kernels.training.trainer import LLMJEPATrainer
+from llmjepa_kernels.tubes import TubeSampler
 from tests.training.test_trainer import ROWS, arguments, build, relative
 
 UPDATES, EXAMPLES = 4, 8  # in an update; there are sixteen in all
@@ -42,6 +43,7 @@ def train(
         layers = {"transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}
         options |= {"fsdp": True, "fsdp_config": layers}
     model, collator = build(train_tokenizer(ROWS, vocab_size=300))
+    collator.tubes = TubeSampler(count=2, seed=1)
     data = [collator.example(row) for row in ROWS[:16]]
     # Supervised tokens, pairs and lengths differ between the processes.
     data = [without_views(example) if i % 3 == 0 else example for i, example in enumerate(data)]
@@ -67,6 +69,8 @@ def train(
         train_dataset=data,
         eval_dataset=stream,
         jepa_weight=2.0,
+        stp_weight=0.5,
+        weight_warmup=0.5,
         metric=metric,
     )
     trainer.train(resume_from_checkpoint=resume and str(resume))
@@ -120,7 +124,7 @@ def test_updates_are_those_of_one_process(two_processes, one_process, kind, metr
     assert relative(two["parameters"] - start, one["parameters"] - start) <= 1e-5
     for a, b in zip(one["logs"], two["logs"], strict=True):
         assert ("jepa_loss" in a) == ("jepa_loss" in b)
-        for name in {"loss", "ntp_loss", "jepa_loss", "cosine", "epoch"} & a.keys():
+        for name in {"loss", "ntp_loss", "jepa_loss", "stp_loss", "cosine", "epoch"} & a.keys():
             assert b[name] == pytest.approx(a[name], rel=1e-5, abs=1e-5), name
         assert b["relative_cost"] > a["relative_cost"]  # shorter rows share less
 
@@ -128,7 +132,7 @@ def test_updates_are_those_of_one_process(two_processes, one_process, kind, metr
 @pytest.mark.slow
 def test_evaluation_is_that_of_one_process(two_processes, one_process):
     one, two = one_process["cosine"]["evaluation"], two_processes["ddp", "cosine"]["evaluation"]
-    for name in ("eval_loss", "eval_ntp_loss", "eval_jepa_loss", "eval_cosine"):
+    for name in ("eval_loss", "eval_ntp_loss", "eval_jepa_loss", "eval_stp_loss", "eval_cosine"):
         assert two[name] == pytest.approx(one[name], rel=1e-5)
 
 
