@@ -84,7 +84,7 @@ def test_tiles_that_subdivide_the_mask_block(tile, window, seq, monkeypatch):
     check(case, block_size=(64, 64))
 
 
-@pytest.mark.parametrize(("head_dim", "pieces"), [(16, 1), (64, 2), (64, 4), (80, 1)])
+@pytest.mark.parametrize(("head_dim", "pieces"), [(16, 1), (64, 2), (64, 4)])
 def test_tensor_descriptors_and_pieces(head_dim, pieces, monkeypatch):
     use_tile(monkeypatch, block_m=32, block_n=16, tma=True, pieces=pieces)
     case = AttentionCase.random(batch=2, heads=4, kv_heads=2, seq=71, head_dim=head_dim, seed=5)

@@ -15,6 +15,7 @@ from llmjepa_kernels.ops.block_mask import BlockMask
 from llmjepa_kernels.ops.common import AttentionOptions, empty_seq_major
 from llmjepa_kernels.ops.triton import attention_kernels as kernels
 from llmjepa_kernels.ops.triton import configs as triton_configs
+from llmjepa_kernels.ops.triton.attention_tiles import HeadDim, Strided
 from llmjepa_kernels.ops.triton.configs import Config, head_dim_pieces
 
 MAX_HEAD_DIM = 256
@@ -53,7 +54,7 @@ def attention_forward(
             seq,
             mask.kv_indices.shape[1],
             options.window or 0,
-            _scaling(options),
+            *_scaling(options),
             FOLD_SCALE=options.softcap is None and options.softmax_scale > 0,
             **_constants(config, head_dim, mask, options.window),
         )
@@ -94,14 +95,15 @@ def attention_backward(
             *_lists(mask, "q"),
             _positions(options),
             batch,
-            num_kv_heads,
+            num_heads,
+            num_heads // num_kv_heads,
             num_heads // num_kv_heads,
             seq,
             padded,
             mask.q_indices.shape[1],
             options.window or 0,
             options.softmax_scale,
-            _scaling(options),
+            *_scaling(options),
             WANT_DK="dk" in want,
             WANT_DV="dv" in want,
             EAGER_DP=config.eager_dp and "dk" in want,
@@ -128,7 +130,7 @@ def attention_backward(
             mask.kv_indices.shape[1],
             options.window or 0,
             options.softmax_scale,
-            _scaling(options),
+            *_scaling(options),
             EAGER_DP=config.eager_dp,
             **_constants(config, head_dim, mask, options.window),
         )
@@ -163,7 +165,7 @@ def _row_statistics(
         num_heads,
         seq,
         padded,
-        D=(head_dim, *head_dim_pieces(head_dim)),
+        D=HeadDim(head_dim, head_dim_pieces(head_dim), "ieee"),
         BLOCK_M=DELTA_ROWS,
         enable_fp_fusion=True,
     )
@@ -204,7 +206,7 @@ def _scaling(options: AttentionOptions) -> tuple[float, float | None]:
 
 def _constants(config: Config, head_dim: int, mask: BlockMask, window: int | None) -> dict:
     constants = {
-        "D": (head_dim, *head_dim_pieces(head_dim, config.pieces)),
+        "D": HeadDim(head_dim, head_dim_pieces(head_dim, config.pieces), "ieee"),
         "MASK_M": mask.block_size[0],
         "MASK_N": mask.block_size[1],
         "ALL_MASKED": window != mask.window,
@@ -220,23 +222,23 @@ def _constants(config: Config, head_dim: int, mask: BlockMask, window: int | Non
     return constants
 
 
-def _operand(x: Tensor, rows: int, config: Config) -> tuple:
-    """What a kernel reads x through: its pointer and strides, or a tensor descriptor per piece."""
+def _operand(x: Tensor, rows: int, config: Config) -> Strided | TensorDescriptor:
+    """What a kernel reads x through: its pointer and strides, or a tensor descriptor."""
     if not config.tma:
         return _strided(x)
     # A stride over a dimension of size 1 is arbitrary, but the hardware wants it aligned.
     strides = [s if n > 1 else x.shape[3] for n, s in zip(x.shape, x.stride(), strict=True)]
     strides[3] = 1
-    widths = dict.fromkeys(head_dim_pieces(x.shape[3], config.pieces))  # each once
-    return tuple(TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, d]) for d in widths)
+    (width,) = set(head_dim_pieces(x.shape[3], config.pieces))
+    return TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, width])
 
 
-def _strided(x: Tensor) -> tuple:
+def _strided(x: Tensor) -> Strided:
     # Over a dimension of size 1 a stride is arbitrary: zero keeps it from compiling anew. The
     # stride between tokens is a constant of the model; known to the compiler, it turns most
     # addresses into immediates.
     batch, head = (x.stride(dim) if x.shape[dim] > 1 else 0 for dim in (0, 1))
-    return x, batch, head, tl.constexpr(x.stride(2))
+    return Strided(x, batch, head, tl.constexpr(x.stride(2)))
 
 
 def _aligned(x: Tensor) -> bool:
