@@ -23,8 +23,8 @@ if TYPE_CHECKING:  # what `_LAZY` says, for type checkers and editors
     from llmjepa_kernels.data.example_format import ExampleFormat
     from llmjepa_kernels.data.predictor_tokens import add_predictor_tokens
     from llmjepa_kernels.hf.patch import patch_model, unpatch_model
-    from llmjepa_kernels.training.objective import LLMJEPAOutput, llm_jepa_loss
     from llmjepa_kernels.training.collator import LLMJEPACollator
+    from llmjepa_kernels.training.objective import LLMJEPAOutput, llm_jepa_loss
     from llmjepa_kernels.training.trainer import LLMJEPATrainer
 
 __version__ = "0.1.0"  # the only place; pyproject.toml reads it here
