@@ -210,8 +210,9 @@ def _help(spec: Option, default: Any) -> str:
     if spec.default is not None:
         notes.append(f"default: {spec.default}")
     elif not (default is None or default is MISSING or isinstance(default, bool)):
+        values = default if isinstance(default, tuple) else (default,)
         notes.append(
-            f"default: {default:g}" if isinstance(default, float) else f"default: {default}"
+            "default: " + " ".join(f"{x:g}" if isinstance(x, float) else f"{x}" for x in values)
         )
     if str(spec.range):
         notes.append(str(spec.range))

@@ -19,6 +19,7 @@ ROWS = (
     ("ntp_loss", "NTP loss", ".4f"),
     ("eval_ntp_loss", "held-out NTP loss", ".4f"),
     ("ood_ntp_loss", "  out of distribution", ".4f"),
+    ("eval_stp_loss", "held-out STP loss", ".4f"),
     ("accuracy", "held-out accuracy", ".1%"),
     ("ood_accuracy", "  out of distribution", ".1%"),
     ("view_cosine", "cosine of Text and Code", ".3f"),
@@ -143,10 +144,13 @@ def report_picture(runs: Sequence[dict[str, Any]]) -> bytes:
 
     figure = Figure(figsize=(15, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 4)
+    losses = {"ntp_loss": "Next-token loss", "jepa_loss": "JEPA loss", "stp_loss": "STP loss"}
+    if not any("stp_loss" in log for run in runs for log in run["history"]):
+        del losses["stp_loss"]
+    axes = figure.subplots(1, len(losses) + 2)
     names = list(dict.fromkeys(run["name"] for run in runs))
     color = {name: COLORS[i % len(COLORS)] for i, name in enumerate(names)}
-    for axis, key in zip(axes, ("ntp_loss", "jepa_loss"), strict=False):
+    for axis, key in zip(axes, losses, strict=False):
         for run in runs:
             points = [(log["step"], log[key]) for log in run["history"] if key in log]
             if points:
@@ -154,11 +158,10 @@ def report_picture(runs: Sequence[dict[str, Any]]) -> bytes:
         axis.set_xlabel("update", fontsize=8)
         if any(log.get(key, 0) > 0 for run in runs for log in run["history"]):
             axis.set_yscale("log")
-    _draw_cosines(axes[2], runs, color)
-    _draw_accuracy(axes[3], runs, color)
+    _draw_cosines(axes[-2], runs, color)
+    _draw_accuracy(axes[-1], runs, color)
     titles = (
-        "Next-token loss",
-        "JEPA loss",
+        *losses.values(),
         "cos(Pred(Enc(Text)), Enc(Code)), held out",
         "Held-out accuracy, a dot per seed",
     )

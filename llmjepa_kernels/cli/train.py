@@ -10,7 +10,7 @@ from llmjepa_kernels.cli.held_out import check_answers, chosen_rule
 from llmjepa_kernels.cli.report import write_report
 from llmjepa_kernels.cli.run_record import RunRecord
 from llmjepa_kernels.cli.starting_point import StartingPoint, starting_point
-from llmjepa_kernels.cli.train_options import OBJECTIVES, TrainOptions
+from llmjepa_kernels.cli.train_options import OBJECTIVES, TrainOptions, directory_name, terms_of
 from llmjepa_kernels.cli.training_arguments import training_arguments
 from llmjepa_kernels.cli.training_data import LeftOut, SampleReader, TrainingData
 from llmjepa_kernels.cli.training_run import TrainingRun, print_left_out
@@ -33,7 +33,11 @@ def train(options: TrainOptions) -> None:
     first = starting_point(options, chats, seeds[0])
     data = TrainingData(options, samples, held_out, first, reader.left_out)
     rule = _rule(options, data)
-    records = [_record(options, data, name, seed) for seed in seeds for name in options.objectives]
+    records = [
+        _record(options, data, objective, seed)
+        for seed in seeds
+        for objective in options.objectives
+    ]
     for record in records:
         record.check(resume=options.resume)
 
@@ -48,7 +52,8 @@ def train(options: TrainOptions) -> None:
             start, untouched = untouched, None
             if start is None or record.seed != seeds[0]:
                 start = starting_point(options, chats, record.seed)
-            result = TrainingRun(options, data, rule, record, start).run()
+            terms = terms_of(record.name)
+            result = TrainingRun(options, data, rule, record, start, terms).run()
         elif is_main:
             print(f"\n{record.title}: finished before, kept")
         results.append(result)
@@ -66,9 +71,10 @@ def _rule(options: TrainOptions, data: TrainingData) -> Rule | None:
     return rule
 
 
-def _record(options: TrainOptions, data: TrainingData, name: str, seed: int) -> RunRecord:
+def _record(options: TrainOptions, data: TrainingData, objective: str, seed: int) -> RunRecord:
     """What is kept of one run: every option that its numbers depend on, and the data."""
-    directory = Path(f"seed-{seed}" if options.seeds else "") / OBJECTIVES[name]
+    name = OBJECTIVES[objective]
+    directory = Path(f"seed-{seed}" if options.seeds else "") / directory_name(name)
     depends_on = options.recorded() | {
         "seed": seed,
         "data_seed": options.seed,

@@ -28,6 +28,7 @@ from llmjepa_kernels.data.chat import DIRECTIONS, LAYOUTS, PRED_POSITIONS, SUPER
 from llmjepa_kernels.data.example_format import TEMPLATES
 from llmjepa_kernels.ops.loss import METRICS
 from llmjepa_kernels.training.loss_dropout import PER
+from llmjepa_kernels.tubes import FORMS
 
 TRAIN_SAMPLES = 4000  # built-in ones
 SMALL_LLAMA = {"hidden_size": 192, "num_layers": 4}
@@ -55,10 +56,22 @@ FINE_TUNE = {
     "per_device_eval_batch_size": 16,
     "warmup_steps": 0.03,
 }
-OBJECTIVES = {"NTP only": "ntp-only", "LLM-JEPA": "llm-jepa"}  # and their directories
+# What is added to the next-token loss, and what a run with it is called.
+OBJECTIVES = {"ntp": "NTP only", "jepa": "LLM-JEPA", "stp": "STP", "jepa+stp": "LLM-JEPA + STP"}
 # Headings of the help. The first has what most runs are about.
 MAIN, MODEL, DATA = "options that matter most", "model", "data"
 OBJECTIVE, TRAINING = "objective", "training"
+
+
+def directory_name(name: str) -> str:
+    """Where a run of a name out of `OBJECTIVES` is kept."""
+    return name.lower().replace(" + ", "-").replace(" ", "-")
+
+
+def terms_of(name: str) -> set[str]:
+    """The terms beside the next-token loss of a run of a name out of `OBJECTIVES`."""
+    (objective,) = (key for key, known in OBJECTIVES.items() if known == name)
+    return set(objective.split("+")) - {"ntp"}
 
 
 def _by_start(key: str) -> str:
@@ -71,7 +84,8 @@ class TrainOptions(Options):
 
     summary: ClassVar[str] = "train with LLM-JEPA"
     description: ClassVar[str] = """\
-Trains a language model with next-token loss + λ · JEPA loss, in one forward pass per batch.
+Trains a language model with next-token loss + λ · JEPA loss, or that of Semantic Tube Prediction
+(STP), in one forward pass per batch.
 
 Without options it makes pairs of English and regular expressions, trains a small Llama from random
 weights on them, once with next-token loss alone and once with LLM-JEPA, and compares the two on
@@ -86,6 +100,7 @@ examples:
   llmjepa train --model meta-llama/Llama-3.2-1B-Instruct --data train.jsonl --eval-data test.jsonl
   llmjepa train --model SmolLM2-135M-Instruct.Q4_1.gguf --data train.jsonl --lora-rank 64
   llmjepa train --seeds 1 2 3 --split depth:2
+  llmjepa train --objective ntp jepa stp --stp-weight 0.05
   torchrun --nproc-per-node 8 -m llmjepa_kernels train --model Qwen/Qwen3-1.7B --data a.jsonl
 """
 
@@ -115,9 +130,24 @@ examples:
         metavar="DIR",
         recorded=False,
     )
+    objective: tuple[str, ...] = option(
+        ("jepa",),
+        "what is added to the next-token loss; a model is trained for each that is named, on the "
+        "same data",
+        group=MAIN,
+        choices=OBJECTIVES,
+        recorded=False,
+    )
     jepa_weight: float = option(
         1.0,
         "λ, the weight of the JEPA loss",
+        group=MAIN,
+        metavar="WEIGHT",
+        range=NOT_NEGATIVE,
+    )
+    stp_weight: float = option(
+        0.02,
+        "λ, the weight of the loss of STP",
         group=MAIN,
         metavar="WEIGHT",
         range=NOT_NEGATIVE,
@@ -310,6 +340,42 @@ examples:
         group=OBJECTIVE,
         choices=PER,
     )
+    tube_form: str = option(
+        "released",
+        "of STP. released: a random span of the path of contents against the rest of it; paper: "
+        "the two steps between three random tokens; turns: the user content against the answer",
+        group=OBJECTIVE,
+        choices=FORMS,
+    )
+    tube_count: int = option(
+        1,
+        "tubes of an example, drawn anew every epoch",
+        group=OBJECTIVE,
+        metavar="N",
+        range=COUNT,
+    )
+    tube_max_length: int | None = option(
+        None,
+        "tokens of a tube's span at most",
+        group=OBJECTIVE,
+        metavar="N",
+        range=Range(at_least=2),
+        default_is="any",
+    )
+    ntp_weight: float = option(
+        1.0,
+        "the weight of the next-token loss",
+        group=OBJECTIVE,
+        metavar="WEIGHT",
+        range=NOT_NEGATIVE,
+    )
+    weight_warmup: float = option(
+        0.0,
+        "fraction of the updates over which both λ grow linearly from 0",
+        group=OBJECTIVE,
+        metavar="RATE",
+        range=FRACTION,
+    )
     compare: bool | None = option(
         None,
         "train with next-token loss alone as well",
@@ -387,11 +453,12 @@ examples:
 
     @property
     def objectives(self) -> list[str]:
-        """The names of what is trained, for every seed."""
+        """What is trained for every seed, out of `OBJECTIVES`."""
         compare = self.compare
         if compare is None:
             compare = self.model is None or self.seeds is not None
-        return list(OBJECTIVES) if compare else ["LLM-JEPA"]
+        chosen = [*["ntp"] * compare, *self.objective]
+        return list(dict.fromkeys(chosen))
 
     @property
     def all_seeds(self) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -23,6 +23,7 @@ from llmjepa_kernels.training.checkpoints import saving
 from llmjepa_kernels.training.collator import LLMJEPACollator, chat_tokens
 from llmjepa_kernels.training.loss_dropout import LossDropout
 from llmjepa_kernels.training.trainer import LLMJEPATrainer, ProgressBar
+from llmjepa_kernels.tubes import TubeSampler
 
 VIEW_BATCH_SIZE = 64  # samples whose views are encoded at once
 
@@ -37,6 +38,7 @@ class TrainingRun:
         rule: Judges the held-out answers, if there are any.
         record: Of this run; gets its result.
         start: Its model is changed.
+        terms: Beside the next-token loss: "jepa", "stp".
     """
 
     options: TrainOptions
@@ -44,6 +46,7 @@ class TrainingRun:
     rule: Rule | None
     record: RunRecord
     start: StartingPoint
+    terms: Collection[str]
 
     def run(self) -> dict[str, Any]:
         """Trains, saves and measures; what there is to report, empty but in the main process.
@@ -79,7 +82,9 @@ class TrainingRun:
 
     def _trainer(self, left_out: LeftOut) -> LLMJEPATrainer:
         options, data, record, start = self.options, self.data, self.record, self.start
-        with_views = record.name == "LLM-JEPA"
+        tubes = TubeSampler(
+            options.tube_form, options.tube_count, options.tube_max_length, record.seed
+        )
         if options.streaming:
             train: Any = data.stream(left_out, seed=record.seed)
         else:
@@ -97,13 +102,17 @@ class TrainingRun:
                 start.example_format,
                 max_length=options.max_length,
                 # Next-token loss alone stands for plain fine-tuning, which shares nothing.
-                share_prefixes=options.share_prefixes and with_views,
-                with_views=with_views,
+                share_prefixes=options.share_prefixes and bool(self.terms),
+                with_views="jepa" in self.terms,
+                tubes=tubes if "stp" in self.terms else None,
             ),
             train_dataset=train,
             eval_dataset=data.held_out.examples or None,
             processing_class=start.tokenizer,
             jepa_weight=options.jepa_weight,
+            stp_weight=options.stp_weight,
+            ntp_weight=options.ntp_weight,
+            weight_warmup=options.weight_warmup,
             metric=options.metric,
             temperature=options.temperature,
             detach_target=options.detach_target,

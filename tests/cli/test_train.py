@@ -73,6 +73,24 @@ def test_default_run_reports_both_models(miniature):
     assert runs["LLM-JEPA"]["metrics"]["relative_cost"] < 1
 
 
+def test_objectives_are_trained_side_by_side_and_logged_apart(tmp_path):
+    options = ["--objective", "stp", "jepa+stp", "--tube-count", 2, "--stp-weight", 0.5]
+    options += ["--ntp-weight", 0.9, "--max-steps", 2, "--output-dir", tmp_path]
+    assert run(*MINIATURE, *options, "--no-compare") == 0
+    runs = report(tmp_path)
+    assert list(runs) == ["STP", "LLM-JEPA + STP"]
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"stp", "llm-jepa-stp"}
+    for name, each in runs.items():
+        first = each["history"][0]
+        assert ("jepa_loss" in first) == (name != "STP")
+        terms = first.get("jepa_loss", 0) + 0.5 * first["stp_loss"]
+        assert first["loss"] == pytest.approx(0.9 * first["ntp_loss"] + terms, rel=1e-4)
+    tubes = [each["history"][0]["stp_loss"] for each in runs.values()]
+    assert tubes[0] == pytest.approx(tubes[1], rel=1e-4)  # the same draws of the same weights
+    # Shared prefixes and no further tokens: cheaper than plain fine-tuning.
+    assert runs["STP"]["metrics"]["relative_cost"] < 1
+
+
 @pytest.mark.parametrize("name", ["ntp-only", "llm-jepa"])
 def test_checkpoint_loads_and_generates_patched_as_unpatched(miniature, name):
     model = AutoModelForCausalLM.from_pretrained(miniature / name)
