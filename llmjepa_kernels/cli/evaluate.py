@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -58,7 +60,12 @@ class Evaluation:
     def prepare(cls, options: EvaluateOptions) -> Evaluation:
         """Reads the data and checks all of it; raises as `evaluate` does."""
         device = _device(options.device)
-        rule = chosen_rule(options.rule, recipe=options.recipe, databases=options.databases)
+        rule = chosen_rule(
+            options.rule,
+            recipe=options.recipe,
+            template=_template(options.checkpoints),
+            databases=options.databases,
+        )
         split = None if options.split is None else Split.parse(options.split)
         located = held_out_samples(
             options.data,
@@ -178,6 +185,13 @@ def _as_json(found: dict[str, Accuracy]) -> dict[str, dict[str, Any]]:
 def _plain_values(values: dict[str, Any]) -> dict[str, Any]:
     """As JSON would give them back."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+def _template(checkpoints: Sequence[str]) -> str:
+    """The template of checkpoints on disk, if all have the same; "chat", as of most, if not."""
+    formats = [ExampleFormat.load(name) for name in checkpoints if Path(name).is_dir()]
+    templates = {found.template for found in formats}
+    return templates.pop() if len(formats) == len(checkpoints) and len(templates) == 1 else "chat"
 
 
 def _device(name: str | None) -> torch.device:

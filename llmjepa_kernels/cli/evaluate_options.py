@@ -31,11 +31,12 @@ Has checkpoints answer by greedy decoding, and reports how many answers are corr
 95 % interval.
 
 rules for what is correct:
-  exact   the answer to the letter
-  number  the number after #### (GSM8K)
-  sql     a query with the same result on --databases, read-only (Spider)
-  any     one of the answers listed with "; " between them (NQ-Open)
-  choice  the most likely of A, B, C and D (HellaSwag)
+  exact       the answer to the letter
+  startswith  it begins with the answer (Rotten Tomatoes, Yelp, models of --format plain)
+  number      the number after the first #### that has one (GSM8K)
+  sql         a query with the same result on --databases, read-only (Spider)
+  any         it contains one of the answers listed with "; " between them (NQ-Open)
+  choice      the most likely of A, B, C and D (HellaSwag)
 """
     epilog: ClassVar[str] = """\
 examples:

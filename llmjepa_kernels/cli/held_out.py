@@ -9,7 +9,7 @@ from typing import Any
 from llmjepa_kernels.data import grammar
 from llmjepa_kernels.data.samples import located_chats
 from llmjepa_kernels.data.splits import Split
-from llmjepa_kernels.evaluation.rules import RULE_OF_RECIPE, Rule, answer_rule
+from llmjepa_kernels.evaluation.rules import Rule, answer_rule, default_rule
 
 Located = Iterator[tuple[str, dict[str, Any]]]  # where samples are from, and the samples
 MAX_DEPTH = 2  # of built-in samples, unless a split asks for deeper ones
@@ -47,9 +47,11 @@ def held_out_samples(
     return found
 
 
-def chosen_rule(name: str | None, *, recipe: str | None, databases: str | None) -> Rule:
-    """The rule of that name; without one that of the recipe's dataset, or ``exact``."""
-    return answer_rule(name or RULE_OF_RECIPE.get(recipe or "", "exact"), databases=databases)
+def chosen_rule(
+    name: str | None, *, recipe: str | None, template: str, databases: str | None
+) -> Rule:
+    """The rule of that name; without one that of the recipe's dataset or of the template."""
+    return answer_rule(name or default_rule(recipe, template), databases=databases)
 
 
 def check_answers(

@@ -48,7 +48,7 @@ def rule_option(group: str | None = None) -> Any:
         "which answers are correct",
         group=group,
         choices=RULES,
-        default_is="that of the --recipe's dataset, else exact",
+        default_is="that of the --recipe's dataset, else exact, or startswith in the plain format",
     )
 
 

@@ -66,7 +66,12 @@ def _rule(options: TrainOptions, data: TrainingData) -> Rule | None:
     """What judges the held-out answers, after a look at each of them."""
     if not data.held_out.samples:
         return None
-    rule = chosen_rule(options.rule, recipe=options.recipe, databases=options.databases)
+    rule = chosen_rule(
+        options.rule,
+        recipe=options.recipe,
+        template=options.template,
+        databases=options.databases,
+    )
     check_answers(data.held_out.located + data.out_of_distribution.located, rule)
     return rule
 

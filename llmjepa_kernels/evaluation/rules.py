@@ -15,8 +15,15 @@ from llmjepa_kernels.evaluation.sql import SpiderDatabases
 
 Sample = Mapping[str, Any]
 
-RULES = ("exact", "number", "sql", "any", "choice")
-RULE_OF_RECIPE = {"gsm8k": "number", "hellaswag": "choice", "nq_open": "any", "spider": "sql"}
+RULES = ("exact", "startswith", "number", "sql", "any", "choice")
+RULE_OF_RECIPE = {
+    "gsm8k": "number",
+    "hellaswag": "choice",
+    "nq_open": "any",
+    "rotten_tomatoes": "startswith",
+    "spider": "sql",
+    "yelp": "startswith",
+}
 CHOICES = ("A", "B", "C", "D")
 _NUMBER = re.compile(
     r"####[ \t]*([-+\u2212]?)[ \t]*[$€£¥]?[ \t]*([-+\u2212]?)"
@@ -43,16 +50,30 @@ class Rule:
     choices: tuple[str, ...] = ()
 
 
+def default_rule(recipe: str | None, template: str = "chat") -> str:
+    """The rule by which the paper judges this data.
+
+    Args:
+        recipe: One of ``RECIPES``, if any.
+        template: Of the `ExampleFormat`; "plain" is that of the paper's pretraining.
+    """
+    return RULE_OF_RECIPE.get(recipe or "", "startswith" if template == "plain" else "exact")
+
+
 def answer_rule(name: str = "exact", *, databases: str | PathLike[str] | None = None) -> Rule:
     """The rule of that name.
 
-    - ``exact``: the answer to the letter, white space around it aside (NL-RX, sentiment labels).
-    - ``number``: the number after ``####``, whatever its notation (GSM8K).
+    - ``exact``: the answer to the letter, white space around it aside (NL-RX).
+    - ``startswith``: it begins with the answer, whatever follows (Rotten Tomatoes, Yelp, and models
+      pretrained in the plain format).
+    - ``number``: the number after ``####``, whatever its notation (GSM8K). Of several markers the
+      first with a number after it counts, so a model that goes on to another question keeps its
+      answer to this one.
     - ``sql``: a query with the same result; see ``SpiderDatabases``.
-    - ``any``: one of the answers listed with ``"; "`` between them, compared without case,
-      punctuation and articles as is the custom for NQ-Open. Listing several answers, as the
-      training data do, is allowed: one must be right. The authors' script also accepts any part of
-      the reference, the empty string included; this does not.
+    - ``any``: it contains one of the answers listed with ``"; "`` between them, both without case,
+      punctuation and articles as is the custom for NQ-Open. So a completion that lists several
+      answers, as the training data do, is right if one of them is. The authors' script asks the
+      reverse, whether the completion is a part of the reference, which the empty string is.
     - ``choice``: the most likely of A, B, C and D (HellaSwag).
 
     Args:
@@ -95,12 +116,13 @@ def listed_answers(text: str) -> set[str]:
 
     Source: SQuAD's evaluation, arXiv:1606.05250, which NQ-Open's follows.
     """
+    return {_normalized(part) for part in text.split("; ")} - {""}
+
+
+def _normalized(text: str) -> str:
     without_punctuation = str.maketrans("", "", string.punctuation)
-    answers = set()
-    for part in text.lower().split("; "):
-        words = re.sub(r"\b(a|an|the)\b", " ", part.translate(without_punctuation)).split()
-        answers.add(" ".join(words) or part.strip())
-    return answers - {""}
+    words = re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(without_punctuation)).split()
+    return " ".join(words) or text.lower().strip()
 
 
 def _matches(completion: str, sample: Sample) -> bool:
@@ -116,8 +138,13 @@ def _has_the_number(completion: str, sample: Sample) -> bool:
     return number is not None and number == number_after_marker(answer_of(sample))
 
 
-def _is_listed(completion: str, sample: Sample) -> bool:
-    return not listed_answers(completion).isdisjoint(listed_answers(answer_of(sample)))
+def _begins(completion: str, sample: Sample) -> bool:
+    return completion.strip().startswith(answer_of(sample).strip())
+
+
+def _contains_a_listed_one(completion: str, sample: Sample) -> bool:
+    written = _normalized(completion)
+    return any(answer in written for answer in listed_answers(answer_of(sample)))
 
 
 def _expect(test: Callable[[str], Any], expected: str, sample: Sample) -> None:
@@ -133,7 +160,8 @@ _expect_choice = partial(_expect, lambda text: text.strip() in CHOICES, "A, B, C
 
 _TEXT_RULES = {
     "exact": Rule("exact", _matches, _accept),
+    "startswith": Rule("startswith", _begins, _accept),
     "number": Rule("number", _has_the_number, _expect_number),
-    "any": Rule("any", _is_listed, _expect_list),
+    "any": Rule("any", _contains_a_listed_one, _expect_list),
     "choice": Rule("choice", _matches, _expect_choice, CHOICES),
 }

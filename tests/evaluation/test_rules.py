@@ -6,7 +6,13 @@ from decimal import Decimal
 
 import pytest
 
-from llmjepa_kernels.evaluation.rules import RULES, answer_rule, listed_answers, number_after_marker
+from llmjepa_kernels.evaluation.rules import (
+    RULES,
+    answer_rule,
+    default_rule,
+    listed_answers,
+    number_after_marker,
+)
 
 
 def sample(answer: str, question: str = "?") -> dict:
@@ -83,8 +89,10 @@ def test_exact_ignores_white_space_around_only():
         ("the drew carey.", True),
         ("Bob  Barker\n", True),
         ("Johnny Carson; Drew Carey", True),
+        ("Drew Carey and Bob Barker", True),
+        ("It is Bob Barker's show.", True),
         ("Drew", False),
-        ("Drew Carey and Bob Barker", False),
+        ("Carey, Drew", False),
         ("", False),
         ("The", False),
         ("; Drew", False),
@@ -94,6 +102,37 @@ def test_exact_ignores_white_space_around_only():
 def test_any_listed_answer(completion, correct):
     judge = answer_rule("any").is_correct
     assert judge(completion, sample("Bill Cullen; Drew Carey; Bob Barker")) is correct
+
+
+@pytest.mark.parametrize(
+    ("answer", "completion", "correct"),
+    [
+        ("Good", "Good", True),
+        ("Good", " Good, I think\n", True),
+        ("Good", "Very Good", False),
+        ("Very Good", "Good", False),
+        ("Bad", "bad", False),
+        ("Bad", "", False),
+        ("(dog)*", "(dog)*\n\nlines with", True),
+        ("(dog)*", "(dog)", False),
+    ],
+)
+def test_beginning_with_the_answer(answer, completion, correct):
+    assert answer_rule("startswith").is_correct(completion, sample(answer)) is correct
+
+
+def test_default_rules():
+    assert default_rule(None) == default_rule("nl_rx") == default_rule("paraphrase") == "exact"
+    assert default_rule(None, "plain") == default_rule("nl_rx", "plain") == "startswith"
+    assert default_rule("gsm8k", "plain") == default_rule("gsm8k") == "number"
+    assert default_rule("yelp") == default_rule("rotten_tomatoes") == "startswith"
+
+
+def test_of_two_markers_the_first_with_a_number_counts():
+    judge = answer_rule("number").is_correct
+    assert judge("#### 18\n\nNext question: #### 20", sample("#### 18"))
+    assert not judge("#### 20\n#### 18", sample("#### 18"))
+    assert judge("#### is the mark\n#### 18", sample("#### 18"))
 
 
 def test_articles_are_words_not_letters():
