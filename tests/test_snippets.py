@@ -1,6 +1,7 @@
 """The Python of README.md and of the documentation runs as it is pasted."""
 
 import re
+import runpy
 
 import pytest
 import torch
@@ -76,3 +77,10 @@ def test_snippet(code, names, one_thread, tmp_path, monkeypatch):
 def test_every_kind_of_snippet_is_there():
     codes = [param.values[0] for param in SNIPPETS]
     assert all(any(call in code for code in codes) for call in CHECKS)
+
+
+@pytest.mark.parametrize("name", ["mask", "row"])
+def test_figures_are_drawn_from_what_pack_makes(name):
+    figures = ROOT / "docs" / "figures"
+    drawn = runpy.run_path(str(figures / "draw.py"))[f"draw_{name}"]()
+    assert drawn == (figures / f"{name}.svg").read_text("utf-8")
