@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmjepa_kernels.ops.common import compute_dtype, real_tubes
 from llmjepa_kernels.ops.loss import check_hidden, last_token_loss
-from llmjepa_kernels.ops.registry import backward_operation, load_backend, operation
+from llmjepa_kernels.ops.registry import backward_operation, load_backend, operation, runs_eagerly
 
 BACKENDS = {
     "triton": "llmjepa_kernels.ops.triton.tubes",
@@ -46,13 +46,21 @@ def semantic_tube_loss(
     """
     check_hidden(hidden)
     _check_tubes(hidden, tubes)
-    vectors = torch.ops.llmjepa_kernels.tube_vectors(hidden, tubes, impl)
+    if runs_eagerly(hidden, tubes):
+        vectors = _EagerVectors.apply(hidden, tubes, impl)
+    else:
+        vectors = _OPS.tube_vectors(hidden, tubes, impl)
     batch, num_tubes = tubes.shape[:2]
     pairs = torch.arange(2 * num_tubes, device=hidden.device).view(1, num_tubes, 2)
     pairs = torch.where(real_tubes(tubes)[..., None], pairs, -1)
     return last_token_loss(
         vectors.view(batch, 2 * num_tubes, hidden.shape[2]), pairs, reduction=reduction, impl=impl
     )
+
+
+# The operation as torch sees it.
+
+_OPS = torch.ops.llmjepa_kernels
 
 
 @operation("llmjepa_kernels::tube_vectors")
@@ -91,11 +99,27 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, dvectors):
     if dvectors is None:
         return None, None, None
-    backward = torch.ops.llmjepa_kernels.tube_vectors_backward
-    return backward(dvectors, *ctx.saved_tensors, ctx.seq, ctx.dtype, ctx.impl), None, None
+    run = _OPS.tube_vectors_backward
+    return run(dvectors, *ctx.saved_tensors, ctx.seq, ctx.dtype, ctx.impl), None, None
 
 
 torch.library.register_autograd("llmjepa_kernels::tube_vectors", _backward, setup_context=_setup)
+
+
+class _EagerVectors(torch.autograd.Function):
+    """`tube_vectors` as autograd alone needs it, at a fraction of torch.library's cost."""
+
+    @staticmethod
+    def forward(ctx, hidden, tubes, impl):
+        ctx.save_for_backward(tubes)
+        ctx.seq, ctx.dtype, ctx.impl = hidden.shape[1], hidden.dtype, impl
+        return _tube_vectors(hidden, tubes, impl)
+
+    @staticmethod
+    def backward(ctx, dvectors):
+        eager = runs_eagerly(dvectors) and not torch.is_grad_enabled()
+        run = _tube_vectors_backward if eager else _OPS.tube_vectors_backward
+        return run(dvectors, *ctx.saved_tensors, ctx.seq, ctx.dtype, ctx.impl), None, None
 
 
 def _check_tubes(hidden: Tensor, tubes: Tensor) -> None:

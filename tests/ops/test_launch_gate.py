@@ -28,7 +28,7 @@ folder, arch = Path(sys.argv[1]), int(sys.argv[2])
 stub = stub_gpu.activate(folder, arch)
 
 import torch
-from llmjepa_kernels import BlockMask, last_token_loss, view_attention
+from llmjepa_kernels import BlockMask, last_token_loss, semantic_tube_loss, view_attention
 
 kernels = set()
 stub_gpu.compare_parameters(stub, kernels.add)
@@ -72,12 +72,15 @@ hidden = torch.zeros(2, 300, 2048, dtype=half, requires_grad=True)
 pairs = torch.randint(300, (2, 20, 2))
 for metric in metrics:
     last_token_loss(hidden, pairs, metric=metric, impl="triton").backward()
+tubes = torch.randint(300, (2, 20, 2, 3, 2))
+semantic_tube_loss(hidden, tubes, impl="triton").backward()
 print(json.dumps({"kernels": sorted(kernels), "maps": stub.stub_maps()}))
 """
 
 ATTENTION = {"forward", "dkdv", "dq", "row_statistics"}
 LOSS = {f"_{name}_kernel" for name in (
-    "distance_forward", "distance_backward", "views_forward", "views_dot", "views_backward"
+    "distance_forward", "distance_backward", "views_forward", "views_dot", "views_backward",
+    "tubes_forward", "tubes_backward",
 )}  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from llmjepa_kernels import semantic_tube_loss
 from llmjepa_kernels.ops import cpu
+from llmjepa_kernels.ops import tubes as ops_tubes
 from tests.support.helpers import check_tubes, random_tubes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -192,6 +193,16 @@ def test_cpu_threads_do_not_change_a_bit():
         torch.set_num_threads(before)
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+def test_eager_calls_and_the_operation_of_torch_give_the_same_bits(monkeypatch):
+    results = []
+    for eager in (True, False):
+        monkeypatch.setattr(ops_tubes, "runs_eagerly", lambda *tensors, eager=eager: eager)
+        hidden = inputs()
+        loss = semantic_tube_loss(hidden, TUBES)
+        results.append((loss, *torch.autograd.grad(loss, hidden)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_torch_compile_traces_through():

@@ -31,6 +31,7 @@ def tubes_forward(hidden: Tensor, tubes: Tensor) -> Tensor:
             hidden.shape[2],
             STEPS=tubes.shape[3],
             BLOCK_D=BLOCK_D,
+            enable_fp_fusion=True,
         )
     return vectors
 
@@ -54,6 +55,7 @@ def tubes_backward(dvectors: Tensor, tubes: Tensor, seq: int, dtype: torch.dtype
             hidden_size,
             SLOTS=num_slots // (2 * tubes.shape[1]),
             BLOCK_D=BLOCK_D,
+            enable_fp_fusion=True,
         )
     return dhidden
 
