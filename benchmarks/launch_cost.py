@@ -21,15 +21,21 @@ from pathlib import Path
 from tests.support import stub_gpu
 
 
-def microseconds(run: Callable[[], object], repeats: int = 200, rounds: int = 5) -> float:
-    """Of this process alone, the mean of the best round: a busy machine adds little to it."""
-    best = float("inf")
+def microseconds(
+    runs: dict[str, Callable[[], object]], repeats: int = 25, rounds: int = 40
+) -> dict[str, float]:
+    """Of each, the mean of its best round: a busy machine adds little to that.
+
+    Rounds take turns, and what counts is the time of this process alone.
+    """
+    best = dict.fromkeys(runs, float("inf"))
     for _ in range(rounds):
-        start = time.process_time()
-        for _ in range(repeats):
-            run()
-        best = min(best, (time.process_time() - start) / repeats)
-    return best * 1e6
+        for name, run in runs.items():
+            start = time.process_time()
+            for _ in range(repeats):
+                run()
+            best[name] = min(best[name], (time.process_time() - start) / repeats * 1e6)
+    return best
 
 
 def main() -> None:
@@ -82,15 +88,17 @@ def measure(head_dim: int, profile: bool) -> None:
 
     attend_and_back()
     loss_and_back()
-    baseline = microseconds(sdpa)
+    costs = microseconds(
+        {
+            "scaled_dot_product_attention, tiny, CPU, forward + backward": sdpa,
+            "view_attention, forward": attend_only,
+            "view_attention, forward + backward": attend_and_back,
+            "last_token_loss, forward + backward": loss_and_back,
+        }
+    )
+    baseline = next(iter(costs.values()))
     print(f"torch {torch.__version__}, one thread, microseconds of the processor")
-    for name, run in {
-        "scaled_dot_product_attention, tiny, CPU, forward + backward": sdpa,
-        "view_attention, forward": attend_only,
-        "view_attention, forward + backward": attend_and_back,
-        "last_token_loss, forward + backward": loss_and_back,
-    }.items():
-        cost = baseline if run is sdpa else microseconds(run)
+    for name, cost in costs.items():
         print(f"{name:60} {cost:6.0f}  {cost / baseline:4.1f} x")
     if profile:
         with cProfile.Profile(time.process_time) as profiler:

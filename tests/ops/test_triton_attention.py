@@ -8,6 +8,7 @@ import json
 
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 
 from llmjepa_kernels import BlockMask, view_attention
 from llmjepa_kernels.ops import autotune
@@ -208,6 +209,32 @@ def test_autotune_times_once_and_remembers(monkeypatch, tmp_path):
     assert len(timed) == 6
     stored = json.loads((tmp_path / "llmjepa_kernels" / "autotune.json").read_text())
     assert list(stored.values()) == [str(options[2])] * 2
+
+
+def test_where_a_configuration_has_no_room_a_smaller_one_runs_and_is_remembered(monkeypatch):
+    monkeypatch.setattr(triton_configs, "candidates", lambda *_, **__: [Config(128, 64, 8, 2)])
+    monkeypatch.setattr(triton_configs, "_too_large", {})
+    tried = []
+
+    def run(config):
+        tried.append((config.block_m, config.block_n, config.num_stages))
+        if config.block_m * config.block_n > 32 * 32:
+            raise OutOfResources(config.block_m * config.block_n, 32 * 32, "shared memory")
+
+    kind = {"head_dim": 64, "dtype": torch.float16, "block_size": (128, 64), "allow_tma": False}
+    triton_configs.launch("forward", run, **kind)
+    assert tried == [(128, 64, 2), (128, 64, 1), (64, 64, 1), (32, 64, 1), (32, 32, 1)]
+    tried.clear()
+    triton_configs.launch("forward", run, **kind)
+    assert tried == [(32, 32, 1)]
+
+    def never_fits(config):
+        raise OutOfResources(2, 1, "shared memory")
+
+    with pytest.raises(OutOfResources):
+        triton_configs.launch("dq", never_fits, **kind)
+    with pytest.raises(OutOfResources):
+        triton_configs.launch("dq", never_fits, **kind)
 
 
 @pytest.mark.gpu

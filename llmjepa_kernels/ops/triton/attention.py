@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from functools import partial
+from functools import cache, partial
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from llmjepa_kernels.ops import autotune
 from llmjepa_kernels.ops.block_mask import BlockMask
 from llmjepa_kernels.ops.common import AttentionOptions, empty_seq_major
 from llmjepa_kernels.ops.triton import attention_kernels as kernels
@@ -38,7 +38,7 @@ def attention_forward(
     lse = q.new_empty(batch, num_heads, seq, dtype=torch.float32)
 
     def launch(config: Config) -> None:
-        grid = (triton.cdiv(seq, config.block_m) * batch * num_heads,)
+        grid = (-(-seq // config.block_m) * batch * num_heads,)
         kernels._attention_forward_kernel[grid](
             _operand(q, config.block_m, config),
             _operand(k, config.block_n, config),
@@ -59,7 +59,7 @@ def attention_forward(
             **_constants(config, head_dim, mask, options.window),
         )
 
-    triton_configs.launch("forward", launch, **_kind(q, mask, (q, k, v)))
+    triton_configs.launch("forward", launch, **_kind(q, mask, (q, k, v), options))
     return out, lse
 
 
@@ -80,14 +80,15 @@ def attention_backward(
     dq, dk, dv = empty_seq_major(q), empty_seq_major(k), empty_seq_major(v)
     lse2, delta, dsinks = _row_statistics(dout, out, lse, _sinks(options))
     padded = lse2.shape[-1]
+    operand = cache(_operand)  # kernels of one shape of tile share descriptors
 
     def launch_dkdv(config: Config, want: str) -> None:
-        grid = (triton.cdiv(seq, config.block_n) * batch * num_kv_heads,)
+        grid = (-(-seq // config.block_n) * batch * num_kv_heads,)
         kernels._attention_dkdv_kernel[grid](
-            _operand(q, config.block_m, config),
-            _operand(k, config.block_n, config),
-            _operand(v, config.block_n, config),
-            _operand(dout, config.block_m, config),
+            operand(q, config.block_m, config),
+            operand(k, config.block_n, config),
+            operand(v, config.block_n, config),
+            operand(dout, config.block_m, config),
             lse2,
             delta,
             _strided(dk),
@@ -111,12 +112,12 @@ def attention_backward(
         )
 
     def launch_dq(config: Config) -> None:
-        grid = (triton.cdiv(seq, config.block_m) * batch * num_heads,)
+        grid = (-(-seq // config.block_m) * batch * num_heads,)
         kernels._attention_dq_kernel[grid](
-            _operand(q, config.block_m, config),
-            _operand(k, config.block_n, config),
-            _operand(v, config.block_n, config),
-            _operand(dout, config.block_m, config),
+            operand(q, config.block_m, config),
+            operand(k, config.block_n, config),
+            operand(v, config.block_n, config),
+            operand(dout, config.block_m, config),
             lse2,
             delta,
             _strided(dq),
@@ -135,7 +136,7 @@ def attention_backward(
             **_constants(config, head_dim, mask, options.window),
         )
 
-    kind = _kind(q, mask, (q, k, v, dout))
+    kind = _kind(q, mask, (q, k, v, dout), options)
     _, *directions = triton_configs.directions(triton_configs.current_arch(), head_dim, q.dtype)
     for direction in directions:
         run = launch_dq if direction == "dq" else partial(launch_dkdv, want=direction)
@@ -148,7 +149,7 @@ def _row_statistics(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """lse in base 2 and delta, (batch, num_heads, padded seq), and the gradient of the sinks."""
     batch, num_heads, seq, head_dim = out.shape
-    padded = triton.cdiv(seq, ROW_PADDING) * ROW_PADDING
+    padded = -(-seq // ROW_PADDING) * ROW_PADDING
     tiles = padded // DELTA_ROWS
     lse2 = lse.new_empty(batch, num_heads, padded)
     delta = torch.empty_like(lse2)
@@ -174,13 +175,25 @@ def _row_statistics(
     return lse2, delta, partial.sum(dim=(0, 2)).to(sinks.dtype)
 
 
-def _kind(q: Tensor, mask: BlockMask, operands: tuple[Tensor, ...]) -> dict:
+def _kind(
+    q: Tensor, mask: BlockMask, operands: tuple[Tensor, ...], options: AttentionOptions
+) -> dict:
     """What the choice of a configuration depends on."""
+    problem: tuple = ()
+    if autotune.is_enabled():  # sizes to a power of two
+        sizes = *q.shape[::2], mask.kv_indices.shape[1]
+        given = (options.window, options.softcap, options.sinks)
+        problem = (
+            *(size.bit_length() for size in sizes),
+            *(q.shape[1], operands[1].shape[1]),
+            *(option is not None for option in given),
+        )
     return {
         "head_dim": q.shape[3],
         "dtype": q.dtype,
         "block_size": tuple(mask.block_size),
         "allow_tma": all(map(_aligned, operands)),
+        "problem": problem,
     }
 
 
@@ -237,15 +250,20 @@ def _strided(x: Tensor) -> Strided:
     # Over a dimension of size 1 a stride is arbitrary: zero keeps it from compiling anew. The
     # stride between tokens is a constant of the model; known to the compiler, it turns most
     # addresses into immediates.
-    batch, head = (x.stride(dim) if x.shape[dim] > 1 else 0 for dim in (0, 1))
-    return Strided(x, batch, head, tl.constexpr(x.stride(2)))
+    batch, head, row, _ = x.stride()
+    num_rows, num_heads, *_ = x.shape
+    return Strided(x, batch if num_rows > 1 else 0, head if num_heads > 1 else 0, tl.constexpr(row))
 
 
 def _aligned(x: Tensor) -> bool:
     """Whether a tensor descriptor can address x."""
-    return x.data_ptr() % 16 == 0 and all(
-        n == 1 or (stride > 0 and stride * x.element_size() % 16 == 0)
-        for n, stride in zip(x.shape[:3], x.stride()[:3], strict=True)
+    if x.data_ptr() % 16:
+        return False
+    batch, heads, seq, _ = x.shape
+    size = x.element_size()
+    return all(
+        n == 1 or (stride > 0 and stride * size % 16 == 0)
+        for n, stride in zip((batch, heads, seq), x.stride(), strict=False)
     )
 
 

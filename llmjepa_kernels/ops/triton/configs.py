@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
+from itertools import chain
 
 import torch
 import triton
+from triton.runtime.errors import OutOfResources
 
 from llmjepa_kernels.ops import autotune
 
@@ -171,6 +173,7 @@ TABLE: dict[tuple[str, int], dict[str, list[Config]]] = {
 }
 
 
+@cache
 def candidates(
     direction: str,
     *,
@@ -179,7 +182,7 @@ def candidates(
     dtype: torch.dtype,
     block_size: tuple[int, int],
     allow_tma: bool = True,
-) -> list[Config]:
+) -> tuple[Config, ...]:
     """The configurations worth trying, the one that the static model prefers first.
 
     Args:
@@ -210,9 +213,10 @@ def candidates(
     if dtype == torch.float32 or not (_family(arch) or arch == "interpreter"):
         side //= 2
     safe = Config(min(block_size[0], side), min(block_size[1], side), num_stages=1)
-    return fitting or [safe]
+    return tuple(fitting or [safe])
 
 
+@cache
 def directions(arch: str, head_dim: int, dtype: torch.dtype) -> tuple[str, ...]:
     """The kernels of one forward and backward."""
     tuned = {} if dtype == torch.float32 else TABLE.get(_table_key(arch, head_dim), {})
@@ -227,22 +231,52 @@ def launch(
     dtype: torch.dtype,
     block_size: tuple[int, int],
     allow_tma: bool,
+    problem: tuple = (),
 ) -> None:
-    """Runs a kernel in its best configuration.
+    """Runs a kernel in its best configuration that fits the device.
 
     That is the first candidate or, with ``LLMJEPA_AUTOTUNE=1``, the one that was fastest on this
-    device when first met, see `autotune`.
+    device when such work was first met, see `autotune`. Where the device has no room for it, the
+    next one is taken, then ever smaller ones; what did not fit is not tried again.
+
+    Args:
+        problem: What else the speed depends on.
     """
     arch = current_arch()
     kind = {"head_dim": head_dim, "dtype": dtype, "block_size": block_size, "allow_tma": allow_tma}
-    options = {str(config): config for config in candidates(direction, arch=arch, **kind)}
-    best = next(iter(options))
+    options = candidates(direction, arch=arch, **kind)
     if len(options) > 1 and autotune.is_enabled():
-        runs = {name: partial(run, config) for name, config in options.items()}
-        best = autotune.fastest(" ".join([direction, *map(str, kind.values())]), runs)
-    run(options[best])
+        runs = {str(config): partial(run, config) for config in options}
+        name = " ".join(map(str, [direction, *kind.values(), *problem]))
+        best = autotune.fastest(name, runs)
+        options = sorted(options, key=lambda config: str(config) != best)
+    for config in chain(options, _smaller(options[-1])):
+        work = (arch, direction, head_dim, dtype, config)
+        if _too_large and work in _too_large:
+            continue
+        try:
+            return run(config)
+        except OutOfResources as error:
+            _too_large[work] = error
+    raise _too_large[work]
 
 
+_too_large: dict[tuple, OutOfResources] = {}
+
+
+def _smaller(config: Config) -> Iterator[Config]:
+    """Ever smaller configurations, down to the smallest."""
+    while config.num_stages > 1 or max(config.block_m, config.block_n) > MIN_TILE:
+        if config.num_stages > 1:
+            config = replace(config, num_stages=1)
+        elif config.block_m >= config.block_n:
+            config = replace(config, block_m=config.block_m // 2)
+        else:
+            config = replace(config, block_n=config.block_n // 2)
+        yield config
+
+
+@cache
 def head_dim_pieces(head_dim: int, pieces: int = 1) -> tuple[int, ...]:
     """Powers of two that cover the head dim with the least padding: (64, 16) for 80.
 
@@ -256,11 +290,20 @@ def head_dim_pieces(head_dim: int, pieces: int = 1) -> tuple[int, ...]:
     return (first, rest) if first >= MIN_TILE and first + rest < whole else (whole,)
 
 
+INTERPRETED = triton.knobs.runtime.interpret  # as it was when the kernels were defined
+
+
 def current_arch() -> str:
     """`sm_90`, `gfx942`, … of the current device; `interpreter` where Triton interprets."""
-    if triton.knobs.runtime.interpret:
+    if INTERPRETED:
         return "interpreter"
-    target = triton.runtime.driver.active.get_current_target()
+    driver = triton.runtime.driver.active
+    return _arch(driver, driver.get_current_device())
+
+
+@cache
+def _arch(driver: object, device: object) -> str:
+    target = driver.get_current_target()
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
 
 
