@@ -293,7 +293,8 @@ examples:
     )
     supervise: str = option(
         "assistant",
-        "next-token loss on the assistant's answer, or on all tokens",
+        "next-token loss on: assistant: the answer and the end of its turn; content: the answer "
+        "alone; all: all tokens; released: those that are not the pad token, as the authors' code",
         group=OBJECTIVE,
         choices=SUPERVISE,
     )

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 LAYOUTS = ("shared", "official")
 DIRECTIONS = ("text_to_code", "code_to_text", "both")
 PRED_POSITIONS = ("append", "prepend")
-SUPERVISE = ("assistant", "all")
+SUPERVISE = ("assistant", "content", "all", "released")
 
 
 def chat_example(
@@ -79,7 +79,10 @@ def chat_example(
             the content of a copy of it, whose last content token then predicts.
         supervise: ``"assistant"``: the next-token loss is on the content of every assistant turn
             and on the end of the turn, where the template ends it as it does the last one;
-            ``"all"``: on every token of the chat but the first.
+            ``"content"``: on the content alone, so the end of a turn is not learnt; ``"all"``: on
+            every token of the chat but the first; ``"released"``: on those of them that are not
+            the pad token, as in the authors' code, where that is the EOS token if the tokenizer
+            has none: no end of a turn is learnt that is this token.
         template_kwargs: Passed to ``apply_chat_template``, such as ``enable_thinking``.
     Raises:
         ValueError: The messages are malformed, an option is unknown, the tokenizer is not fast or
@@ -96,7 +99,7 @@ def chat_example(
     chat = _render(tokenizer, turns, template_kwargs)
     asked = last_user(turns)
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
-    labels = _labels(chat, answers, supervise)
+    labels = _labels(tokenizer, chat, answers, supervise)
 
     segments = [Segment(chat.input_ids, labels=labels)]
     end = _text_end(chat, asked, text) if layout == "shared" else None
@@ -154,8 +157,10 @@ def plain_example(
 
     answer = [*_encode(tokenizer, turns[-1]["content"]), tokenizer.eos_token_id]
     labels = [IGNORE] * len(prompt) + answer
-    if supervise == "all":
-        labels = [IGNORE, *(prompt + answer)[1:]]
+    if supervise == "content":
+        labels[-1] = IGNORE
+    elif supervise != "assistant":
+        labels = _labels_of_all(tokenizer, prompt + answer, supervise)
     end = len(prompt) - 1
 
     def view(name: str) -> _View:
@@ -312,22 +317,33 @@ def _link(
     return Example(segments, linked, path)
 
 
-def _labels(chat: Rendering, answers: Iterable[int], supervise: str) -> list[int]:
+def _labels(
+    tokenizer: PreTrainedTokenizerBase, chat: Rendering, answers: Iterable[int], supervise: str
+) -> list[int]:
     """Of the tokens of a chat whose contents `answers` are the assistant's."""
     ids = chat.input_ids
-    if supervise == "all":
-        return [IGNORE, *ids[1:]]
+    if supervise in ("all", "released"):
+        return _labels_of_all(tokenizer, ids, supervise)
     labels = [IGNORE] * len(ids)
     # The end of a turn is what the template writes after the last one, white space excepted.
     end_of_turn = chat.text[chat.char_spans[-1][1] :].rstrip()
     for i in answers:
         start, stop = chat.spans[i]
         content_end = chat.char_spans[i][1]
-        if chat.text.startswith(end_of_turn, content_end):
+        if supervise == "assistant" and chat.text.startswith(end_of_turn, content_end):
             end = content_end + len(end_of_turn)
             stop = max(stop, token_span(chat.offsets, 0, end)[1])
         labels[start:stop] = ids[start:stop]
     return labels
+
+
+def _labels_of_all(tokenizer: PreTrainedTokenizerBase, ids: list[int], supervise: str) -> list[int]:
+    """Of all tokens that have one before them, without the pad token if "released"."""
+    left_out = None
+    if supervise == "released":
+        padding = tokenizer.pad_token_id
+        left_out = tokenizer.eos_token_id if padding is None else padding
+    return [IGNORE, *(IGNORE if token == left_out else token for token in ids[1:])]
 
 
 def _text_end(chat: Rendering, asked: int, text: str | None) -> int | None:

@@ -1,5 +1,6 @@
 """Spans in the public chat templates, under tokenizers with the habits of the real ones."""
 
+import copy
 import os
 from pathlib import Path
 from zipfile import ZipFile
@@ -7,7 +8,7 @@ from zipfile import ZipFile
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, DataCollatorForLanguageModeling
 
 from llmjepa_kernels import llm_jepa_example, pack
 from llmjepa_kernels.data.chat import (
@@ -263,6 +264,38 @@ def test_own_views_in_the_official_layout():
     example = chat_example(CHAT, tokenizer, layout="official", text="cat", code="sits")
     assert decode(tokenizer, example.segments[1].input_ids).endswith("<|im_start|>user\ncat")
     assert decode(tokenizer, example.segments[2].input_ids).endswith("assistant\nsits")
+
+
+def test_supervise_content_leaves_out_what_ends_the_turn():
+    for family, (template, *_) in SPANS.items():
+        tokenizer = get_tokenizer(template)
+        kwargs = KWARGS.get(family)
+        example = chat_example(CHAT, tokenizer, supervise="content", template_kwargs=kwargs)
+        labels = [y for s in example.segments for y in s.labels or ()]
+        assert decode(tokenizer, labels).strip() == CHAT[-1]["content"]
+    tokenizer = get_tokenizer(None)
+    plain = plain_example(CHAT, tokenizer, separator_id=5, supervise="content")
+    assert decode(tokenizer, plain.segments[1].labels) == CHAT[-1]["content"]
+
+
+@pytest.mark.parametrize("pad", [None, "<unk>", "<|im_end|>"])
+def test_supervise_released_is_what_the_authors_collator_makes(pad):
+    """It replaces their labels by the inputs, but for the pad token, which they set to EOS."""
+    tokenizer = copy.deepcopy(get_tokenizer(SMOLLM2))
+    tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", pad
+    labels = []
+    for layout in ("shared", "official"):
+        example = chat_example(CHAT, tokenizer, layout=layout, supervise="released")
+        segments = without_views(example).segments
+        labels.append([y for segment in segments for y in segment.labels])
+    tokenizer.pad_token = pad or tokenizer.eos_token
+    ids = tokenizer.apply_chat_template(CHAT)["input_ids"]
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    [expected] = collator([{"input_ids": ids}])["labels"].tolist()
+    assert labels == [[-100, *expected[1:]]] * 2
+    assert (tokenizer.eos_token_id in labels[0]) == (pad == "<unk>")
+    plain = plain_example(CHAT, tokenizer, separator_id=5, supervise="released")
+    assert (plain.segments[1].labels[-1] == -100) == (pad != "<unk>")
 
 
 def test_supervise_all():
