@@ -78,14 +78,24 @@ def last_token_loss(
     return total if reduction == "sum" else total / count_pairs(pairs).clamp(min=1)
 
 
+def pair_views(hidden: Tensor, pairs: Tensor, *, impl: str | None = None) -> Tensor:
+    """The rows of all pairs at length 1, (2, batch, num_pairs, hidden_size); padding is 0.
+
+    Args:
+        hidden, pairs, impl: As in `last_token_loss`.
+    """
+    check_hidden(hidden)
+    if runs_eagerly(hidden, pairs):
+        return _EagerViews.apply(hidden, pairs, impl)
+    views, _ = _OPS.pair_views(hidden, pairs, impl)
+    return views
+
+
 def _infonce(
     hidden: Tensor, pairs: Tensor, temperature: float, group: ProcessGroup | None, impl: str | None
 ) -> Tensor:
     """Cross-entropy over all targets of the batch; padding is neither query nor negative."""
-    if runs_eagerly(hidden, pairs):
-        views = _EagerViews.apply(hidden, pairs, impl)
-    else:
-        views, _ = _OPS.pair_views(hidden, pairs, impl)
+    views = pair_views(hidden, pairs, impl=impl)
     predictors, targets = views.flatten(1, 2).unbind()
     real = candidates = pairs[..., 0].flatten() >= 0
     own = torch.arange(len(real), device=real.device)

@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput
 from llmjepa_kernels.hf.patch import patched_impl
 from llmjepa_kernels.ops.common import count_pairs, count_tubes
 from llmjepa_kernels.ops.loss import BACKENDS as LOSS_BACKENDS
-from llmjepa_kernels.ops.loss import last_token_loss
+from llmjepa_kernels.ops.loss import last_token_loss, pair_views
 from llmjepa_kernels.ops.tubes import semantic_tube_loss
 from llmjepa_kernels.packing import IGNORE, schedule_of
 
@@ -39,6 +39,8 @@ class LLMJEPAOutput(ModelOutput):
         num_items: Supervised tokens of this batch, an integer scalar.
         num_pairs: Pairs of this batch, an integer scalar.
         num_tubes: Tubes of this batch, an integer scalar.
+        views: With `return_views`: (2, batch, num_pairs, hidden_size), predictors and targets at
+            length 1, 0 for padding, without gradient.
     """
 
     loss: Tensor | None = None
@@ -49,6 +51,7 @@ class LLMJEPAOutput(ModelOutput):
     num_items: Tensor | None = None
     num_pairs: Tensor | None = None
     num_tubes: Tensor | None = None
+    views: Tensor | None = None
 
 
 def llm_jepa_loss(
@@ -65,6 +68,7 @@ def llm_jepa_loss(
     num_tubes_in_batch: int | Tensor | None = None,
     detach_target: bool = False,
     gather_negatives: bool | ProcessGroup = True,
+    return_views: bool = False,
 ) -> LLMJEPAOutput:
     """Next-token, LLM-JEPA and tube losses of packed rows from one forward pass.
 
@@ -93,6 +97,7 @@ def llm_jepa_loss(
             processes, or of a group of them: that of data parallelism, where processes share
             batches otherwise. All must call this together, with any number of pairs each. The
             negatives are those of this forward, not of a whole accumulated batch.
+        return_views: Also return what the pairs compare.
 
     Raises:
         ValueError: The batch lacks a key, or the model adds a loss of its own.
@@ -169,6 +174,7 @@ def llm_jepa_loss(
         if metric != "cosine":
             distance = last_token_loss(hidden, pairs, reduction="sum", impl=impl)
         cosine = _divide(num_pairs - distance, num_pairs_in_batch, num_pairs)
+        views = pair_views(hidden, pairs, impl=impl) if return_views else None
     return LLMJEPAOutput(
         loss=ntp_weight * ntp_loss + jepa_weight * jepa_loss + stp_weight * stp_loss,
         ntp_loss=ntp_loss,
@@ -178,6 +184,7 @@ def llm_jepa_loss(
         num_items=num_items,
         num_pairs=num_pairs,
         num_tubes=num_tubes,
+        views=views,
     )
 
 

@@ -23,6 +23,7 @@ from llmjepa_kernels.training.collator import LLMJEPACollator
 from llmjepa_kernels.training.loss_dropout import LossDropout
 from llmjepa_kernels.training.objective import llm_jepa_loss
 from llmjepa_kernels.training.sampler import UpdateSampler, example_work
+from llmjepa_kernels.training.telemetry import CollapseTelemetry
 
 if TYPE_CHECKING:  # builds of torch without distributed lack it
     from torch.distributed import ProcessGroup
@@ -40,6 +41,8 @@ class LLMJEPATrainer(Trainer):
 
     - ``ntp_loss``; ``jepa_loss`` and ``cosine``, the mean cosine similarity of the pairs, over the
       updates that have any; ``stp_loss`` over the updates that have tubes;
+    - ``other_cosine``, ``target_variance`` and ``target_rank``, by which collapse shows, see
+      `CollapseTelemetry`, which warns of it once;
     - ``tokens_per_step``, all tokens through the model, padding included, and
       ``tokens_per_second``, both over all processes;
     - ``relative_cost``, tokens through the model over the tokens of the same chats alone, packed
@@ -124,6 +127,7 @@ class LLMJEPATrainer(Trainer):
         self.add_callback(_SetEpoch(self))
         self.args.remove_unused_columns = False  # the collator takes the columns it knows
         self.model_accepts_loss_kwargs = True  # makes Trainer count the supervised tokens
+        self._telemetry = CollapseTelemetry()
         self._num_pairs: Tensor | int = 0
         self._num_tubes: Tensor | int = 0
         self._eval_sums = torch.zeros(0)
@@ -240,7 +244,10 @@ class LLMJEPATrainer(Trainer):
                 "num_tubes_in_batch": self._num_tubes,
             }
         options = self._warmed_up() if model.training else self.loss_options
-        outputs: Any = llm_jepa_loss(model, batch, **options, **counts)
+        watched = model.training and batch["view_pairs"].shape[1] > 0
+        outputs: Any = llm_jepa_loss(model, batch, **options, **counts, return_views=watched)
+        if watched:
+            self._telemetry.add(outputs.views)
         loss = outputs.loss
         if counts:
             scale = self._loss_scale()
@@ -279,6 +286,10 @@ class LLMJEPATrainer(Trainer):
             logs["ntp_loss"] = ntp_loss
             if pairs:
                 logs |= {"jepa_loss": jepa_loss / with_pairs, "cosine": cosine / with_pairs}
+            found = self._telemetry.logs(lambda x: self.accelerator.reduce(x, reduction="sum"))
+            if found and self.is_world_process_zero():
+                self._telemetry.warn_of_collapse(cosine / with_pairs, found["other_cosine"])
+            logs |= found
             if tubes:
                 logs["stp_loss"] = stp_loss / with_tubes
             logs |= {
