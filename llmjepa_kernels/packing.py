@@ -12,7 +12,7 @@ from torch import Tensor
 from llmjepa_kernels.ops.block_mask import SCHEDULE_KEYS, BlockMask, choose_block_size
 from llmjepa_kernels.ops.flash_plan import FlashPlan, is_plan_key
 from llmjepa_kernels.ops.tubes import TUBE_SHAPE
-from llmjepa_kernels.tubes import Step, TokenPath, Tube
+from llmjepa_kernels.tubes import Step, TokenPath, Tube, TubeSampler
 
 IGNORE = -100  # the label of a token that nobody supervises, as in Hugging Face
 
@@ -150,6 +150,17 @@ def without_views(example: Example) -> Example:
         path=path and replace(path, segment=index[path.segment]),
         tubes=example.tubes if path else (),
     )
+
+
+def with_tubes(example: Example, sampler: TubeSampler, epoch: int = 0) -> Example:
+    """The example with the tubes that a sampler draws from its path in an epoch."""
+    if example.path is None:
+        raise ValueError(
+            "tubes are drawn from a path, which chat_example and plain_example give their "
+            "examples; the example has path=None"
+        )
+    ids = sequence_ids(example, example.path.segment)
+    return replace(example, tubes=sampler.draw(example.path, ids, epoch))
 
 
 def sequence_ids(example: Example, segment: int) -> list[int]:

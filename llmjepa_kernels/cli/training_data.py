@@ -20,6 +20,7 @@ from llmjepa_kernels.data.samples import located_chats
 from llmjepa_kernels.data.splits import Split
 from llmjepa_kernels.packing import Example, pack, segment_ends
 from llmjepa_kernels.training.streaming import ExampleStream
+from llmjepa_kernels.tubes import TubeSampler
 
 HEAD = 1000  # samples of a stream that are looked at before training
 
@@ -243,13 +244,16 @@ class TrainingData:
         self.train = self._part(train, LeftOut() if options.streaming else left_out)
         self.held_out, self.out_of_distribution = (self._part(p, left_out) for p in held_out)
 
-    def stream(self, left_out: LeftOut, *, seed: int) -> ExampleStream:
+    def stream(
+        self, left_out: LeftOut, *, seed: int, tubes: TubeSampler | None = None
+    ) -> ExampleStream:
         """All of ``--data``, again and again; what is left out is counted in the first pass."""
         return ExampleStream(
             partial(self._pass, left_out),
             buffer_size=self._options.shuffle_buffer,
             seed=seed,
             loss_dropout=self._options.loss_dropout,
+            tubes=tubes,
         )
 
     def fingerprint(self) -> str:

@@ -82,11 +82,13 @@ class TrainingRun:
 
     def _trainer(self, left_out: LeftOut) -> LLMJEPATrainer:
         options, data, record, start = self.options, self.data, self.record, self.start
-        tubes = TubeSampler(
-            options.tube_form, options.tube_count, options.tube_max_length, record.seed
-        )
+        tubes = None
+        if "stp" in self.terms:
+            tubes = TubeSampler(
+                options.tube_form, options.tube_count, options.tube_max_length, record.seed
+            )
         if options.streaming:
-            train: Any = data.stream(left_out, seed=record.seed)
+            train: Any = data.stream(left_out, seed=record.seed, tubes=tubes)
         else:
             train = LossDropout(
                 data.train.examples,
@@ -104,7 +106,7 @@ class TrainingRun:
                 # Next-token loss alone stands for plain fine-tuning, which shares nothing.
                 share_prefixes=options.share_prefixes and bool(self.terms),
                 with_views="jepa" in self.terms,
-                tubes=tubes if "stp" in self.terms else None,
+                tubes=tubes,
             ),
             train_dataset=train,
             eval_dataset=data.held_out.examples or None,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from llmjepa_kernels.data.example_format import ExampleFormat
 from llmjepa_kernels.ops.choice import may_choose_flash
-from llmjepa_kernels.packing import Example, PackedBatch, pack, sequence_ids, without_views
+from llmjepa_kernels.packing import Example, PackedBatch, pack, with_tubes, without_views
 from llmjepa_kernels.training.objective import supervised_positions
 from llmjepa_kernels.tubes import TubeSampler
 
@@ -29,7 +29,8 @@ class LLMJEPACollator:
         max_length: Tokens in a row at most. Default: one row per batch, without any padding.
         share_prefixes: Store equal prefixes once per row.
         with_views: False leaves the views out: no LLM-JEPA, and no tokens for it.
-        tubes: Draws tubes for Semantic Tube Prediction, anew every epoch. Trainer sets the epoch.
+        tubes: Draws tubes for Semantic Tube Prediction, anew every epoch, for the examples that
+            have none yet. Trainer sets the epoch.
         pad_to_multiple_of: Pads rows to a multiple of this, for fewer different shapes.
         flash_plan: Also plan the calls of ``impl="flash"``. Default: where ``LLMJEPA_AUTOTUNE=1``
             is to choose between the back ends and flash-attn is installed.
@@ -70,10 +71,8 @@ class LLMJEPACollator:
         examples = [self.example(feature) for feature in features]
         packed = examples if self.with_views else [without_views(example) for example in examples]
         if self.tubes is not None:
-            packed = [
-                with_tubes(example, self.tubes, int(self._epoch), name)
-                for name, example in enumerate(packed)
-            ]
+            epoch = int(self._epoch)
+            packed = [x if x.tubes else with_tubes(x, self.tubes, epoch) for x in packed]
         batch = pack(
             packed,
             self.max_length,
@@ -101,22 +100,6 @@ class LLMJEPACollator:
             raise ValueError("features with messages need a tokenizer, got tokenizer=None")
         example = self.example_format.example(feature, self.tokenizer)
         return without_views(example) if feature.get("without_views") else example
-
-
-def with_tubes(example: Example, sampler: TubeSampler, epoch: int, name: int = 0) -> Example:
-    """The example with the tubes of an epoch.
-
-    Raises:
-        ValueError: It has no path to draw them from; says which by `name`.
-    """
-    path = example.path
-    if path is None:
-        raise ValueError(
-            f"example {name}: tubes are drawn from a path, which chat_example and plain_example "
-            "give their examples, got path=None"
-        )
-    tubes = sampler.draw(path, sequence_ids(example, path.segment), epoch)
-    return replace(example, tubes=tubes)
 
 
 def chat_tokens(example: Example) -> int:

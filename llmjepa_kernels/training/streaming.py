@@ -9,8 +9,9 @@ from typing import TypeVar
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from llmjepa_kernels.packing import Example, without_views
+from llmjepa_kernels.packing import Example, with_tubes, without_views
 from llmjepa_kernels.training.loss_dropout import random_fraction
+from llmjepa_kernels.tubes import TubeSampler
 
 T = TypeVar("T")
 # Worker, number of workers, whether it is the first pass → places and examples.
@@ -31,13 +32,20 @@ class ExampleStream(IterableDataset):
         buffer_size: How many are held in memory to draw the next from; 1 keeps the order.
         seed: Of the order and of loss dropout.
         loss_dropout: Rate α of `LossDropout`, per example.
+        tubes: Draws tubes anew in every pass, which a collator cannot tell apart.
 
     Raises:
         ValueError: An argument is out of range; on iteration, a pass has no example.
     """
 
     def __init__(
-        self, read: Reader, *, buffer_size: int = 10_000, seed: int = 0, loss_dropout: float = 0.0
+        self,
+        read: Reader,
+        *,
+        buffer_size: int = 10_000,
+        seed: int = 0,
+        loss_dropout: float = 0.0,
+        tubes: TubeSampler | None = None,
     ):
         if buffer_size < 1:
             raise ValueError(f"buffer_size must be at least 1, got {buffer_size}")
@@ -47,6 +55,7 @@ class ExampleStream(IterableDataset):
         self.buffer_size = buffer_size
         self.seed = seed
         self.loss_dropout = loss_dropout
+        self.tubes = tubes
 
     def __iter__(self) -> Iterator[Example]:
         info = get_worker_info()
@@ -57,7 +66,8 @@ class ExampleStream(IterableDataset):
             example = None
             for place, example in shuffled(located, self.buffer_size, rng):
                 dropped = random_fraction(self.seed, number, place) < self.loss_dropout
-                yield without_views(example) if dropped else example
+                example = without_views(example) if dropped else example
+                yield example if self.tubes is None else with_tubes(example, self.tubes, number)
             if example is None:
                 raise ValueError(f"the stream has no samples for worker {worker} of {num_workers}")
 

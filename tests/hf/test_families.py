@@ -7,6 +7,7 @@ from torch.nn import functional
 from llmjepa_kernels import Example, Segment, pack
 from llmjepa_kernels.hf.patch import patch_model
 from llmjepa_kernels.training.objective import llm_jepa_loss
+from llmjepa_kernels.tubes import TokenPath
 from tests.support.helpers import random_examples
 from tests.support.models import FAMILIES, tiny_model
 
@@ -152,6 +153,8 @@ def test_deep_trees_and_shared_ends(family):
                 Segment([18]),
             ],
             pairs=[(2, 6), (6, 4), (0, 6), (5, 5)],
+            path=TokenPath(5, ()),
+            tubes=[([(0, 8), (3, 1)], [(2, 5), (6, 8), (4, 0)]), ([(7, 8)], [(0, 7)])],
         ),
         Example([Segment([5, 6]), Segment([5, 6, 7, 8])], pairs=[(0, 1)]),
         Example([Segment([40])], pairs=[(0, 0)]),

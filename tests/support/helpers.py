@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from llmjepa_kernels import (
     semantic_tube_loss,
     view_attention,
 )
-from llmjepa_kernels.packing import sequence_ids
+from llmjepa_kernels.packing import with_tubes
 from llmjepa_kernels.tubes import TokenPath, TubeSampler
 
 
@@ -86,9 +86,7 @@ def random_examples(count: int, seed: int, vocab: int = 50, views: str = "shared
             last = 0
         start = len(text) + len(code_header)
         path = TokenPath(last, [(len(header), len(text)), (start, start + len(code))])
-        example = Example(segments, [pair], path)
-        tubes = TubeSampler(count=2).draw(path, sequence_ids(example, last))
-        examples.append(replace(example, tubes=tubes))
+        examples.append(with_tubes(Example(segments, [pair], path), TubeSampler(count=2)))
     return examples
 
 

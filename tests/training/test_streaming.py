@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from llmjepa_kernels.packing import Example, Segment
 from llmjepa_kernels.training.streaming import ExampleStream, shuffled
+from llmjepa_kernels.tubes import TokenPath, TubeSampler
 
 
 class Rows:
@@ -38,6 +39,14 @@ def test_a_pass_has_every_row_once_and_passes_differ():
     assert numbers(islice(stream, 150)) == read
     other = ExampleStream(Rows(50), buffer_size=8, seed=4)
     assert numbers(islice(other, 50)) != passes[0]
+
+
+def test_tubes_are_drawn_anew_in_every_pass():
+    example = Example([Segment(list(range(30)))], path=TokenPath(0, [(1, 10), (15, 30)]))
+    stream = ExampleStream(lambda *share: [("row", example)], tubes=TubeSampler(count=2))
+    first, second = ([x.tubes for x in islice(stream, 3)] for _ in range(2))
+    assert first == second
+    assert first[0] != first[1] != first[2]
 
 
 def test_a_buffer_of_one_keeps_the_order_and_a_larger_one_bounds_memory():

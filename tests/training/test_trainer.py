@@ -209,7 +209,7 @@ def test_weights_grow_over_the_warm_up(tokenizer, tmp_path):
 
 
 def test_collator_names_what_is_wrong(tokenizer):
-    with pytest.raises(ValueError, match="example 0: tubes are drawn from a path"):
+    with pytest.raises(ValueError, match="tubes are drawn from a path"):
         LLMJEPACollator(tubes=TubeSampler())([Example([Segment([5], labels=[5])])])
     with pytest.raises(ValueError, match=r"with the key messages, got \['text'\]"):
         LLMJEPACollator(tokenizer)([{"text": "a"}])
