@@ -21,7 +21,7 @@ from llmjepa_kernels.cli.shared_options import BUILT_IN_SEED
 from llmjepa_kernels.data.example_format import ExampleFormat
 from llmjepa_kernels.evaluation.geometry import DEFINITIONS, embed_views, view_geometry, view_states
 from llmjepa_kernels.files import write_whole
-from llmjepa_kernels.hf.load import load_pretrained
+from llmjepa_kernels.hf.load import check_model, load_pretrained
 from llmjepa_kernels.hf.patch import patch_model
 from llmjepa_kernels.packing import pack
 
@@ -55,14 +55,17 @@ def analyze(options: AnalyzeOptions) -> None:
     if len(chats) < 2:
         raise ValueError(f"--data {options.data} must have at least 2 samples, got {len(chats)}")
     logging.disable_progress_bar()  # of reading weights
+    names = short_names(checkpoints)
+    for checkpoint in checkpoints:
+        check_model(checkpoint)
+    output_dir.mkdir(parents=True, exist_ok=True)
     analyses = []
-    for name, checkpoint in zip(short_names(checkpoints), checkpoints, strict=True):
+    for name, checkpoint in zip(names, checkpoints, strict=True):
         try:
             numbers = analyze_checkpoint(checkpoint, chats, progress=name)
         except ValueError as error:
             raise ValueError(f"{checkpoint}: {error}") from error
         analyses.append({"name": name, "checkpoint": checkpoint, **numbers})
-    output_dir.mkdir(parents=True, exist_ok=True)
     content = {
         "data": options.data or "built-in held-out pairs",
         "samples": len(chats),

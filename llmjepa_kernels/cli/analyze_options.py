@@ -20,6 +20,7 @@ from llmjepa_kernels.cli.shared_options import (
 class AnalyzeOptions(Options):
     """What ``llmjepa analyze`` is asked for; see `Options`."""
 
+    when_interrupted: ClassVar[str] = "interrupted: nothing is kept"
     arguments: ClassVar[str] = " CHECKPOINT [CHECKPOINT ...]"
     summary: ClassVar[str] = "see where checkpoints put Text and Code"
     description: ClassVar[str] = """\

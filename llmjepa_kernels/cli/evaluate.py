@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,7 +26,7 @@ from llmjepa_kernels.data.example_format import ExampleFormat
 from llmjepa_kernels.data.splits import Split
 from llmjepa_kernels.evaluation.predict import Accuracy, Prediction, accuracies, predict
 from llmjepa_kernels.evaluation.rules import Rule
-from llmjepa_kernels.hf.load import load_pretrained
+from llmjepa_kernels.hf.load import check_model, load_pretrained
 
 
 def evaluate(options: EvaluateOptions) -> None:
@@ -38,7 +38,10 @@ def evaluate(options: EvaluateOptions) -> None:
     """
     evaluation = Evaluation.prepare(options)
     logging.disable_progress_bar()  # of reading weights
-    results = {name: evaluation.run(name) for name in options.checkpoints}
+    with evaluation.file or nullcontext():
+        for name in options.checkpoints[1:]:  # the first one is loaded next
+            check_model(name)
+        results = {name: evaluation.run(name) for name in options.checkpoints}
     print(format_accuracies(results, evaluation.split), end="")
     if evaluation.file is not None:
         file = evaluation.file
@@ -85,7 +88,7 @@ class Evaluation:
                 "max_new_tokens": options.max_new_tokens,
                 "dtype": "bfloat16" if options.bf16 else "float32",
             }
-            file = PredictionFile(options.output, settings)
+            file = PredictionFile(options.output, settings, samples, rule)
         return cls(options, device, samples, rule, split, file)
 
     def run(self, name: str) -> dict[str, Accuracy]:
@@ -135,8 +138,7 @@ class Evaluation:
         message = f"interrupted after {count} of {len(self.samples)}"
         if self.file is not None:
             message += f", which are in {self.file.path}: the same command goes on from there"
-        print(message, file=sys.stderr)
-        raise SystemExit(130)
+        raise KeyboardInterrupt(message) from None
 
 
 def format_accuracies(results: dict[str, dict[str, Accuracy]], split: Split | None) -> str:
@@ -199,7 +201,9 @@ def _device(name: str | None) -> torch.device:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         return accelerator or torch.device("cpu")
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
+        probe = torch.ones(1, device=name)
+        probe.add(1).item()  # the meta device can be named but computes nothing
+        return probe.device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {name} cannot be used: {reason}") from error

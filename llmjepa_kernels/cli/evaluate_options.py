@@ -24,6 +24,7 @@ from llmjepa_kernels.evaluation.predict import BATCH_SIZE
 class EvaluateOptions(Options):
     """What ``llmjepa evaluate`` is asked for; see `Options`."""
 
+    when_interrupted: ClassVar[str] = "interrupted: with --output nothing would be lost"
     arguments: ClassVar[str] = " CHECKPOINT [CHECKPOINT ...]"
     summary: ClassVar[str] = "measure the accuracy of checkpoints"
     description: ClassVar[str] = """\
@@ -82,6 +83,8 @@ examples:
     seed: int = option(BUILT_IN_SEED, "of the built-in data", metavar="SEED")
 
     def check(self) -> None:
+        if self.output is not None and not self.output.endswith(".jsonl"):
+            raise ValueError(f"--output must end in .jsonl, got {self.output!r}")
         if repeated := {name for name in self.checkpoints if self.checkpoints.count(name) > 1}:
             raise ValueError(f"checkpoints must differ, got {', '.join(repeated)} more than once")
         if self.recipe is not None and self.data is None:

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import io
+import os
 import sys
+import time
 
+import torch
+
+from llmjepa_kernels import __version__
 from llmjepa_kernels.cli.analyze_options import AnalyzeOptions
 from llmjepa_kernels.cli.evaluate_options import EvaluateOptions
 from llmjepa_kernels.cli.option_parser import Options, Parser
@@ -18,40 +24,63 @@ COMMANDS: dict[str, type[Options]] = {
     "evaluate": EvaluateOptions,
     "analyze": AnalyzeOptions,
 }
+# What a user or the machine is at fault for; all others are our own, and show a traceback.
+FAULTS = (ValueError, OSError, ImportError, RecursionError, torch.OutOfMemoryError)
+ALONE_AFTER = 5.0  # seconds
 MODULES = {"scikit-learn": "sklearn"}  # of packages that are not imported by their name
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the ``llmjepa`` command; returns its exit status."""
+    """Runs the ``llmjepa`` command.
+
+    Returns:
+        Its exit status: 0; 1 if a training diverged; 2 if an option, a file or the machine is at
+        fault, which one line names; 130 if it was interrupted.
+    """
+    for stream in (sys.stdout, sys.stderr):  # which may not know λ
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     parsed, unknown = _parser().parse_known_args(argv)
+    command = COMMANDS[parsed.command]
     try:
-        options = COMMANDS[parsed.command].of(parsed, unknown)
+        options = command.of(parsed, unknown)
         _require(options.packages())
         module = importlib.import_module(f"llmjepa_kernels.cli.{parsed.command}")
         getattr(module, parsed.command)(options)
-    except (ValueError, OSError, ImportError) as error:
+    except KeyboardInterrupt as stop:
+        _complain(f"llmjepa {parsed.command}: {str(stop) or command.when_interrupted}")
+        return 130
+    except (*FAULTS, FloatingPointError) as error:
         if parsed.traceback:
             raise
-        print(f"llmjepa {parsed.command}: error: {error}", file=sys.stderr)
-        return 2
+        _complain(f"llmjepa {parsed.command}: error: {error}")
+        return 1 if isinstance(error, FloatingPointError) else 2
     return 0
+
+
+def _complain(message: str) -> None:
+    """Says it once, though torchrun may have started many processes."""
+    if int(os.environ.get("RANK", "0")):
+        time.sleep(ALONE_AFTER)  # by then torchrun has ended this one, if the first has failed too
+    print(message, file=sys.stderr)
 
 
 def _parser() -> Parser:
     parser = Parser("llmjepa", description="LLM-JEPA training in one forward pass of packed rows.")
+    parser.add_argument("--version", action="version", version=f"llmjepa_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, options in COMMANDS.items():
-        command = commands.add_parser(
+        subparser = commands.add_parser(
             name,
             usage=f"llmjepa {name} [options]{options.arguments}",
             help=options.summary,
             description=options.description,
             epilog=options.epilog,
         )
-        command.add_argument(
+        subparser.add_argument(
             "--traceback", action="store_true", help="show where in the code an error was found"
         )
-        options.add_to(command)
+        options.add_to(subparser)
     return parser
 
 

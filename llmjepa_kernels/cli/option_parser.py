@@ -97,6 +97,7 @@ class Options:
 
     Attributes:
         arguments, summary, description, epilog: Of the command's help.
+        when_interrupted: What to say then.
         other: Options that the parser does not know; only of subclasses that have this field.
 
     Raises:
@@ -107,6 +108,7 @@ class Options:
     summary: ClassVar[str]
     description: ClassVar[str]
     epilog: ClassVar[str] = ""
+    when_interrupted: ClassVar[str] = "interrupted"
 
     def __post_init__(self) -> None:
         for each, spec in _specs(type(self)):

@@ -4,39 +4,62 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from llmjepa_kernels.evaluation.predict import Prediction
-from llmjepa_kernels.files import write_whole
+from llmjepa_kernels.evaluation.rules import Rule, answer_of
+from llmjepa_kernels.files import only_process, write_whole
 
 
 class PredictionFile:
     """A JSONL file of predictions, and beside it a JSON file of what they were made with.
 
     A line is a `Prediction` and the name of its checkpoint. Lines are written as they are made;
-    the last one may be torn when the process is killed, and is then dropped and made again.
+    the last one may be torn when the process is killed, and is then dropped and made again. What
+    is read is judged again: a line's word for being correct does not count. Inside ``with``, the
+    files are read, and no other process has them open.
 
     Args:
-        path: Ends in ``.jsonl``; the other file ends in ``.report.json`` instead.
+        path: Of the JSONL file; the other one ends in ``.report.json`` instead.
         settings: What all predictions depend on, such as the data; values that JSON keeps.
+        samples: What is predicted.
+        rule: Judges.
+
     Raises:
-        ValueError: The path does not end so, the file holds predictions made with other settings,
-            or such as are not known, or a line is corrupt; says which.
+        ValueError: On entering: the file holds predictions made with other settings, or such as
+            are not known, or a line is corrupt; says which.
+        OSError: On entering: another process has it open.
     """
 
-    def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, Any]):
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        settings: Mapping[str, Any],
+        samples: Sequence[Mapping[str, Any]],
+        rule: Rule,
+    ) -> None:
         self.path = Path(path)
-        if self.path.suffix != ".jsonl":
-            raise ValueError(f"the file of predictions must end in .jsonl, got {str(path)!r}")
         self.report_path = self.path.with_suffix(".report.json")
+        self._samples, self._rule = samples, rule
         self._report: dict[str, Any] = {"settings": dict(settings), "checkpoints": {}}
         self._predictions: dict[str, dict[int, Prediction]] = {}
-        if self.path.exists():
-            self._report["checkpoints"] = self._read_report()["checkpoints"]
-            self._read_predictions()
+        self._open = ExitStack()
+
+    def __enter__(self) -> PredictionFile:
+        with ExitStack() as stack:
+            stack.enter_context(only_process(self.path))
+            if self.path.exists():
+                self._report["checkpoints"] = self._read_report()["checkpoints"]
+                self._read_predictions()
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open.close()
 
     def open_checkpoint(self, name: str, settings: Mapping[str, Any]) -> dict[int, Prediction]:
         """The predictions that a checkpoint has already.
@@ -69,14 +92,16 @@ class PredictionFile:
     def _read_report(self) -> dict[str, Any]:
         try:
             report = json.loads(self.report_path.read_bytes())
-            self._compare(report["settings"], self._report["settings"])
-            if not isinstance(report["checkpoints"], dict):
+            parts = [report["settings"], report["checkpoints"]]
+            parts += [checkpoint["settings"] for checkpoint in report["checkpoints"].values()]
+            if not all(isinstance(part, dict) for part in parts):
                 raise TypeError
-        except (FileNotFoundError, json.JSONDecodeError, LookupError, TypeError) as error:
+        except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{self.path} cannot be gone on with: {self.report_path} is missing or does not "
                 "say what it was made with; delete it or choose another --output"
             ) from error
+        self._compare(report["settings"], self._report["settings"])
         return report
 
     def _compare(
@@ -97,10 +122,8 @@ class PredictionFile:
                 if not line.endswith(b"\n"):
                     break  # torn
                 try:
-                    values = json.loads(line)
-                    checkpoint = values.pop("checkpoint")
-                    prediction = Prediction(**values)
-                except (ValueError, LookupError, TypeError, AttributeError) as error:
+                    checkpoint, prediction = self._prediction(json.loads(line))
+                except (ValueError, RecursionError) as error:
                     raise ValueError(f"{self.path}:{number} is no prediction: {error}") from error
                 if checkpoint not in self._report["checkpoints"]:
                     raise ValueError(
@@ -111,6 +134,24 @@ class PredictionFile:
                 self._predictions.setdefault(checkpoint, {})[prediction.index] = prediction
                 good_bytes += len(line)
         os.truncate(self.path, good_bytes)
+
+    def _prediction(self, values: Any) -> tuple[str, Prediction]:
+        """Checkpoint and prediction of a line, judged by the rule."""
+        if not isinstance(values, dict):
+            raise ValueError(f"expected an object, got {type(values).__name__}")
+        index = values.get("index")
+        if type(index) is not int or not 0 <= index < len(self._samples):
+            raise ValueError(f"index must be in 0 .. {len(self._samples) - 1}, got {index!r}")
+        keys = ("checkpoint", "prompt", "answer", "completion")
+        texts: dict[str, Any] = {key: values.get(key) for key in keys}
+        for key, text in texts.items():
+            if not isinstance(text, str):
+                raise ValueError(f"{key} must be a string, got {text!r}")
+        sample = self._samples[index]
+        if texts["answer"] != answer_of(sample):
+            raise ValueError(f"answer must be that of sample {index}, got {texts['answer']!r}")
+        correct = self._rule.is_correct(texts["completion"], sample)
+        return texts.pop("checkpoint"), Prediction(index=index, **texts, correct=correct)
 
     def _write_report(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,18 +36,18 @@ class RunRecord:
     def title(self) -> str:
         return f"{self.name}, seed {self.seed}"
 
-    def check(self, *, resume: bool) -> None:
+    def check(self, *, resume: bool, overwrite: bool = False) -> None:
         """Reads the result of a finished run, or makes sure that nothing is overwritten.
 
         Raises:
-            ValueError: Without `resume`, there are checkpoints of an earlier run; with it, that
-                run had other options, or its record is corrupt.
+            ValueError: Without `resume` and `overwrite`, there is an earlier run; with `resume`,
+                that run had other options, or its record is corrupt.
         """
         if not resume:
-            if checkpoints(self.directory):
+            if not overwrite and (found := self._leftovers()):
                 raise ValueError(
-                    f"{self.directory} holds checkpoints of an earlier run: go on with it by "
-                    "--resume, or choose another --output-dir"
+                    f"{self.directory} holds an earlier run ({found[0].name}): go on with it by "
+                    "--resume, delete it by --overwrite, or choose another --output-dir"
                 )
             return
         path = self.directory / RECORD
@@ -77,9 +78,11 @@ class RunRecord:
             faults.append(f"{checkpoint} is incomplete: {fault}")
         return None, faults
 
-    def begin(self) -> None:
-        """Writes the options; an earlier result is gone."""
+    def begin(self, *, overwrite: bool = False) -> None:
+        """Writes the options; an earlier result is gone, and with `overwrite` its checkpoints."""
         self.directory.mkdir(parents=True, exist_ok=True)
+        for path in self._leftovers() if overwrite else ():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         self._write(None)
 
     def finish(self, values: dict[str, Any]) -> dict[str, Any]:
@@ -87,6 +90,12 @@ class RunRecord:
         result = {"name": self.name, "seed": self.seed, **values}
         self._write(result)
         return result
+
+    def _leftovers(self) -> list[Path]:
+        """What an earlier run has left: its record, checkpoints and weights."""
+        names = (RECORD, "adapter", "*.safetensors", "*.safetensors.index.json")
+        found = [path for name in names for path in sorted(self.directory.glob(name))]
+        return found + checkpoints(self.directory)
 
     def _write(self, result: dict[str, Any] | None) -> None:
         record = {"options": self.options, "result": result}

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import set_seed
 
+from llmjepa_kernels.cli.fingerprints import weights_fingerprint
 from llmjepa_kernels.cli.train_options import SEPARATOR, SMALL_LLAMA, TrainOptions
 from llmjepa_kernels.data.example_format import ExampleFormat
 from llmjepa_kernels.data.predictor_tokens import add_tokens, predictor_token
@@ -17,11 +18,17 @@ from llmjepa_kernels.hf import load as models
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """A model before training, maybe with LoRA around it, and what belongs to it."""
+    """A model before training, maybe with LoRA around it, and what belongs to it.
+
+    Attributes:
+        model, tokenizer, example_format: Of the run.
+        weights: The fingerprint of those that were loaded; None of random ones.
+    """
 
     model: Any
     tokenizer: Any
     example_format: ExampleFormat
+    weights: str | None
 
     @property
     def max_positions(self) -> int | None:
@@ -48,10 +55,12 @@ def starting_point(
         OSError: The model is not there.
     """
     set_seed(seed)
+    weights = None
     if options.random_weights:
         model, tokenizer = _random(options, samples)
     else:
         model, tokenizer = models.load_pretrained(str(options.model))
+        weights = weights_fingerprint(model)
     if options.template == "chat" and not tokenizer.chat_template:
         raise ValueError(
             f"the tokenizer of --model {options.model} has no chat template: train with "
@@ -60,7 +69,34 @@ def starting_point(
     example_format, new_ids = _format(options, model, tokenizer, seed)
     if options.lora_rank is not None:
         model = models.add_lora(model, options.lora_rank, new_ids=new_ids)
-    return StartingPoint(model, tokenizer, example_format)
+    return StartingPoint(model, tokenizer, example_format, weights)
+
+
+class StartingPoints:
+    """A fresh starting point for every run, as training changes the model.
+
+    Args:
+        options: Of the command.
+        samples: As in `starting_point`.
+        first: For the first run, if it has that seed: the one that the data were made for.
+        seed: Of `first`.
+    """
+
+    def __init__(
+        self,
+        options: TrainOptions,
+        samples: Sequence[Mapping[str, Any]],
+        first: StartingPoint,
+        seed: int,
+    ) -> None:
+        self._options, self._samples = options, samples
+        self._fresh: dict[int, StartingPoint] = {seed: first}
+
+    def take(self, seed: int) -> StartingPoint:
+        """Hands it out; nobody else gets it."""
+        fresh = self._fresh.pop(seed, None)
+        self._fresh.clear()  # of the memory of one that no run has taken
+        return fresh or starting_point(self._options, self._samples, seed)
 
 
 def _random(options: TrainOptions, samples: Sequence[Mapping[str, Any]]) -> tuple[Any, Any]:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from transformers.utils import logging
 
+from llmjepa_kernels.cli.fingerprints import source_fingerprint
 from llmjepa_kernels.cli.held_out import check_answers, chosen_rule
 from llmjepa_kernels.cli.report import write_report
 from llmjepa_kernels.cli.run_record import RunRecord
-from llmjepa_kernels.cli.starting_point import StartingPoint, starting_point
+from llmjepa_kernels.cli.starting_point import StartingPoints, starting_point
 from llmjepa_kernels.cli.train_options import OBJECTIVES, TrainOptions, directory_name, terms_of
-from llmjepa_kernels.cli.training_arguments import training_arguments
+from llmjepa_kernels.cli.training_arguments import check_services, training_arguments
 from llmjepa_kernels.cli.training_data import LeftOut, SampleReader, TrainingData
 from llmjepa_kernels.cli.training_run import TrainingRun, print_left_out
 from llmjepa_kernels.evaluation.rules import Rule
+from llmjepa_kernels.files import only_process
 
 
 def train(options: TrainOptions) -> None:
@@ -22,10 +26,12 @@ def train(options: TrainOptions) -> None:
 
     Raises:
         ValueError: An option or a sample is wrong.
-        OSError: A file or a model is not there.
+        OSError: A file or a model is not there, or the disk is full.
+        FloatingPointError: A training diverged; the others are reported on all the same.
     """
     seeds = options.all_seeds
     arguments = training_arguments(options, options.output_dir, seeds[0])
+    check_services(arguments)
     is_main = arguments.process_index == 0
     reader = SampleReader(options, LeftOut())
     samples, held_out = reader.first(), reader.held_out()
@@ -33,33 +39,48 @@ def train(options: TrainOptions) -> None:
     first = starting_point(options, chats, seeds[0])
     data = TrainingData(options, samples, held_out, first, reader.left_out)
     rule = _rule(options, data)
+    depends_on = options.recorded() | {
+        "data_seed": options.seed,
+        "samples": data.fingerprint(),
+        "stream": source_fingerprint(str(options.data)) if options.streaming else None,
+        "weights": first.weights,
+        "processes": arguments.world_size,
+    }
     records = [
-        _record(options, data, objective, seed)
+        _record(options, depends_on, objective, seed)
         for seed in seeds
         for objective in options.objectives
     ]
-    for record in records:
-        record.check(resume=options.resume)
-
-    logging.disable_progress_bar()  # of reading and writing weights
-    if is_main and not options.streaming:
-        print_left_out(data.left_out)
-    results = []
-    untouched: StartingPoint | None = first  # by training, which changes the model
-    for record in records:
-        result = record.result
-        if result is None:
-            start, untouched = untouched, None
-            if start is None or record.seed != seeds[0]:
-                start = starting_point(options, chats, record.seed)
-            terms = terms_of(record.name)
-            result = TrainingRun(options, data, rule, record, start, terms).run()
-        elif is_main:
-            print(f"\n{record.title}: finished before, kept")
-        results.append(result)
-    if is_main:
-        print("\n" + write_report(results, options.output_dir))
-        print(f"Checkpoints, report.txt, report.json and report.png: {options.output_dir}/")
+    # The main process alone writes; the others agree with it on what is finished already.
+    with only_process(options.output_dir) if is_main else nullcontext():
+        if is_main or options.resume:
+            for record in records:
+                record.check(resume=options.resume, overwrite=options.overwrite)
+        logging.disable_progress_bar()  # of reading and writing weights
+        if is_main and not options.streaming:
+            print_left_out(data.left_out)
+        results, diverged = [], []
+        starts = StartingPoints(options, chats, first, seeds[0])
+        for record in records:
+            if record.result is not None:
+                results.append(record.result)
+                if is_main:
+                    print(f"\n{record.title}: finished before, kept")
+                continue
+            try:
+                start, terms = starts.take(record.seed), terms_of(record.name)
+                run = TrainingRun(options, data, rule, record, start, terms)
+                results.append(run.run())
+            except FloatingPointError as error:
+                diverged.append(f"{record.title}: {error}")
+                if is_main:
+                    good, _ = record.checkpoint()
+                    print(f"\n{diverged[-1]}; last good checkpoint: {good or 'none'}", flush=True)
+        if is_main and results:
+            print("\n" + write_report(results, options.output_dir))
+            print(f"Checkpoints, report.txt, report.json and report.png: {options.output_dir}/")
+    if diverged:
+        raise FloatingPointError("; ".join(diverged))
 
 
 def _rule(options: TrainOptions, data: TrainingData) -> Rule | None:
@@ -76,13 +97,10 @@ def _rule(options: TrainOptions, data: TrainingData) -> Rule | None:
     return rule
 
 
-def _record(options: TrainOptions, data: TrainingData, objective: str, seed: int) -> RunRecord:
+def _record(
+    options: TrainOptions, depends_on: dict[str, Any], objective: str, seed: int
+) -> RunRecord:
     """What is kept of one run: every option that its numbers depend on, and the data."""
     name = OBJECTIVES[objective]
     directory = Path(f"seed-{seed}" if options.seeds else "") / directory_name(name)
-    depends_on = options.recorded() | {
-        "seed": seed,
-        "data_seed": options.seed,
-        "samples": data.fingerprint(),
-    }
-    return RunRecord(options.output_dir / directory, name, seed, depends_on)
+    return RunRecord(options.output_dir / directory, name, seed, {**depends_on, "seed": seed})

@@ -55,6 +55,7 @@ FINE_TUNE = {
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 16,
     "warmup_steps": 0.03,
+    "save_steps": 500,
 }
 # What is added to the next-token loss, and what a run with it is called.
 OBJECTIVES = {"ntp": "NTP only", "jepa": "LLM-JEPA", "stp": "STP", "jepa+stp": "LLM-JEPA + STP"}
@@ -103,6 +104,11 @@ examples:
   llmjepa train --objective ntp jepa stp --stp-weight 0.05
   torchrun --nproc-per-node 8 -m llmjepa_kernels train --model Qwen/Qwen3-1.7B --data a.jsonl
 """
+
+    when_interrupted: ClassVar[str] = (
+        "interrupted: the same command with --resume keeps the runs that are finished, and goes on "
+        "from the last checkpoint, if --save-steps or --save-strategy made any"
+    )
 
     model: str | None = option(
         None,
@@ -186,10 +192,13 @@ examples:
     )
     resume: bool = option(
         False,
-        "go on from the last checkpoints in --output-dir (see --save-steps), if there are any, and "
-        "keep the results of runs that are finished",
+        "go on from the last checkpoints in --output-dir, if there are any, and keep the results "
+        "of runs that are finished",
         group=MAIN,
         recorded=False,
+    )
+    overwrite: bool = option(
+        False, "delete the earlier runs in --output-dir", group=MAIN, recorded=False
     )
 
     from_scratch: bool = option(
@@ -395,6 +404,15 @@ examples:
     gradient_accumulation_steps: int = option(
         1, "batches that make up an update", group=TRAINING, metavar="N", range=COUNT
     )
+    save_steps: float | None = option(
+        None,
+        "updates between checkpoints, or their share of all updates, for --resume",
+        group=TRAINING,
+        metavar="N",
+        range=POSITIVE,
+        default_is=f"{FINE_TUNE['save_steps']} with --model, else no checkpoints",
+        recorded=False,
+    )
     bf16: bool = option(False, "bfloat16 autocast; weights stay in float32", group=TRAINING)
     seed: int = option(
         BUILT_IN_SEED,
@@ -436,6 +454,8 @@ examples:
                 raise ValueError("--train-samples does not go with --streaming: see --max-steps")
             if self.loss_dropout_per == "step":
                 raise ValueError("--loss-dropout-per step does not go with --streaming")
+        if self.resume and self.overwrite:
+            raise ValueError("--resume goes on with what --overwrite deletes: give one of them")
         if self.seeds and len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"--seeds must differ, got {list(self.seeds)}")
 
@@ -468,7 +488,7 @@ examples:
     @property
     def training_arguments(self) -> dict[str, Any]:
         """What TrainingArguments are to be, unless `other` says otherwise."""
-        given = {
+        given: dict[str, Any] = {
             "num_train_epochs": self.epochs,
             "per_device_train_batch_size": self.batch_size,
             "learning_rate": self.learning_rate,
@@ -476,5 +496,7 @@ examples:
             "gradient_accumulation_steps": self.gradient_accumulation_steps,
             "bf16": self.bf16,
         }
+        if self.save_steps is not None:
+            given |= {"save_strategy": "steps", "save_steps": self.save_steps}
         start = SCRATCH if self.random_weights else FINE_TUNE
         return {**COMMON, **start, **{k: v for k, v in given.items() if v is not None}}

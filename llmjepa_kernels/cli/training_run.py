@@ -56,13 +56,18 @@ class TrainingRun:
         """
         checkpoint, faults = self.record.checkpoint() if self.options.resume else (None, [])
         left_out = LeftOut()
-        trainer = self._trainer(left_out)
+        trainer, bar = self._trainer(left_out), ProgressBar()
+        if trainer.pop_callback(ProgressCallback):
+            trainer.add_callback(bar)
         is_main = trainer.is_world_process_zero()
         if is_main:
-            self.record.begin()
+            self.record.begin(overwrite=self.options.overwrite)
             self._announce(checkpoint, faults)
         from_checkpoint = None if checkpoint is None else str(checkpoint)
-        metrics = trainer.train(resume_from_checkpoint=from_checkpoint).metrics
+        try:
+            metrics = trainer.train(resume_from_checkpoint=from_checkpoint).metrics
+        finally:
+            bar.close()
         if is_main and self.options.streaming:
             print_left_out(left_out)
         metrics |= self._held_out_losses(trainer)
@@ -96,7 +101,7 @@ class TrainingRun:
                 per=options.loss_dropout_per,
                 seed=record.seed,
             )
-        trainer = LLMJEPATrainer(
+        return LLMJEPATrainer(
             start.model,
             training_arguments(options, record.directory, record.seed),
             LLMJEPACollator(
@@ -119,9 +124,6 @@ class TrainingRun:
             temperature=options.temperature,
             detach_target=options.detach_target,
         )
-        if trainer.pop_callback(ProgressCallback):
-            trainer.add_callback(ProgressBar)
-        return trainer
 
     def _announce(self, checkpoint: Path | None, faults: list[str]) -> None:
         options = self.options

@@ -114,7 +114,7 @@ class _Frame:
         for way in ways:
             try:
                 rest = way._apply(tokenizer, placeholders, kwargs)
-            except TemplateError as error:
+            except (TemplateError, OverflowError) as error:  # of an endless loop
                 refusals.append(f"{list(way.roles)} is refused with {str(error)!r}")
                 continue
             literals = []

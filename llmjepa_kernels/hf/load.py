@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import model_info, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,7 +23,7 @@ from transformers import (
 from transformers.utils.peft_utils import find_adapter_config_file
 
 
-def load_pretrained(name: str):
+def load_pretrained(name: str) -> tuple[Any, Any]:
     """A causal language model in float32, and its tokenizer.
 
     Args:
@@ -30,33 +34,55 @@ def load_pretrained(name: str):
         model, tokenizer; the tokenizer has a padding token.
 
     Raises:
-        OSError: There is no such file or directory, or no model in it or of that name on the hub.
+        OSError: There is no such file or directory, or no model in it or of that name on the hub;
+            it is corrupt; it lacks weights, or embeddings of its tokenizer's tokens.
     """
     path, options = _location(name)
-    if not options and find_adapter_config_file(path) is not None:
+    if _is_adapter(path, options):
         return _load_adapter(name)
     tokenizer = load_tokenizer(name)
     if options and hasattr(transformers, "GgufConfig"):
         # Quantised weights cannot be trained; Transformers without this option never keeps them.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
+    with _loading(name):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, output_loading_info=True, **options
+        )
+        model, found = loaded
+        # Transformers would draw them at random.
+        if missing := sorted(found["missing_keys"]):
+            raise OSError(f"it lacks the weights {', '.join(missing)}")
+        rows = model.get_input_embeddings().weight.shape[0]
+        if len(tokenizer) > rows:
+            raise OSError(f"its tokenizer has {len(tokenizer)} tokens, its embeddings {rows} rows")
     model.name_or_path = name  # which an adapter's configuration then gives as its base model
     return model, tokenizer
 
 
-def load_tokenizer(name: str):
+def check_model(name: str) -> None:
+    """Raises an OSError that `load_pretrained` would raise, as far as the weights need no look."""
+    path, options = _location(name)
+    load_tokenizer(name)
+    with _loading(name):
+        if _is_adapter(path, options):
+            from peft import PeftConfig
+
+            check_model(PeftConfig.from_pretrained(path).base_model_name_or_path)
+        else:
+            AutoConfig.from_pretrained(path, **options)
+
+
+def load_tokenizer(name: str) -> Any:
     """The tokenizer of a model, with a padding token; `name` as in `load_pretrained`."""
     path, options = _location(name)
-    try:
+    with _loading(name):
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
-    except OSError as error:
-        raise OSError(f"{name!r} cannot be loaded: {error}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def from_scratch(name: str, tokenizer):
+def from_scratch(name: str, tokenizer: Any) -> Any:
     """A model of a given architecture, with random weights from torch's global generator.
 
     Args:
@@ -64,14 +90,31 @@ def from_scratch(name: str, tokenizer):
         tokenizer: Gives the vocabulary and the special tokens.
     """
     path, options = _location(name)
-    config = AutoConfig.from_pretrained(path, **options)
-    config.vocab_size = len(tokenizer)
-    for role in ("bos", "eos", "pad"):
-        setattr(config, f"{role}_token_id", getattr(tokenizer, f"{role}_token_id"))
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with _loading(name):
+        config = AutoConfig.from_pretrained(path, **options)
+        config.vocab_size = len(tokenizer)
+        for role in ("bos", "eos", "pad"):
+            setattr(config, f"{role}_token_id", getattr(tokenizer, f"{role}_token_id"))
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def _location(name: str) -> tuple[str, dict[str, str]]:
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Names the model that cannot be loaded, in one line, whatever a library raised."""
+    try:
+        yield
+    except ImportError:
+        raise  # says what to install
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise OSError(f"{name!r} cannot be loaded: {reason}") from error
+
+
+def _is_adapter(path: str, options: dict[str, Any]) -> bool:
+    return not options and find_adapter_config_file(path) is not None
+
+
+def _location(name: str) -> tuple[str, dict[str, Any]]:
     """What ``from_pretrained`` takes for a name."""
     path = Path(name)
     if name.endswith(".gguf"):
@@ -94,20 +137,27 @@ def _location(name: str) -> tuple[str, dict[str, str]]:
             raise FileNotFoundError(
                 f"no directory {name!r}, which cannot be a model of the hub either"
             ) from None
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            with _loading(name):  # at once, where Transformers would try again for minutes
+                model_info(name, timeout=10)
     return name, {}
 
 
-def _load_adapter(directory: str):
+def _load_adapter(directory: str) -> tuple[Any, Any]:
     from peft import PeftConfig, PeftModel
 
     tokenizer = load_tokenizer(directory)
-    model, _ = load_pretrained(PeftConfig.from_pretrained(directory).base_model_name_or_path)
+    with _loading(directory):
+        base = PeftConfig.from_pretrained(directory).base_model_name_or_path
+    model, _ = load_pretrained(base)
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:  # it has [PRED] tokens
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    return PeftModel.from_pretrained(model, directory).merge_and_unload(), tokenizer
+    with _loading(directory), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        return PeftModel.from_pretrained(model, directory).merge_and_unload(), tokenizer
 
 
-def small_llama(tokenizer, *, hidden_size: int = 192, num_layers: int = 4) -> LlamaForCausalLM:
+def small_llama(tokenizer: Any, *, hidden_size: int = 192, num_layers: int = 4) -> LlamaForCausalLM:
     """A Llama with random weights (from torch's global generator) that trains in minutes on a CPU.
 
     Args:
@@ -131,7 +181,7 @@ def small_llama(tokenizer, *, hidden_size: int = 192, num_layers: int = 4) -> Ll
     return LlamaForCausalLM(config)
 
 
-def add_lora(model, rank: int, *, new_ids: Sequence[int] = ()):
+def add_lora(model: Any, rank: int, *, new_ids: Sequence[int] = ()) -> Any:
     """Freezes a model and adds LoRA as in the paper: all attention and MLP projections, α = 2r.
 
     The embedding rows of new tokens are trained, and tied weights stay tied.

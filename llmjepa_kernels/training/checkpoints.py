@@ -9,42 +9,52 @@ from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 
-from safetensors import SafetensorError
-
-from llmjepa_kernels.files import write_whole
+from llmjepa_kernels.files import file_digest, write_whole
 
 MANIFEST = "complete.json"
 
 
 @contextmanager
 def saving(what: str | PathLike[str]) -> Iterator[None]:
-    """Names what could not be saved, as an OSError whatever the library raised, on a full disk."""
+    """Names what could not be saved, as an OSError; libraries raise what they like on full disks.
+
+    Weights that are not finite are no such fault.
+    """
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise OSError(f"{what} could not be saved: {error}") from error
+    except FloatingPointError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise OSError(f"{what} could not be saved: {reason}") from error
 
 
 def mark_complete(checkpoint: str | PathLike[str]) -> None:
-    """Writes down the sizes of a checkpoint's files, once all of them are there."""
-    checkpoint = Path(checkpoint)
-    write_whole(checkpoint / MANIFEST, json.dumps(_sizes(checkpoint), indent=1))
+    """Writes down the sizes and digests of a checkpoint's files, once all of them are there."""
+    files = {
+        name: {"bytes": path.stat().st_size, "blake2b": file_digest(path)}
+        for name, path in _files(Path(checkpoint)).items()
+    }
+    write_whole(Path(checkpoint) / MANIFEST, json.dumps(files, indent=1))
 
 
 def why_incomplete(checkpoint: str | PathLike[str]) -> str | None:
-    """What is missing of a checkpoint; None if nothing is."""
+    """What is missing of a checkpoint, or other than it was saved; None if nothing is."""
     path = Path(checkpoint) / MANIFEST
     if not path.is_file():
         return f"it has no {MANIFEST}: saving it was interrupted"
     try:
         expected = json.loads(path.read_bytes())
-        found = _sizes(Path(checkpoint))
-        for name, size in expected.items():
+        found = _files(Path(checkpoint))
+        for name, saved in expected.items():
             if name not in found:
                 return f"{name} is missing"
-            if found[name] != size:
-                return f"{name} has {found[name]} bytes instead of {size}"
-    except (ValueError, AttributeError) as error:
+            size = found[name].stat().st_size
+            if size != saved["bytes"]:
+                return f"{name} has {size} bytes instead of {saved['bytes']}"
+            if file_digest(found[name]) != saved["blake2b"]:
+                return f"{name} has other content than was saved"
+    except (ValueError, AttributeError, LookupError, TypeError) as error:
         return f"{MANIFEST} is corrupt: {error}"
     return None
 
@@ -59,9 +69,9 @@ def checkpoints(directory: str | PathLike[str]) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
 
 
-def _sizes(checkpoint: Path) -> dict[str, int]:
+def _files(checkpoint: Path) -> dict[str, Path]:
     return {
-        str(path.relative_to(checkpoint)): path.stat().st_size
+        str(path.relative_to(checkpoint)): path
         for path in sorted(checkpoint.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -73,7 +74,11 @@ class LLMJEPATrainer(Trainer):
         gather_negatives: False keeps the negatives to those of the process; a process group
             takes those of its members, which tensor parallelism needs. See `llm_jepa_loss`.
 
+    Training stops at the first log, or save, of a loss or weights that are not finite, and saves
+    none of those.
+
     Raises:
+        FloatingPointError: By ``train`` and ``save_model``, see above.
         ValueError: `weight_warmup` is not from 0 to 1; or DataParallel, label smoothing, a loss
             function or metrics of logits are asked for, none of which fits a packed row.
     """
@@ -279,6 +284,7 @@ class LLMJEPATrainer(Trainer):
         if "loss" in logs and self._started is not None:
             sums = self.accelerator.reduce(self._train_sums, reduction="mean") / self._updates
             ntp_loss, jepa_loss, cosine, stp_loss, pairs, tubes, tokens, sft_tokens = sums.tolist()
+            self._refuse_to_go_on_with(ntp_loss + jepa_loss + stp_loss)
             with_pairs = int(self._updates_with_pairs) / self._updates
             with_tubes = int(self._updates_with_tubes) / self._updates
             tokens_per_step = tokens * self.accelerator.num_processes // self.get_tp_size()
@@ -300,6 +306,25 @@ class LLMJEPATrainer(Trainer):
                 logs["relative_cost"] = tokens / sft_tokens
             self._reset_train_sums()
         super().log(logs, start_time)
+
+    def _refuse_to_go_on_with(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss} at update {self.state.global_step}: training diverged, as it "
+                "may with too great a learning rate or jepa_weight"
+            )
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """Saves the weights, unless they or the losses since the last log are not finite."""
+        self._refuse_to_go_on_with(float(self._train_sums.sum()))
+        trained: Any = self.model
+        for name, parameter in trained.named_parameters():
+            local = getattr(parameter, "to_local", lambda parameter=parameter: parameter)()
+            if not local.isfinite().all():
+                raise FloatingPointError(
+                    f"{name} is not finite at update {self.state.global_step}: training diverged"
+                )
+        super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir=None, state_dict=None):
         """Saves a checkpoint's weights, and the collator's example format beside them."""
@@ -405,6 +430,11 @@ class ProgressBar(ProgressCallback):
     """Trainer's progress bar, with the latest losses on it instead of a line for each log."""
 
     SHOWN = ("loss", "ntp_loss", "jepa_loss", "cosine", "stp_loss", "tokens_per_second")
+
+    def close(self) -> None:
+        """Ends the line of a bar that an error has cut off."""
+        if self.training_bar is not None:
+            self.training_bar.close()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and self.training_bar is not None:

@@ -231,8 +231,7 @@ def test_a_model_that_the_hub_does_not_give_is_named(monkeypatch, capsys):
     def refuse(*args, **kwargs):
         raise OSError("no connection")
 
-    monkeypatch.setattr(models, "find_adapter_config_file", lambda name: None)
-    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", refuse)
+    monkeypatch.setattr(models, "model_info", refuse)
     assert cli.main(["evaluate", "some/model"]) == 2
     assert "'some/model' cannot be loaded: no connection" in capsys.readouterr().err
 

@@ -140,7 +140,7 @@ def test_killed_and_resumed_it_ends_where_the_uninterrupted_run_ends(tmp_path, c
     assert process.wait() == -signal.SIGKILL
     assert json.loads((checkpoint / "run.json").read_text())["result"] is None
     assert run(*killed) == 2
-    assert "holds checkpoints of an earlier run: go on with it by" in capsys.readouterr().err
+    assert "holds an earlier run (run.json): go on with it by" in capsys.readouterr().err
 
     last = next(path for path in checkpoints(checkpoint) if why_incomplete(path) is None)
     with open(last / "optimizer.pt", "r+b") as file:

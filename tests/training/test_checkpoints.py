@@ -32,6 +32,8 @@ def test_complete_or_what_is_missing(checkpoint):
     assert why_incomplete(checkpoint) == f"it has no {MANIFEST}: saving it was interrupted"
     mark_complete(checkpoint)
     assert why_incomplete(checkpoint) is None
+    (checkpoint / "shards" / "0.bin").write_bytes(b"shar?")
+    assert why_incomplete(checkpoint) == "shards/0.bin has other content than was saved"
     (checkpoint / "shards" / "0.bin").write_bytes(b"sha")
     assert why_incomplete(checkpoint) == "shards/0.bin has 3 bytes instead of 5"
     (checkpoint / "shards" / "0.bin").unlink()

@@ -1,0 +1,276 @@
+"""What users, files and machines get wrong is one line that names it, and costs nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import ExitStack
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from safetensors.torch import load_file, save_file
+
+from llmjepa_kernels.cli import main as cli
+from llmjepa_kernels.cli import starting_point
+from llmjepa_kernels.cli.evaluate_options import EvaluateOptions
+from llmjepa_kernels.cli.train_options import TrainOptions
+from llmjepa_kernels.data import grammar
+from llmjepa_kernels.files import only_process
+from llmjepa_kernels.hf import load as models
+from llmjepa_kernels.training import checkpoints
+from llmjepa_kernels.training.trainer import LLMJEPATrainer
+from tests.training.test_checkpoints import full_disk
+
+TINY = ["--hidden-size", 64, "--num-layers", 1, "--train-samples", 16, "--eval-samples", 2]
+TINY += ["--batch-size", 8, "--no-compare"]
+
+
+def run(*words: object) -> int:
+    return cli.main([str(word) for word in words])
+
+
+@pytest.fixture
+def error(capsys):
+    """Runs a command that fails with exit status 2; its message, which is one line."""
+
+    def failing(*words: object, status: int = 2) -> str:
+        capsys.readouterr()
+        assert run(*words) == status
+        message = capsys.readouterr().err.splitlines()[-1]
+        assert message.startswith(f"llmjepa {words[0]}: ")
+        return message
+
+    return failing
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A directory in which a run has finished."""
+    directory = tmp_path_factory.mktemp("trained")
+    assert run("train", *TINY, "--max-steps", 1, "--output-dir", directory) == 0
+    return directory
+
+
+@pytest.fixture
+def model(trained, tmp_path):
+    """A copy of its checkpoint, to be damaged."""
+    return shutil.copytree(trained / "llm-jepa", tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--epochs", 0], "--epochs must be more than 0, got 0.0"),
+        (["--max-steps", -5], "--max-steps must be at least 1, got -5"),
+        (["--gradient-accumulation-steps", 0], "--gradient-accumulation-steps must be at least 1"),
+        (["--batch-size", 0], "--batch-size must be at least 1, got 0"),
+        (["--hidden-size", 32], "--hidden-size must be at least 64, a multiple of 64, got 32"),
+        (["--hidden-size", 65], "--hidden-size must be at least 64, a multiple of 64, got 65"),
+        (["--jepa-weight", "nan"], "--jepa-weight must be at least 0, got nan"),
+        (["--learning-rate", "inf"], "--learning-rate must be at least 0, got inf"),
+        (["--temperature", 0], "--temperature must be more than 0, got 0.0"),
+        (["--seed", -1], "--seed must be at least 0, at most 4.29497e+09, got -1"),
+        (["--metric", "infonce", "--batch-size", 1], "--batch-size must be at least 2, got 1"),
+        (["--resume", "--overwrite"], "give one of them"),
+        (["--report-to", "wandb"], "--report-to wandb needs a package that is not installed"),
+    ],
+)
+def test_options_out_of_range_are_named_before_a_model_is_made(
+    words, expected, error, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(starting_point.models, "small_llama", None)
+    assert expected in error("train", *words, "--output-dir", tmp_path / "out")
+
+
+def test_options_are_checked_in_python_too():
+    with pytest.raises(ValueError, match="--format must be one of chat, plain, got 'html'"):
+        TrainOptions(template="html")
+    assert EvaluateOptions(("x",)).batch_size == EvaluateOptions(("x",), batch_size=64).batch_size
+    with pytest.raises(AttributeError):
+        TrainOptions().seed = 3  # type: ignore[misc]
+
+
+def test_hyphens_and_ranges_are_in_the_help(capsys):
+    with pytest.raises(SystemExit):
+        run("train", "--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "(default: 0; at least 0, at most 1)" in text
+    assert text.index("--jepa-weight") < text.index("--shuffle-buffer")
+
+
+def test_output_that_cannot_say_lambda():
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "llmjepa_kernels", "train", "--help"]
+    printed = subprocess.run(command, env=environment, check=True, capture_output=True).stdout
+    assert b"\\u03bb, the weight of the JEPA loss" in printed
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run("--version")
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out.startswith("llmjepa_kernels 0.")
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def drop_weights(path):
+    state = load_file(path)
+    del state["model.layers.0.mlp.up_proj.weight"]
+    save_file(state, path, metadata={"format": "pt"})
+
+
+def pickle_of_code(path):
+    path.unlink()
+    torch.save({"weight": print}, path.with_name("pytorch_model.bin"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (truncate, ""),
+        (lambda path: path.write_bytes(b""), ""),
+        (pickle_of_code, ""),
+        (drop_weights, "it lacks the weights model.layers.0.mlp.up_proj.weight"),
+    ],
+)
+@pytest.mark.parametrize("command", ["evaluate", "train", "analyze"])
+def test_damaged_weights_are_named_with_their_model(command, damage, expected, model, error):
+    damage(model / "model.safetensors")
+    words = [command, model] if command != "train" else [command, "--model", model]
+    assert f"error: '{model}' cannot be loaded: {expected}" in error(*words)
+
+
+def test_a_tokenizer_with_more_tokens_than_embeddings(model, error):
+    tokenizer = models.load_tokenizer(str(model))
+    tokenizer.add_tokens(["<more>"])
+    tokenizer.save_pretrained(model)
+    assert "its tokenizer has" in error("evaluate", model)
+
+
+def test_a_device_that_computes_nothing(model, error):
+    assert "--device meta cannot be used" in error("evaluate", model, "--device", "meta")
+
+
+def test_a_template_without_end(model, error):
+    loop = "{% for i in range(10**9) %}x{% endfor %}"
+    (model / "chat_template.jinja").write_text(loop)
+    assert "Range too big" in error("evaluate", model, "--samples", 1)
+
+
+def test_all_models_are_looked_for_before_the_first_answers(model, error, monkeypatch):
+    monkeypatch.setattr("llmjepa_kernels.cli.evaluate.load_pretrained", None)
+    assert "no directory '/nope'" in error("evaluate", model, "/nope")
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_to_go_on_from(tmp_path, error, monkeypatch):
+    words = ["train", *TINY, "--max-steps", 2, "--save-steps", 1, "--output-dir", tmp_path]
+    mark_complete = checkpoints.mark_complete
+    with ExitStack() as stack:
+
+        def fill_disk_after(directory):
+            mark_complete(directory)
+            stack.enter_context(full_disk())
+
+        monkeypatch.setattr("llmjepa_kernels.training.trainer.mark_complete", fill_disk_after)
+        status = run(*words)
+    assert status == 2
+    first = tmp_path / "llm-jepa" / "checkpoint-1"
+    assert checkpoints.why_incomplete(first) is None
+    monkeypatch.undo()
+    assert run(*words, "--resume") == 0
+
+
+def test_a_run_is_neither_overwritten_nor_mixed_by_another(trained, error):
+    words = ["train", *TINY, "--max-steps", 1, "--output-dir", trained]
+    weights = (trained / "llm-jepa" / "model.safetensors").read_bytes()
+    assert "holds an earlier run (run.json): go on with it by --resume" in error(*words)
+    with only_process(trained):
+        expected = f"another process is writing to {trained}"
+        assert expected in error(*words, "--overwrite")
+    assert (trained / "llm-jepa" / "model.safetensors").read_bytes() == weights
+
+
+def test_overwrite_deletes_what_was_there(trained, tmp_path):
+    directory = shutil.copytree(trained, tmp_path / "again")
+    stale = directory / "llm-jepa" / "checkpoint-9"
+    stale.mkdir()
+    words = ["train", *TINY, "--max-steps", 1, "--output-dir", directory]
+    assert run(*words, "--overwrite") == 0
+    assert not stale.exists()
+
+
+def test_resume_notices_other_weights_and_processes(model, tmp_path, error):
+    words = ["train", "--model", model, "--train-samples", 4, "--eval-samples", 1]
+    words += ["--max-steps", 1, "--lora-rank", 1, "--no-compare", "--output-dir", tmp_path / "out"]
+    assert run(*words) == 0
+    state = load_file(model / "model.safetensors")
+    state["model.norm.weight"] += 1
+    save_file(state, model / "model.safetensors", metadata={"format": "pt"})
+    assert "had other options: weights " in error(*words, "--resume")
+
+
+def test_training_that_diverges_stops_and_keeps_the_last_good_checkpoint(tmp_path, error):
+    words = ["train", *TINY, "--max-steps", 9, "--save-steps", 1, "--output-dir", tmp_path]
+    message = error(*words, "--learning-rate", 1e30, status=1)
+    assert "training diverged" in message
+    directory = tmp_path / "llm-jepa"
+    saved = checkpoints.checkpoints(directory)
+    assert 0 < len(saved) < 9
+    for checkpoint in saved:
+        state = load_file(checkpoint / "model.safetensors")
+        assert all(weight.isfinite().all() for weight in state.values())
+    assert not (directory / "model.safetensors").exists()
+
+
+def test_interrupted_training_says_how_to_go_on(tmp_path, error, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LLMJEPATrainer, "compute_loss", interrupt)
+    message = error("train", *TINY, "--output-dir", tmp_path, status=130)
+    assert "interrupted: the same command with --resume" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"index": -1}, "index must be in 0 .. 1, got -1"),
+        ({"index": 9999}, "index must be in 0 .. 1, got 9999"),
+        ({"index": "0"}, "index must be in 0 .. 1, got '0'"),
+        ({"index": [0]}, "index must be in 0 .. 1, got [0]"),
+        ({"completion": None}, "completion must be a string, got None"),
+        ({"answer": "x"}, "answer must be that of sample 0, got 'x'"),
+        ({"correct": 5}, None),
+        ({"correct": None}, None),
+    ],
+)
+def test_predictions_are_not_trusted(model, tmp_path, change, expected, error, capsys):
+    output = tmp_path / "p.jsonl"
+    words = ["evaluate", model, "--samples", 2, "--max-new-tokens", 1, "--output", output]
+    assert run(*words) == 0
+    found = [json.loads(line) for line in output.read_text().splitlines()]
+    found.sort(key=lambda line: line["index"])
+    found[0] |= change
+    output.write_text("".join(json.dumps(line) + "\n" for line in found))
+    if expected:
+        assert f"{output}:1 is no prediction: {expected}" in error(*words)
+    else:
+        capsys.readouterr()
+        assert run(*words) == 0
+        assert "0 / 2" in capsys.readouterr().out
+
+
+def test_a_line_nested_too_deeply_is_named(tmp_path, error):
+    data = tmp_path / "data.jsonl"
+    line = json.dumps(grammar.generate(1)[0])
+    data.write_text(f'{line}\n{line[:-1]}, "extra": {"[" * 100_000}{"]" * 100_000}}}\n')
+    assert "data.jsonl:2: it is nested too deeply" in error("train", "--data", data)
