@@ -140,20 +140,21 @@ def write(
 
 
 def draw(table: Table) -> str:
-    """A table as text: the first column to the left, all others to the right."""
+    """A table as text: words to the left, numbers to the right."""
     head = [header.split("\n") for _, header, _ in table.columns]
     height = max(map(len, head))
     lines = [[column[i] if i < len(column) else "" for column in head] for i in range(height)]
     for row in table.rows:
         lines.append([_cell(row.get(key), template) for key, _, template in table.columns])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    left = [template == "{}" for *_, template in table.columns]
     texts = []
-    for first, *others in lines:
-        cells = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
-        texts.append("  ".join(cells).rstrip())
+    for line in lines:
+        cells = zip(line, widths, left, strict=True)
+        texts.append("  ".join(x.ljust(w) if is_text else x.rjust(w) for x, w, is_text in cells))
     texts.insert(height, "-" * max(map(len, texts)))
     wrong = [f"WRONG, refused: {name}" for name in table.refused]
-    return "\n".join([table.title, *texts, *table.notes, *wrong, ""])
+    return "\n".join([table.title, *map(str.rstrip, texts), *table.notes, *wrong, ""])
 
 
 def _cell(value: Any, template: str) -> str:

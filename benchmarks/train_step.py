@@ -21,6 +21,7 @@ import torch
 
 from benchmarks import baselines
 from benchmarks.baselines import Baseline, Sequences
+from benchmarks.peers import flex_block_mask
 from benchmarks.report import Table, progress, show
 from benchmarks.timing import (
     PeakMemory,
@@ -38,14 +39,16 @@ from llmjepa_kernels.data.predictor_tokens import add_predictor_tokens
 from llmjepa_kernels.data.tokenizer import train_tokenizer
 from llmjepa_kernels.hf.load import load_pretrained, small_llama
 from llmjepa_kernels.hf.patch import patch_model, unpatch_model
+from llmjepa_kernels.ops.reference import visible
 from llmjepa_kernels.packing import without_views
 from llmjepa_kernels.training.objective import llm_jepa_loss
 
 # Of one micro-batch; larger steps accumulate gradients. A step takes about ten times as much.
-MAX_LOGITS_BYTES = 2**30
+MAX_LOGITS_BYTES = {"cpu": 2**30, "cuda": 2**32}
 SFT = "SFT packed"
 SFT_SUPERVISED = "SFT packed, head on supervised"
 OURS = "ours shared + prefixes"
+SAME_ROW = {"the same row, SDPA": "sdpa", "the same row, FlexAttention": "flex_attention"}
 
 COLUMNS = (
     ("name", "", "{}"),
@@ -187,6 +190,7 @@ class Comparison:
         ]
         return [
             *rows,
+            *(self._same_row(name, attention) for name, attention in SAME_ROW.items()),
             Row("three rows, unpadded", lambda: self._documents(official), official),
             Row("three rows, padded to longest", lambda: self._padded("three_rows"), official),
             self._official("additive_mask", "official additive mask"),
@@ -201,6 +205,27 @@ class Comparison:
     def _ours(self, name: str, examples: Sequence[Example], *, share: bool = True) -> Row:
         return Row(name, lambda: Packed(pack(examples, share_prefixes=share)), examples)
 
+    def _same_row(self, name: str, attention: str) -> Row:
+        """Our row and labels through an attention that Transformers brings."""
+        examples = self.layouts["shared"]
+
+        def build() -> Baseline:
+            batch = pack(examples)
+            until = batch["visible_until"].to(self.device)
+            if attention == "sdpa":
+                mask = visible(until)[:, None]
+            elif torch.device(self.device).type == "cpu":
+                raise ValueError("FlexAttention has no backward on a CPU")
+            else:
+                mask = flex_block_mask(until, compiled=False)()
+            row = torch.zeros_like(batch["view_pairs"][0])
+            inputs = {key: batch[key] for key in ("input_ids", "position_ids")}
+            pairs = torch.stack([row, batch["view_pairs"][0]], -1)
+            part = baselines.MicroBatch({**inputs, "attention_mask": mask}, batch["labels"], pairs)
+            return Baseline([part], attention, supervised_head=True)
+
+        return Row(name, build, examples)
+
     def _documents(self, examples: Sequence[Example], *, supervised_head: bool = False) -> Baseline:
         micro_batches = self._micro_batches(baselines.documents, examples)
         return Baseline(micro_batches, baselines.DOCUMENTS, supervised_head)
@@ -214,11 +239,11 @@ class Comparison:
     def _micro_batches(self, build, examples: Sequence[Example]) -> list[baselines.MicroBatch]:
         """As few as keep the logits of each in bounds."""
         sequences = [Sequences.of(example) for example in examples]
-        size = len(sequences)
+        size, limit = len(sequences), MAX_LOGITS_BYTES[torch.device(self.device).type]
         while True:
             parts = baselines.in_micro_batches(build, sequences, size)
             largest = max(part.tokens for part in parts) * self.vocab * 4
-            if largest <= MAX_LOGITS_BYTES or size == 1:
+            if largest <= limit or size == 1:
                 return parts
             size = (size + 1) // 2
 

@@ -9,13 +9,15 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a GPU")
+    """With a GPU, what runs Triton's kernels runs natively and is part of `-m gpu`."""
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(skip)
+        if torch.cuda.is_available():
+            if item.get_closest_marker("triton"):
+                item.add_marker(pytest.mark.gpu)
+        elif item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
 @pytest.fixture(scope="module")
