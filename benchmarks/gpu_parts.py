@@ -354,7 +354,11 @@ PARTS = {
     ),
     "tests_models": Part(
         "families, trainer, inductor, natively",
-        tests("tests/hf", "tests/training", tiny=["tests/hf/test_native.py", "-k", "llama"]),
+        tests(
+            "tests/hf",
+            "tests/training",
+            tiny=["tests/hf/test_gpu.py", "-k", "float32 and not families"],
+        ),
         1.2,
     ),
     "attention": Part("attention against every peer", attention, 2.0),

@@ -11,6 +11,8 @@ from benchmarks import (
     baselines,
     bench_packing,
     flash_calls,
+    gpu_day,
+    gpu_parts,
     peers,
     scaling,
     timing,
@@ -330,3 +332,55 @@ def test_scaling_command(tmp_path, capsys, monkeypatch):
     assert masks["rows"][0]["layer_share"] > 0
     assert "µs per tile" in capsys.readouterr().out
     assert path.with_suffix(".png").exists()
+
+
+@pytest.mark.parametrize("part", [name for name in gpu_parts.PARTS if not name.startswith("tests")])
+def test_every_part_of_the_gpu_day_starts(part, tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "_times", lambda function, device: [timing.measure(function)] * 3)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)  # takes long
+    for variable in ("LLMJEPA_AUTOTUNE", "XDG_CACHE_HOME", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(variable, "")  # what a part sets in its own process ends with the test
+    setting = gpu_parts.Setting("cpu", True, tmp_path)
+    rows = list(gpu_parts.PARTS[part].rows(setting))
+    assert rows
+    assert json.loads(json.dumps(rows)) == rows
+    assert not any("Error" in row.get("note", "") for row in rows)
+
+
+@pytest.mark.slow
+def test_the_gpu_day_goes_on_after_parts_that_fail(tmp_path, capfd):
+    """One runs a test in a process of its own, one gets no time."""
+    options = ["--device", "cpu", "--tiny", "--output", str(tmp_path)]
+    assert gpu_day.main([*options, "--parts", "loss", "--minutes", "0"]) == 1
+    assert json.loads((tmp_path / "gpu_day.json").read_text())["command"]["ended"][0][
+        "ended"
+    ].startswith("out of time")
+    assert gpu_day.main([*options, "--parts", "tests_ops", "loss", "--minutes", "9"]) == 0
+    report = json.loads((tmp_path / "gpu_day.json").read_text())
+    assert [part["ended"] for part in report["command"]["ended"]] == ["ok", "ok"]
+    (table,) = report["tables"]
+    assert [row["note"] for row in table["rows"] if row["work"] == "tests"] == ["1 passed"]
+    assert {row["what"] for row in table["rows"] if row["part"] == "loss"} == {
+        "ours",
+        "plain PyTorch",
+    }
+    assert "What the GPU showed" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (
+            "tests/a.py::test_b[x y] PASSED     [  3%]",
+            ("tests/a.py::test_b[x y]", "PASSED"),
+        ),
+        ("tests/a.py::test_b SKIPPED (needs a GPU) [100%]", ("tests/a.py::test_b", "SKIPPED")),
+        ("[gw3] [ 50%] FAILED tests/a.py::test_b[x y] ", ("tests/a.py::test_b[x y]", "FAILED")),
+        ("[gw3] node down: Not properly terminated", None),
+        ("FAILED tests/a.py::test_b - assert 1 == 2", None),
+    ],
+)
+def test_outcomes_are_read_from_pytest(line, expected):
+    found = gpu_parts.OUTCOME.match(line)
+    got = found and (found["name"] or found["other"], found["a"] or found["b"])
+    assert got == expected

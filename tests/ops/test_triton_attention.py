@@ -20,10 +20,15 @@ from tests.support.helpers import AttentionCase, check_attention, random_rows
 pytest.importorskip("triton")
 
 # Rows past the end of the sequence hold no number; they are never stored.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
+]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-HALF_AND_SINGLE = [torch.float16, torch.float32]
+DTYPES = [torch.float16, torch.float32]
+if torch.cuda.is_available():
+    DTYPES.append(torch.bfloat16)  # which the interpreter computes wrongly
 
 OPTIONS = [
     {},
@@ -49,7 +54,7 @@ def use_tile(monkeypatch, **tile):
     monkeypatch.setattr(triton_configs, "candidates", lambda *_, **__: [Config(**tile)])
 
 
-@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "+".join(map(str, o)) or "plain")
 def test_options(options, dtype):
     case = AttentionCase.random(seq=50, head_dim=32, seed=1, **options)

@@ -10,10 +10,16 @@ pytest.importorskip("triton")
 
 METRICS = ["cosine", "l2", "mse", "infonce"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float16, torch.float32]
+if torch.cuda.is_available():
+    DTYPES.append(torch.bfloat16)  # which the interpreter computes wrongly
 # Padded, with one index in several pairs and on both sides, and a pair of equal rows.
 AWKWARD = torch.tensor([[[0, 3], [3, 5], [0, 5], [2, 2]], [[1, 6], [1, 0], [-1, -1], [-1, -1]]])
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
+]
 
 
 def random_pairs(batch, num_pairs, seq, seed):
@@ -28,7 +34,7 @@ def random_hidden(batch, seq, hidden_size, seed=0):
     return torch.randn(batch, seq, hidden_size, generator=generator, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("hidden_size", [5, 1024, 2050])
 def test_awkward_pairs(metric, hidden_size, dtype):

@@ -33,7 +33,10 @@ TUBES = torch.tensor(
 )
 REAL = torch.tensor([[True, True, False], [True, False, True]])
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
+]
 
 
 @pytest.fixture(params=BACKENDS)
