@@ -13,7 +13,7 @@ from llmjepa_kernels.hf.dense_mask import visible_until_of
 from llmjepa_kernels.hf.patch import patch_model, unpatch_model
 from llmjepa_kernels.ops.dense import visible
 from tests.support.helpers import random_examples, random_rows
-from tests.support.models import VOCAB, tiny_model
+from tests.support.models import VOCAB, checkpoint_activations, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -188,7 +188,7 @@ def test_mask_is_read_once_under_checkpointing(reentrant, counts):
     inputs["attention_mask"] = as_form(visible(visible_until), "infinite")
     model = patch_model(tiny_model("llama"))
     expected = run(model, inputs)
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    checkpoint_activations(model, reentrant=reentrant)
     counts.update(sparse=0, read=0)
     assert_same(run(model, inputs), expected, 0)
     assert counts == {"sparse": 4, "dense": 0, "read": 1}

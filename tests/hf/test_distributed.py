@@ -13,7 +13,7 @@ from llmjepa_kernels.hf.patch import patch_model
 from llmjepa_kernels.ops import flash as attention_flash
 from llmjepa_kernels.training.objective import llm_jepa_loss
 from tests.support.helpers import random_examples
-from tests.support.models import tiny_model
+from tests.support.models import checkpoint_activations, tiny_model
 from tests.support.varlen_stand_in import FlashAttention2StandIn
 
 WORLD = 2
@@ -24,7 +24,7 @@ def wrap(model, kind):
     if kind == "ddp":
         return DistributedDataParallel(model)
     if kind == "fsdp checkpointed":
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
     dtype = torch.bfloat16 if kind == "fsdp bfloat16" else None
     for layer in model.base_model.layers:
         fully_shard(layer, mp_policy=MixedPrecisionPolicy(param_dtype=dtype))

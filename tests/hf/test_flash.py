@@ -10,7 +10,7 @@ from llmjepa_kernels.ops import flash as attention_flash
 from llmjepa_kernels.ops.flash_plan import is_plan_key
 from llmjepa_kernels.training.objective import llm_jepa_loss
 from tests.support.helpers import random_examples
-from tests.support.models import tiny_model
+from tests.support.models import checkpoint_activations, tiny_model
 from tests.support.varlen_stand_in import FlashAttention2StandIn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -71,7 +71,7 @@ def test_the_plan_travels_with_the_batch(family, kernels, request):
     made = 2 * (1 + len(calls))  # by two layers
     assert kernels.calls.count("forward") == kernels.calls.count("backward") == made
 
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model)
     assert_close(loss_and_gradients(model, batch), expected)
     assert kernels.calls.count("forward") == 3 * made
     for b in range(len(batch["input_ids"])):

@@ -20,7 +20,7 @@ from tests.hf.test_families import LAYOUTS, assert_equal_passes
 from tests.hf.test_patch import left_padded
 from tests.hf.test_training import assert_same, loss_and_gradients, packed
 from tests.support.helpers import random_examples
-from tests.support.models import tiny_model
+from tests.support.models import CHECKPOINTING, checkpoint_activations, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -103,7 +103,7 @@ def test_gradient_checkpointing_and_two_forwards(reentrant):
     model = patch_model(tiny_model("openelm"))
     _, a = loss_and_gradients(model, first)
     _, b = loss_and_gradients(model, second)
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    checkpoint_activations(model, reentrant=reentrant)
     model.zero_grad(set_to_none=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -252,7 +252,7 @@ def test_trainer(lora, tmp_path):
         logging_steps=1,
         per_device_train_batch_size=4,
         bf16=True,
-        activation_checkpointing=True,
+        **{CHECKPOINTING: True},
     )
     trainer = LLMJEPATrainer(
         model, args, LLMJEPACollator(), train_dataset=random_examples(8, seed=4)

@@ -11,7 +11,7 @@ from llmjepa_kernels.hf.patch import patch_model
 from llmjepa_kernels.ops.block_mask import SCHEDULE_KEYS
 from llmjepa_kernels.training.objective import llm_jepa_loss
 from tests.support.helpers import random_examples
-from tests.support.models import tiny_model
+from tests.support.models import checkpoint_activations, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -43,7 +43,7 @@ def test_gradient_checkpointing(family, reentrant):
     batch = packed()
     model = patch_model(tiny_model(family))
     expected = loss_and_gradients(model, batch)
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    checkpoint_activations(model, reentrant=reentrant)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert_same(loss_and_gradients(model, batch), expected, 1e-6)
@@ -55,7 +55,7 @@ def test_two_forwards_before_one_backward():
     model = patch_model(tiny_model("llama"))
     _, a = loss_and_gradients(model, first)
     _, b = loss_and_gradients(model, second)
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model)
     model.zero_grad(set_to_none=True)
     losses = [llm_jepa_loss(model, batch).loss for batch in (first, second)]
     sum(losses).backward()
@@ -197,7 +197,7 @@ def test_compile_with_checkpointing():
     batch = packed()
     model = patch_model(tiny_model("llama"))
     expected = loss_and_gradients(model, batch)
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert_same(loss_and_gradients(model, batch, compiled), expected, 1e-6)
 

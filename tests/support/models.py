@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    TrainingArguments,
+)
 
 from tests.support.openelm import OpenELMConfig
 
 VOCAB = 64
+# The option of TrainingArguments, whose name Transformers has changed.
+CHECKPOINTING = (
+    "activation_checkpointing"
+    if hasattr(TrainingArguments, "activation_checkpointing")
+    else "gradient_checkpointing"
+)
 
 COMMON = {
     "vocab_size": VOCAB,
@@ -104,3 +115,8 @@ def tiny_model(
             else:
                 parameter.add_(0.3 * noise)
     return model.to(dtype).train()
+
+
+def checkpoint_activations(model: PreTrainedModel, *, reentrant: bool = False) -> None:
+    """Activations are computed again in the backward pass, under either name of the method."""
+    getattr(model, f"{CHECKPOINTING}_enable")({"use_reentrant": reentrant})

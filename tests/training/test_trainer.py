@@ -26,6 +26,7 @@ from llmjepa_kernels.training.loss_dropout import LossDropout
 from llmjepa_kernels.training.objective import llm_jepa_loss
 from llmjepa_kernels.training.trainer import LLMJEPATrainer
 from llmjepa_kernels.tubes import TubeSampler
+from tests.support.models import CHECKPOINTING
 
 ROWS = generate(24, seed=3)
 
@@ -267,7 +268,7 @@ def test_gradient_checkpointing_changes_nothing(tokenizer, tmp_path):
     results = []
     for checkpointing in (False, True):
         model, collator = build(tokenizer)
-        args = arguments(tmp_path, activation_checkpointing=checkpointing, max_steps=2)
+        args = arguments(tmp_path, **{CHECKPOINTING: checkpointing}, max_steps=2)
         LLMJEPATrainer(model, args, collator, train_dataset=ROWS).train()
         results.append(parameters(model))
     assert torch.equal(*results)
@@ -293,7 +294,7 @@ def test_lora_trains_adapters_and_predictor_rows_only(tokenizer, tmp_path, tied)
     ids = list(collator.example_format.pred_ids)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     lora = add_lora(model, 4, new_ids=ids)
-    args = arguments(tmp_path, max_steps=3, activation_checkpointing=True)
+    args = arguments(tmp_path, max_steps=3, **{CHECKPOINTING: True})
     LLMJEPATrainer(lora, args, collator, train_dataset=ROWS).train()
 
     merged = lora.merge_and_unload()
