@@ -20,6 +20,7 @@ from llmjepa_kernels.cli.report import format_table
 from llmjepa_kernels.cli.shared_options import BUILT_IN_SEED
 from llmjepa_kernels.data.example_format import ExampleFormat
 from llmjepa_kernels.evaluation.geometry import DEFINITIONS, embed_views, view_geometry, view_states
+from llmjepa_kernels.evaluation.predict import beyond_positions, max_positions
 from llmjepa_kernels.files import write_whole
 from llmjepa_kernels.hf.load import check_model, load_pretrained
 from llmjepa_kernels.hf.patch import patch_model
@@ -118,6 +119,8 @@ def analyze_checkpoint(
                 examples.append(example_format.example(chat, tokenizer))
             except ValueError as error:
                 raise ValueError(f"sample {index}: {error}") from error
+            if reason := beyond_positions(examples[-1], max_positions(model)):
+                raise ValueError(f"sample {index}: {reason}")
         starts = range(0, len(examples), BATCH_SIZE)
         return view_states(
             model,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 from llmjepa_kernels.data import grammar
 from llmjepa_kernels.data.samples import located_chats
 from llmjepa_kernels.data.splits import Split
-from llmjepa_kernels.evaluation.rules import Rule, answer_rule, default_rule
+from llmjepa_kernels.evaluation.rules import Rule, answer_of, answer_rule, default_rule
 
 Located = Iterator[tuple[str, dict[str, Any]]]  # where samples are from, and the samples
 MAX_DEPTH = 2  # of built-in samples, unless a split asks for deeper ones
@@ -55,7 +56,7 @@ def chosen_rule(
 
 
 def check_answers(
-    located: Iterable[tuple[str, Mapping[str, Any]]], rule: Rule, split: Split | None = None
+    located: Sequence[tuple[str, Mapping[str, Any]]], rule: Rule, split: Split | None = None
 ) -> None:
     """Raises a ValueError that names the first sample that a rule or split cannot judge."""
     for place, sample in located:
@@ -65,3 +66,9 @@ def check_answers(
                 split.is_out_of_distribution(sample)
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
+    if rule.name != "number" and all("####" in answer_of(sample) for _, sample in located):
+        print(
+            f"hint: all answers have a number after ####, which --rule number compares; this is "
+            f"--rule {rule.name}",
+            file=sys.stderr,
+        )

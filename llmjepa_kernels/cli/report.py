@@ -31,20 +31,21 @@ ROWS = (
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # Okabe and Ito
 
 
-def write_report(runs: Sequence[dict[str, Any]], directory: Path) -> str:
-    """Writes ``report.txt``, ``report.json`` and ``report.png`` and returns the table.
+def write_report(runs: Sequence[dict[str, Any]], directory: Path, about: dict[str, Any]) -> str:
+    """Writes ``report.txt``, ``report.json`` and ``report.png`` and returns the first.
 
     Args:
         runs: Each with ``name``; ``seed``; ``metrics``, see `ROWS`; ``history``, the logs of
-            Trainer; and ``cosines``, one per held-out pair of views, maybe empty. Runs of the
-            same name differ in their seed.
+            Trainer; ``cosines``, one per held-out pair of views, maybe empty; and maybe
+            ``accuracy_interval``, that of 95 %. Runs of the same name differ in their seed.
         directory: Made if it does not exist.
+        about: ``model``, ``data``, ``options`` and ``versions`` that the numbers depend on.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    table = comparison_table(runs)
+    table = "\n".join([comparison_table(runs), *notes(runs, about)]) + "\n"
     write_whole(directory / "report.txt", table)
-    report = {"summary": summarize(runs), "runs": list(runs)}
-    write_whole(directory / "report.json", json.dumps(report, indent=1))
+    report = {"about": about, "summary": summarize(runs), "runs": list(runs)}
+    write_whole(directory / "report.json", json.dumps(report, indent=1, default=str))
     write_whole(directory / "report.png", report_picture(runs))
     return table
 
@@ -92,6 +93,22 @@ def comparison_table(runs: Sequence[dict[str, Any]]) -> str:
     return plain_text(table)
 
 
+def notes(runs: Sequence[dict[str, Any]], about: dict[str, Any]) -> list[str]:
+    """What a reader has to know before concluding anything from the table."""
+    lines = []
+    for run in runs:
+        if "accuracy_interval" in run:
+            low, high = (f"{bound:.1%}" for bound in run["accuracy_interval"])
+            title = f"{run['name']}, seed {run['seed']}"
+            lines.append(f"95 % interval of the held-out accuracy of {title}: {low} to {high}")
+    if len(runs) > 1 and len({run["seed"] for run in runs}) == 1:
+        lines.append("One seed: --seeds 1 2 3 shows how much of a difference is chance.")
+    lines.append("Numbers vary in their last digits with CPU, threads and versions.")
+    lines.append(f"model: {about['model']}, data: {about['data']}")
+    lines.append(", ".join(f"{name} {version}" for name, version in about["versions"].items()))
+    return lines
+
+
 def format_table(
     rows: Sequence[tuple[str, dict[str, Any]]], columns: Sequence[tuple[str, str, str]]
 ) -> str:
@@ -132,9 +149,15 @@ def plain_text(table: Any) -> str:
 def _cell(found: dict[str, float] | None, spec: str, name: str) -> str:
     if found is None:
         return ""
-    sign = "+" if name == "difference" else ""
-    cell = format(found["mean"], sign + spec)
-    return f"{cell} ± {format(found['std'], spec)}" if "std" in found else cell
+    scale, sign, unit = 1.0, "", ""
+    if name == "difference":
+        sign = "+"
+        if spec.endswith("%"):  # of percentages, which is no percentage
+            scale, spec, unit = 100.0, spec.replace("%", "f"), " points"
+    cell = format(scale * found["mean"], sign + spec)
+    if "std" in found:
+        cell += f" ± {format(scale * found['std'], spec)}"
+    return cell + unit
 
 
 def report_picture(runs: Sequence[dict[str, Any]]) -> bytes:

@@ -13,6 +13,7 @@ from llmjepa_kernels.cli.train_options import SEPARATOR, SMALL_LLAMA, TrainOptio
 from llmjepa_kernels.data.example_format import ExampleFormat
 from llmjepa_kernels.data.predictor_tokens import add_tokens, predictor_token
 from llmjepa_kernels.data.tokenizer import train_tokenizer
+from llmjepa_kernels.evaluation.predict import max_positions
 from llmjepa_kernels.hf import load as models
 
 
@@ -32,7 +33,7 @@ class StartingPoint:
 
     @property
     def max_positions(self) -> int | None:
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return max_positions(self.model)
 
     def count_parameters(self) -> tuple[int, int]:
         """All of them, and those that are trained."""

@@ -6,8 +6,11 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 from transformers.utils import logging
 
+import llmjepa_kernels
 from llmjepa_kernels.cli.fingerprints import source_fingerprint
 from llmjepa_kernels.cli.held_out import check_answers, chosen_rule
 from llmjepa_kernels.cli.report import write_report
@@ -77,10 +80,23 @@ def train(options: TrainOptions) -> None:
                     good, _ = record.checkpoint()
                     print(f"\n{diverged[-1]}; last good checkpoint: {good or 'none'}", flush=True)
         if is_main and results:
-            print("\n" + write_report(results, options.output_dir))
+            print("\n" + write_report(results, options.output_dir, _about(options)))
             print(f"Checkpoints, report.txt, report.json and report.png: {options.output_dir}/")
     if diverged:
         raise FloatingPointError("; ".join(diverged))
+
+
+def _about(options: TrainOptions) -> dict[str, Any]:
+    """What a report says of where its numbers are from."""
+    return {
+        "model": options.model or "a small Llama from random weights",
+        "data": options.data or "built-in pairs of English and regular expressions",
+        "options": options.recorded(),
+        "versions": {
+            module.__name__: str(module.__version__)
+            for module in (llmjepa_kernels, torch, transformers)
+        },
+    }
 
 
 def _rule(options: TrainOptions, data: TrainingData) -> Rule | None:

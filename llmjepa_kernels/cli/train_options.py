@@ -460,7 +460,7 @@ examples:
             raise ValueError(f"--seeds must differ, got {list(self.seeds)}")
 
     def packages(self) -> dict[str, list[str]]:
-        packages = ["transformers", "accelerate", "tokenizers", "matplotlib", "rich"]
+        packages = ["transformers", "accelerate", "tokenizers", "matplotlib", "rich", "scipy"]
         packages += ["peft"] * (self.lora_rank is not None) + needs_gguf(self.model or "")
         return {"train": packages}
 

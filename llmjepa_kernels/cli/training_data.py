@@ -18,7 +18,8 @@ from llmjepa_kernels.cli.starting_point import StartingPoint
 from llmjepa_kernels.cli.train_options import TRAIN_SAMPLES, TrainOptions
 from llmjepa_kernels.data.samples import located_chats
 from llmjepa_kernels.data.splits import Split
-from llmjepa_kernels.packing import Example, pack, segment_ends
+from llmjepa_kernels.evaluation.predict import beyond_positions
+from llmjepa_kernels.packing import Example, pack
 from llmjepa_kernels.training.streaming import ExampleStream
 from llmjepa_kernels.tubes import TubeSampler
 
@@ -116,7 +117,10 @@ class SampleReader:
         else:
             return [], []
         if split is None:
-            return [LocatedSample(*each) for each in islice(stream, options.eval_samples)], []
+            found = [LocatedSample(*each) for each in islice(stream, options.eval_samples)]
+            if not found:
+                raise ValueError(f"--eval-data {options.eval_data} has no samples")
+            return found, []
         inside: list[LocatedSample] = []
         outside: list[LocatedSample] = []
         for place, sample in stream:
@@ -187,10 +191,7 @@ class ExampleMaker:
             size = row["input_ids"].shape[1]
             if size > limit:
                 return f"it takes {size} tokens, more than --max-length {limit}"
-        length, positions = max(segment_ends(example)), self.start.max_positions
-        if positions and length > positions:
-            return f"it is {length} tokens long, more than the {positions} of the model"
-        return None
+        return beyond_positions(example, self.start.max_positions)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from llmjepa_kernels.cli.train_options import TrainOptions
 from llmjepa_kernels.cli.training_arguments import training_arguments
 from llmjepa_kernels.cli.training_data import LeftOut, TrainingData
 from llmjepa_kernels.evaluation.geometry import view_states
-from llmjepa_kernels.evaluation.predict import evaluate
+from llmjepa_kernels.evaluation.predict import Accuracy, evaluate
 from llmjepa_kernels.evaluation.rules import Rule
 from llmjepa_kernels.training.checkpoints import saving
 from llmjepa_kernels.training.collator import LLMJEPACollator, chat_tokens
@@ -83,7 +83,12 @@ class TrainingRun:
             views = replace(self.start.example_format, pred_ids=())
             metrics["view_cosine"] = mean(self._pair_cosines(model, views))
         metrics |= self._accuracies(model)
-        return self.record.finish({"metrics": metrics, "history": history, "cosines": cosines})
+        result = {"metrics": metrics, "history": history, "cosines": cosines}
+        if "accuracy" in metrics:
+            total = len(self.data.held_out)
+            found = Accuracy(round(metrics["accuracy"] * total), total)
+            result["accuracy_interval"] = found.interval()
+        return self.record.finish(result)
 
     def _trainer(self, left_out: LeftOut) -> LLMJEPATrainer:
         options, data, record, start = self.options, self.data, self.record, self.start

@@ -11,7 +11,7 @@ import torch
 from llmjepa_kernels.data.example_format import ExampleFormat
 from llmjepa_kernels.data.splits import Split
 from llmjepa_kernels.evaluation.rules import Rule, answer_of, answer_rule
-from llmjepa_kernels.packing import IGNORE, Example
+from llmjepa_kernels.packing import IGNORE, Example, segment_ends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -105,8 +105,8 @@ def predict(
         done: Indices of samples to leave out.
 
     Raises:
-        ValueError: A sample does not fit the format or the rule, which is found before anything
-            is generated, or the model's logits are NaN.
+        ValueError: A sample does not fit the format, the rule or the model's positions, which is
+            found before anything is generated, or the model's logits are NaN.
         OSError: The rule needs a file that is missing.
     """
     if batch_size < 1:
@@ -131,6 +131,10 @@ def predict(
             examples.append(example_format.example(sample, tokenizer))
         except ValueError as error:
             raise ValueError(f"sample {index}: {error}") from error
+    positions = max_positions(model)
+    for index, example in enumerate(examples):
+        if reason := beyond_positions(example, positions):
+            raise ValueError(f"sample {index}: {reason}")
     lengths = [len(_answer_ids(example)) for example in examples]
     # A batch takes as long as its longest answer: rows should end together.
     order = sorted(range(len(samples)), key=lambda i: (lengths[i], len(prompts[i])), reverse=True)
@@ -141,14 +145,24 @@ def predict(
     if rule.choices and samples:
         choice_ids = _choice_ids(rule.choices, samples[0], tokenizer, example_format)
         stops, longest = set(), 1
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    room: dict[int, int] = {}
+    if positions:  # where they end, each sample has room for another number of tokens
+        room = {i: positions - len(prompts[i]) for i in order}
+        batches = [
+            some
+            for batch in batches
+            for some in (
+                [batch] if longest <= min(room[i] for i in batch) else [[i] for i in batch]
+            )
+        ]
+    for batch in batches:
         generated = _generate(
             model,
             tokenizer,
             [prompts[i] for i in batch],
             stop_ids=stops,
-            max_new_tokens=longest,
+            max_new_tokens=min([longest, *(room[i] for i in batch if positions)]),
             allowed_ids=list(choice_ids),
         )
         predictions = []
@@ -167,6 +181,20 @@ def predict(
                 )
             )
         yield predictions
+
+
+def max_positions(model: Any) -> int | None:
+    """Tokens that a model of Transformers can tell the places of; None if it does not say."""
+    config = getattr(model, "config", None)
+    return config and getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def beyond_positions(example: Example, positions: int | None) -> str | None:
+    """Why an example is too long for a model of so many positions; None if it is not."""
+    length = max(segment_ends(example))
+    if positions and length > positions:
+        return f"it is {length} tokens long, more than the {positions} of the model"
+    return None
 
 
 def accuracies(

@@ -274,3 +274,27 @@ def test_a_line_nested_too_deeply_is_named(tmp_path, error):
     line = json.dumps(grammar.generate(1)[0])
     data.write_text(f'{line}\n{line[:-1]}, "extra": {"[" * 100_000}{"]" * 100_000}}}\n')
     assert "data.jsonl:2: it is nested too deeply" in error("train", "--data", data)
+
+
+def test_samples_beyond_the_positions_of_the_model(model, error, capsys):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 20}))
+    expected = "tokens long, more than the 20 of the model"
+    assert expected in error("evaluate", model, "--samples", 2)
+    assert expected in error("analyze", model, "--samples", 2, "--output-dir", model / "out")
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 60}))
+    assert run("evaluate", model, "--samples", 2, "--max-new-tokens", 100) == 0
+
+
+def test_numbers_that_are_judged_to_the_letter_get_a_hint(model, tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    turns = [{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": "#### 2"}]
+    data.write_text(json.dumps({"messages": turns}))
+    assert run("evaluate", model, "--data", data, "--max-new-tokens", 1) == 0
+    assert "hint: all answers have a number after ####" in capsys.readouterr().err
+
+
+def test_held_out_data_without_samples(tmp_path, error):
+    data = tmp_path / "data.jsonl"
+    data.write_text("")
+    assert f"--eval-data {data} has no samples" in error("train", "--eval-data", data)

@@ -1,6 +1,6 @@
 """The table over seeds."""
 
-from llmjepa_kernels.cli.report import comparison_table, format_table, report_picture
+from llmjepa_kernels.cli.report import comparison_table, format_table, notes, report_picture
 
 
 def run(name, seed, **metrics):
@@ -19,6 +19,17 @@ def test_two_names_over_seeds_and_what_one_of_them_lacks():
     *_, loss, accuracy = comparison_table(runs).splitlines()
     assert " ".join(loss.split()) == "loss 2.0000 ± 1.4142 3.0000 ± 2.1213 +1.0000 ± 0.7071"
     assert " ".join(accuracy.split()) == "held-out accuracy - 60.0% ± 14.1% -"
+
+
+def test_differences_of_accuracies_are_points_and_one_seed_is_named():
+    runs = [run("NTP only", 1, accuracy=0.5), run("LLM-JEPA", 1, accuracy=0.625)]
+    runs[1]["accuracy_interval"] = (0.4, 0.8)
+    assert comparison_table(runs).splitlines()[-1].split()[-2:] == ["+12.5", "points"]
+    about = {"model": "m", "data": "d", "versions": {"torch": "2.13"}}
+    found = notes(runs, about)
+    assert found[0].endswith("accuracy of LLM-JEPA, seed 1: 40.0% to 80.0%")
+    assert found[1].startswith("One seed: --seeds 1 2 3")
+    assert found[-2:] == ["model: m, data: d", "torch 2.13"]
 
 
 def test_names_are_never_cut_off():
