@@ -6,7 +6,7 @@ import datasets
 import pytest
 import torch
 
-from llmjepa_kernels import pack
+from llmjepa_kernels import TubeSampler, pack
 from llmjepa_kernels.data.chat import chat_example, plain_example
 from llmjepa_kernels.data.example_format import ExampleFormat
 from llmjepa_kernels.data.grammar import generate
@@ -14,7 +14,7 @@ from llmjepa_kernels.data.predictor_tokens import predictor_token
 from llmjepa_kernels.data.samples import read_chats
 from llmjepa_kernels.data.tokenizer import train_tokenizer
 from llmjepa_kernels.hf.patch import patch_model
-from llmjepa_kernels.packing import without_views
+from llmjepa_kernels.packing import with_tubes, without_views
 from llmjepa_kernels.training.collator import LLMJEPACollator
 from llmjepa_kernels.training.objective import llm_jepa_loss
 from tests.hf.test_families import gradients, separate_passes
@@ -127,15 +127,17 @@ def test_one_packed_pass_equals_separate_ones(tokenizer, kind, pred_position, k)
         )
         for i, row in enumerate(generate(2, seed=3))
     ]
+    examples = [with_tubes(example, TubeSampler(count=2)) for example in examples]
     model = tiny_model("llama", vocab_size=len(tokenizer))
-    _, ntp_loss, jepa_loss = separate_passes(model, examples)
-    expected = gradients(model, ntp_loss + 0.7 * jepa_loss)
+    _, ntp_loss, jepa_loss, stp_loss = separate_passes(model, examples)
+    expected = gradients(model, ntp_loss + 0.7 * jepa_loss + 0.3 * stp_loss)
     batch = pack(examples)
     assert batch["input_ids"].numel() < sum(len(s.input_ids) for e in examples for s in e.segments)
-    output = llm_jepa_loss(patch_model(model), batch, jepa_weight=0.7)
+    output = llm_jepa_loss(patch_model(model), batch, jepa_weight=0.7, stp_weight=0.3)
     assert output.num_pairs == 2 * 3 + 2 * len(PAIRS)
     torch.testing.assert_close(output.ntp_loss, ntp_loss, rtol=1e-5, atol=0)
     torch.testing.assert_close(output.jepa_loss, jepa_loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(output.stp_loss, stp_loss, rtol=1e-5, atol=0)
     actual = gradients(model, output.loss)
     assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
