@@ -186,7 +186,7 @@ def test_train_step_command(tmp_path, capsys):
     assert all(row["rounds"] == 1 for row in rows.values())
     assert len({round(row["ntp_loss"], 4) for row in rows.values()}) == 1
     assert rows[train_step.OURS]["tokens"] < rows["three rows, unpadded"]["tokens"]
-    assert report["machine"]["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(report["machine"]["versions"]["torch"])
     assert capsys.readouterr().out.count("three rows, unpadded") == 2
     assert path.with_suffix(".png").stat().st_size > 10_000
 
