@@ -9,6 +9,7 @@ forward) gets fewer tokens, and the last hidden state travels beside them in `hi
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from types import ModuleType
 from typing import Any
@@ -67,15 +68,16 @@ def _before(
             return None
         kwargs = {**kwargs, **recognised}
         visible_until = kwargs["visible_until"]
-    schedule = _schedule(module, visible_until, kwargs)
+    kwargs = {**kwargs, **_schedule(module, visible_until, kwargs)}
     if kwargs.get("position_ids") is not None:  # for windows; once, not in every layer
-        schedule["window_positions"] = int32_positions(kwargs["position_ids"])
+        kwargs["window_positions"] = int32_positions(kwargs["position_ids"])
+        kwargs |= _schedule_within(module, visible_until, kwargs)
     if not torch.compiler.is_compiling():
         running.attended = set()
     # Transformers hands a 4D mask to every layer untouched instead of building one. Nothing can
     # apply an empty mask unnoticed, should a layer not attend through view_attention.
     empty = visible_until.new_empty((len(visible_until), 1, 0, 0), dtype=torch.bool)
-    return args, {**kwargs, **schedule, "attention_mask": empty}
+    return args, {**kwargs, "attention_mask": empty}
 
 
 def _after(module: PreTrainedModel, args: tuple, kwargs: dict[str, Any], outputs: Any) -> None:
@@ -90,8 +92,9 @@ def _after(module: PreTrainedModel, args: tuple, kwargs: dict[str, Any], outputs
             f"head_positions, got {type(outputs).__name__}"
         )
     hidden = outputs["last_hidden_state"]
-    index = positions.clamp(min=0).to(hidden.device)[..., None]
-    outputs["last_hidden_state"] = torch.take_along_dim(hidden, index, dim=1)
+    # Unlike this, indexing and torch.take_along_dim are compiled anew for each length.
+    index = positions.clamp(min=0).to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1])
+    outputs["last_hidden_state"] = hidden.gather(1, index)
     outputs["hidden_states"] = (hidden,)
 
 
@@ -168,6 +171,23 @@ def _schedule(
     if not torch.compiler.is_compiling():  # the answer depends on data
         BlockMask.from_schedule(visible_until, kwargs).check()
     return {}
+
+
+def _schedule_within(
+    module: PreTrainedModel, visible_until: Tensor, kwargs: dict[str, Any]
+) -> dict[str, Tensor]:
+    """The tiles that the model's sliding window leaves, for the layers that have it."""
+    window = getattr(module.config, "sliding_window", None)
+    if not window or kwargs.get("ignore_window") or kwargs.get(SCHEDULE_KEYS[0]) is None:
+        return {}
+    mask = BlockMask.from_schedule(visible_until, kwargs, window)
+    if mask.window is not None:  # given
+        return {}
+    positions = kwargs["window_positions"]
+    on_host = positions.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_host and int(positions.max() - positions.min()) < window:  # it hides nothing
+        return dataclasses.replace(mask, window=window).schedule()
+    return mask.within(window, positions).schedule()
 
 
 def _check_packed(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

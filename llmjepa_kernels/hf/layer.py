@@ -82,7 +82,9 @@ def attention(
     if not torch.compiler.is_compiling() and running.attended is not None:
         running.attended.add(id(module))
     window = None if ignore_window else sliding_window
-    block_mask = None if impl == "flash" else BlockMask.from_schedule(visible_until, kwargs)
+    block_mask = None
+    if impl != "flash":
+        block_mask = BlockMask.from_schedule(visible_until, kwargs, window)
     out = view_attention(
         query,
         key,

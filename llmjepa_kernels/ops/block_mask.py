@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ SCHEDULE_KEYS = (
     "q_full_start",
     "q_indices",
 )
+
+WITHIN = "_within_"  # between such a key and the window, of a schedule that knows of one
 
 # Modelled time of attention, forward and backward, on a tile of so many queries and keys, relative
 # to a full one of 64 x 64: {side: (partial, full)}. Means over head dims 64 and 128 and, of the
@@ -95,49 +98,59 @@ class BlockMask:
             check_window(window, position_ids, visible_until)
 
         batch, seq = visible_until.shape
-        device = visible_until.device
         num_m, num_n = -(-seq // block_m), -(-seq // block_n)
 
         begin, end, full_begin, full_end = _runs(visible_until, (block_m, block_n))
 
-        # Expand the runs into tiles; this is the one place that needs their number.
-        count = (end - begin).flatten()
-        per_row = count.view(batch, num_n).sum(dim=1)
-        num_tiles, longest = torch.stack([per_row.sum(), per_row.max()]).tolist()
-        run = torch.repeat_interleave(count, output_size=num_tiles)  # tile -> row * num_n + n
-        n = run % num_n
-        b = run // num_n
-        first_tile = count.cumsum(0) - count
-        m = begin.flatten()[run] + torch.arange(num_tiles, device=device) - first_tile[run]
-        full = (m >= full_begin.flatten()[run]) & (m < full_end.flatten()[run])
-
+        # Tiles by the key block that they belong to, row * num_n + n; here their number is learnt.
+        if window is None:
+            block, m = _expand(begin, end)
+        else:
+            positions = _Positions.of_blocks(position_ids, (block_m, block_n))
+            block, m = _expand_within(begin, end, positions.q_min, positions.k_max + window)
+        b, n = block // num_n, block % num_n
+        full = (m >= full_begin[b, n]) & (m < full_end[b, n])
         if window is not None:
-            positions = position_ids.long()
-            q_min = _block_extreme(positions, block_m, "amin")[b, m]
-            q_max = _block_extreme(positions, block_m, "amax")[b, m]
-            k_min = _block_extreme(positions, block_n, "amin")[b, n]
-            k_max = _block_extreme(positions, block_n, "amax")[b, n]
-            full &= q_max - k_min < window
-            keep = q_min - k_max < window
-            b, m, n, full = b[keep], m[keep], n[keep], full[keep]
+            full &= positions.q_max[b, m] - positions.k_min[b, n] < window
+        longest = int(torch.bincount(b, minlength=batch).max())
 
         kv_lists = _compress(b, m, n, full, (batch, num_m, num_n), longest)
         q_lists = _compress(b, n, m, full, (batch, num_n, num_m), longest)
         return cls(visible_until, (block_m, block_n), *kv_lists, *q_lists, window)
 
+    def within(self, window: int, position_ids: Tensor) -> BlockMask:
+        """The tiles that a sliding window leaves of those of a mask without one.
+
+        The lists keep their shapes, so this never waits for the device. Arguments as in
+        `from_visible_until`.
+        """
+        if self.window is not None:
+            raise ValueError(f"the mask must know of no window, got window={self.window}")
+        check_window(window, position_ids, self.visible_until)
+        positions = _Positions.of_blocks(position_ids, self.block_size)
+        kv_lists, q_lists = self.schedule_tensors()[:3], self.schedule_tensors()[3:]
+        kv_lists = _narrow(kv_lists, window, positions)
+        # Seen from the keys the distance changes its sign, and so do minimum and maximum.
+        q_lists = _narrow(q_lists, window, positions.mirrored())
+        return BlockMask(self.visible_until, self.block_size, *kv_lists, *q_lists, window)
+
     @classmethod
-    def from_schedule(cls, visible_until: Tensor, schedule: Mapping[str, Tensor]) -> BlockMask:
+    def from_schedule(
+        cls, visible_until: Tensor, schedule: Mapping[str, Tensor], window: int | None = None
+    ) -> BlockMask:
         """Puts a mask together again from `schedule()`, whose block sizes are powers of two.
 
-        The tensors alone tell the block size: it is the power of two that cuts the row into as
+        That of `window` is taken if it is there, else one that knows of none. The tensors alone
+        tell the block size: it is the power of two that cuts the row into as
         many blocks as there are lists. (Where several do, the row is a single block.)
 
         Raises:
             ValueError: A tensor does not fit `visible_until`; says which.
         """
         batch, seq = visible_until.shape
-        lists = [schedule[key] for key in SCHEDULE_KEYS]
-        for key, x in zip(SCHEDULE_KEYS, lists, strict=True):
+        window = window if _keys(window)[0] in schedule else None
+        lists = [schedule[key] for key in _keys(window)]
+        for key, x in zip(_keys(window), lists, strict=True):
             if x.dtype != torch.int32 or x.dim() != 2 or x.device != visible_until.device:
                 raise ValueError(
                     f"{key} must be an int32 tensor of shape (batch, …) on "
@@ -151,12 +164,12 @@ class BlockMask:
                 or len(lists[i + 1]) != batch
                 or len(lists[i + 2]) != batch
             ):
-                shapes = {key: tuple(schedule[key].shape) for key in SCHEDULE_KEYS}
+                shapes = {key: tuple(schedule[key].shape) for key in _keys(window)}
                 raise ValueError(
                     "the schedule must be that of visible_until of shape "
                     f"{tuple(visible_until.shape)}, got tensors of shape {shapes}"
                 )
-        return cls(visible_until, block_size, *lists)
+        return cls(visible_until, block_size, *lists, window)
 
     def check(self) -> None:
         """Raises ValueError unless all values lie where kernels may read: once per batch.
@@ -189,7 +202,7 @@ class BlockMask:
         """The lists as batch-first int32 tensors, to travel with a batch as model arguments."""
         if any(size & (size - 1) for size in self.block_size):
             raise ValueError(f"block_size must be powers of two to travel, got {self.block_size}")
-        return dict(zip(SCHEDULE_KEYS, self.schedule_tensors(), strict=True))
+        return dict(zip(_keys(self.window), self.schedule_tensors(), strict=True))
 
     def schedule_tensors(self) -> list[Tensor]:
         """The lists in the order of `SCHEDULE_KEYS`."""
@@ -357,6 +370,92 @@ def _runs(
     full_begin = ((last_key + block_m - 1) // block_m).expand(batch, -1)
     full_end = torch.where(earliest == seq, -(-seq // block_m), earliest // block_m)
     return begin, end, full_begin, full_end
+
+
+def _keys(window: int | None) -> list[str]:
+    return [key if window is None else f"{key}{WITHIN}{window}" for key in SCHEDULE_KEYS]
+
+
+class _Positions(NamedTuple):
+    """The extreme positions in each block of queries, and of keys: (batch, blocks) int64."""
+
+    q_min: Tensor
+    q_max: Tensor
+    k_min: Tensor
+    k_max: Tensor
+
+    @classmethod
+    def of_blocks(cls, position_ids: Tensor, block_size: tuple[int, int]) -> _Positions:
+        positions = position_ids.long()
+        return cls(
+            *(_block_extreme(positions, size, how) for size in block_size for how in EXTREMES)
+        )
+
+    def mirrored(self) -> _Positions:
+        """For lists by key block: ``q - k`` is ``(-k) - (-q)``."""
+        return _Positions(-self.k_max, -self.k_min, -self.q_max, -self.q_min)
+
+
+EXTREMES = ("amin", "amax")
+
+
+def _expand(begin: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+    """All members of the runs ``begin : end``, and the index of the run that each is in."""
+    begin, count = begin.flatten(), (end - begin).flatten()
+    run = torch.repeat_interleave(count)
+    first = (begin - count.cumsum(0) + count)[run]
+    return run, first + torch.arange(len(run), device=run.device)
+
+
+def _expand_within(
+    begin: Tensor, end: Tensor, lowest: Tensor, limit: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `_expand`, but only members m of a run with ``lowest[b, m] < limit[run]``.
+
+    Found by bisection from the whole row down, so that time and memory follow their number.
+
+    Args:
+        begin, end, limit: (batch, runs).
+        lowest: (batch, members).
+    """
+    levels = [lowest]  # of groups of 1, 2, 4, … members
+    while levels[-1].shape[1] > 1:
+        levels.append(_block_extreme(levels[-1], 2, "amin"))
+    run = torch.arange(begin.numel(), device=begin.device)
+    group = torch.zeros_like(run)
+    row, begin, end, limit = run // begin.shape[1], begin.flatten(), end.flatten(), limit.flatten()
+    for level, least in reversed(list(enumerate(levels))):
+        first = group << level
+        inside = (first < end[run]) & (first + (1 << level) > begin[run])
+        group_or_0 = group.clamp(max=least.shape[1] - 1)
+        kept = inside & (least[row[run], group_or_0] < limit[run])
+        run, group = run[kept], group[kept]
+        if level:
+            run = run.repeat_interleave(2)
+            group = torch.stack([2 * group, 2 * group + 1], dim=1).flatten()
+    return run, group
+
+
+def _narrow(lists: Sequence[Tensor], window: int, positions: _Positions) -> list[Tensor]:
+    """What a window leaves of lists of tiles: offsets, full_start and indices, as they were."""
+    offsets, full_start, indices = (x.long() for x in lists)
+    slot = torch.arange(indices.shape[1], device=indices.device).expand_as(indices).contiguous()
+    row = torch.searchsorted(offsets[:, 1:].contiguous(), slot, right=True)
+    row = row.clamp(max=full_start.shape[1] - 1)
+    q_min, q_max = positions.q_min.gather(1, row), positions.q_max.gather(1, row)
+    k_min, k_max = positions.k_min.gather(1, indices), positions.k_max.gather(1, indices)
+    kept = (slot < offsets[:, -1:]) & (q_min - k_max < window)
+    full = kept & (slot >= full_start.gather(1, row)) & (q_max - k_min < window)
+
+    # By row, partial tiles before full ones, each in order; what is dropped goes to the end.
+    key = (2 * row + full) * positions.k_min.shape[1] + indices
+    order = key.masked_fill(~kept, torch.iinfo(key.dtype).max).argsort(dim=1)
+    zeros = torch.zeros_like(full_start)
+    total = zeros.scatter_add(1, row, kept.long())
+    partial = zeros.scatter_add(1, row, (kept & ~full).long())
+    offsets = torch.nn.functional.pad(total.cumsum(1), (1, 0))
+    indices = indices.masked_fill(~kept, 0).gather(1, order)
+    return [x.int() for x in (offsets, offsets[:, :-1] + partial, indices)]
 
 
 def _block_extreme(values: Tensor, block: int, extreme: str) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -113,14 +114,10 @@ def llm_jepa_loss(
         raise ValueError(f"batch must have the keys of a PackedBatch, it lacks {missing}")
 
     positions, targets = _supervised(batch)
-    outputs = model(
-        input_ids=batch["input_ids"],
-        position_ids=batch["position_ids"],
-        visible_until=batch["visible_until"],
-        **schedule_of(batch),
-        head_positions=positions,
-        use_cache=False,
-    )
+    tensors = {key: batch[key] for key in ("input_ids", "position_ids", "visible_until")}
+    tensors |= {**schedule_of(batch), "head_positions": positions}
+    _mark_varying(tensors.values())
+    outputs = model(**tensors, use_cache=False)
     logits = outputs.logits
     if logits is None or logits.shape[:-1] != targets.shape:
         shape = None if logits is None else tuple(logits.shape)
@@ -215,6 +212,17 @@ def _supervised(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         positions = supervised_positions(labels)
     successors = (positions + 1).clamp(max=labels.shape[1] - 1)
     return positions, labels.gather(1, successors).masked_fill(positions < 0, IGNORE)
+
+
+def _mark_varying(tensors: Iterable[Tensor]) -> None:
+    """Tells torch.compile that all sizes may differ in the next batch: one graph is for all.
+
+    Left alone, it would compile again for each size that first changes later than others.
+    """
+    dynamo = sys.modules.get("torch._dynamo")  # where it is in use; its import takes seconds
+    if dynamo is not None and not torch.compiler.is_compiling():
+        for x in tensors:
+            dynamo.maybe_mark_dynamic(x, list(range(x.dim())))
 
 
 def _with_detached_targets(hidden: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:

@@ -213,6 +213,25 @@ def test_positions_reach_the_layers_narrow(batch, sparse_calls):
     assert {x.dtype for x in given if x is not None} == {torch.int32}
 
 
+@pytest.mark.parametrize(("window", "narrower"), [(5, True), (1000, False)])
+def test_a_window_skips_tiles(window, narrower, sparse_calls):
+    """One schedule per window, for all layers; one that hides nothing leaves full tiles full."""
+    batch = pack(random_examples(4, seed=0), block_size=4)
+    patch_model(
+        tiny_model(
+            "gemma3",
+            num_hidden_layers=3,
+            sliding_window=window,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        )
+    )(**batch)
+    first, whole, second = [call["block_mask"] for call in sparse_calls]
+    assert [mask.window for mask in (first, whole, second)] == [window, None, window]
+    assert first.kv_indices is second.kv_indices
+    counts = [(mask.num_tiles, mask.num_full_tiles) for mask in (first, whole)]
+    assert counts[0] < counts[1] if narrower else counts[0] == counts[1]
+
+
 def test_no_mask_is_built(batch, monkeypatch):
     """Neither by Transformers nor here."""
     model = patch_model(tiny_model("gemma3"))

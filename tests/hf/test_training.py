@@ -192,6 +192,39 @@ def test_packings_of_one_shape_do_not_recompile():
     assert recorder.graphs <= 4
 
 
+@pytest.mark.parametrize(
+    ("backend", "rows", "part", "family"),
+    [
+        ("eager", "one", "model", "llama"),
+        pytest.param("eager", "several", "model", "llama", marks=pytest.mark.slow),
+        pytest.param("eager", "one", "layer", "mistral_window", marks=pytest.mark.slow),
+        pytest.param("inductor", "several", "model", "mistral_window", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_rows_of_any_length_share_two_graphs(backend, rows, part, family):
+    """The first of all lengths, cold, and one for all others."""
+    model = patch_model(tiny_model(family, num_hidden_layers=1))
+    recorder = Recorder(backend)
+    compiled = torch.compile(model, fullgraph=True, backend=recorder)
+    if part == "layer":
+        compiled = model
+        model.model.layers[0].compile(fullgraph=True, backend=recorder)
+    lengths, seed = set(), 0
+    while len(lengths) < (4 if backend == "inductor" else 20):
+        seed += 1
+        count, most = (2 + seed % 9, None) if rows == "one" else (4, 60 + seed)
+        batch = packed(seed, count=count, max_length=most)
+        if len(batch["input_ids"]) != {"one": 1, "several": 2}[rows]:
+            continue
+        lengths.add(batch["input_ids"].shape[1])
+        actual = loss_and_gradients(model, batch, compiled)
+        if seed < 3:
+            with torch.compiler.set_stance("force_eager"):
+                assert_same(actual, loss_and_gradients(model, batch), 1e-5)
+    assert recorder.graphs <= 2
+
+
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_compile_with_checkpointing():
     batch = packed()

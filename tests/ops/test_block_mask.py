@@ -201,3 +201,40 @@ def test_bad_options():
         BlockMask.from_visible_until(visible_until, window=2, position_ids=torch.zeros(1, 3))
     with pytest.raises(ValueError, match="window must be at least 1"):
         BlockMask.from_visible_until(visible_until, window=0, position_ids=torch.zeros(1, 4).int())
+
+
+@pytest.mark.parametrize("block_size", [(16, 16), (32, 8), (8, 64)])
+@pytest.mark.parametrize("window", [1, 5, 40])
+def test_a_window_narrows_the_lists_of_a_mask(window, block_size):
+    """To those that are built with it, whose tiles never are listed without it."""
+    for seed in range(4):
+        visible_until, position_ids = random_rows(3, 20 + 57 * seed, seed=seed)
+        options = {"position_ids": position_ids, "window": window}
+        expected = BlockMask.from_visible_until(visible_until, block_size, **options)
+        mask = BlockMask.from_visible_until(visible_until, block_size)
+        narrowed = mask.within(window, position_ids)
+        assert narrowed.window == window
+        lists = (mask.schedule_tensors() for mask in (expected, narrowed))
+        for x, y in zip(*lists, strict=True):  # the latter padded further
+            assert torch.equal(torch.nn.functional.pad(x, (0, y.shape[1] - x.shape[1])), y)
+        both = {**mask.schedule(), **narrowed.schedule()}
+        assert BlockMask.from_schedule(visible_until, both, window).num_tiles == expected.num_tiles
+        assert BlockMask.from_schedule(visible_until, both).num_tiles == mask.num_tiles
+        with pytest.raises(ValueError, match=f"must know of no window, got window={window}"):
+            narrowed.within(window, position_ids)
+
+
+def test_the_work_of_a_window_is_proportional_to_its_tiles():
+    """2 ** 33 causal tiles could not be listed first."""
+    seq = 2**21
+    positions = torch.arange(seq)[None]
+    until = torch.full((1, seq), seq, dtype=torch.int32)
+    mask = BlockMask.from_visible_until(until, (16, 16), position_ids=positions, window=16)
+    assert mask.num_tiles == 2 * seq // 16 - 1
+
+
+def test_tiles_of_long_segments_with_a_window():
+    positions = torch.arange(8192)[None] % 2048
+    until = (torch.arange(8192)[None] // 2048 * 2048 + 2048).int()
+    mask = BlockMask.from_visible_until(until, (64, 64))
+    assert (mask.num_tiles, mask.within(128, positions).num_tiles) == (2112, 372)
