@@ -117,7 +117,7 @@ def meta_mask(batch: int, seq: int, block_size: tuple[int, int], window=None) ->
         ]
 
     visible_until = torch.empty(batch, seq, dtype=torch.int32, device="meta")
-    return BlockMask(visible_until, block_size, *lists(blocks[0]), *lists(blocks[1]), window)
+    return BlockMask(visible_until, block_size, *lists(blocks[0]), *lists(blocks[1]), window=window)
 
 
 def run_attention(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from llmjepa_kernels.hf import interface, openelm
 from llmjepa_kernels.hf.dense_mask import recognise
@@ -151,7 +151,7 @@ def _recognised(
 
 
 def _schedule(
-    module: nn.Module, visible_until: Tensor, kwargs: dict[str, Any]
+    module: PreTrainedModel, visible_until: Tensor, kwargs: dict[str, Any]
 ) -> dict[str, Tensor]:
     """What the layers need besides the mask itself, if it is not among the arguments."""
     if adapter_of(module).impl_of(module) == "flash":
@@ -190,7 +190,7 @@ def _schedule_within(
     return mask.within(window, positions).schedule()
 
 
-def _check_packed(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+def _check_packed(module: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> None:
     if getattr(module, "_is_replica", False):
         raise ValueError("DataParallel is not supported: use DistributedDataParallel, or one GPU")
     tokens = _tokens(args, kwargs)

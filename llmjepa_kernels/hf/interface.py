@@ -62,9 +62,9 @@ def patch(model: PreTrainedModel, impl: str | None) -> None:
 
 def unpatch(model: PreTrainedModel) -> None:
     """Undoes `patch`, if it was called."""
-    if hasattr(model, "_before_view_attention"):
-        model.set_attn_implementation(model._before_view_attention)
-        del model._before_view_attention
+    previous = vars(model).pop("_before_view_attention", None)
+    if previous is not None:
+        model.set_attn_implementation(previous)
 
 
 def impl_of(model: PreTrainedModel) -> str | None:

@@ -10,18 +10,19 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llmjepa_kernels.hf.layer import attention
 
 MODEL_TYPE = "openelm"
+
+RemoteModule: TypeAlias = Any  # a module of the remote code, whose attributes no type knows
 
 # What the adapter uses of an attention layer.
 ATTENTION = {
@@ -37,7 +38,7 @@ ATTENTION = {
 }
 
 
-def check(model: PreTrainedModel) -> None:
+def check(model: RemoteModule) -> None:
     """Raises an error unless `patch` fits the model, with or without a head.
 
     Raises:
@@ -45,9 +46,10 @@ def check(model: PreTrainedModel) -> None:
         ValueError: `patch` would replace a forward that is not the remote code's own.
     """
     base = model.base_model
-    layers = getattr(base, "layers", None)
+    found = getattr(base, "layers", None)
+    layers: list[RemoteModule] = list(found) if isinstance(found, nn.ModuleList) else []
     if not (
-        isinstance(layers, nn.ModuleList)
+        layers
         and hasattr(base, "_update_causal_mask")
         and all(_has(getattr(layer, "attn", None), ATTENTION) for layer in layers)
         and all(_has(layer.attn.pos_embedding, {"model_dim", "freq_constant"}) for layer in layers)
@@ -66,7 +68,7 @@ def check(model: PreTrainedModel) -> None:
             )
 
 
-def patch(model: PreTrainedModel, impl: str | None) -> None:
+def patch(model: RemoteModule, impl: str | None) -> None:
     """Lets a packed row, whose schedule is complete, reach every layer; in place."""
     unpatch(model)
     base = model.base_model
@@ -83,7 +85,7 @@ def patch(model: PreTrainedModel, impl: str | None) -> None:
         model.forward.__signature__ = signature
 
 
-def unpatch(model: PreTrainedModel) -> None:
+def unpatch(model: RemoteModule) -> None:
     """Undoes `patch`, if it was called."""
     for module in _replaced(model):
         if "forward" in vars(module) and _is_own(module.forward):
@@ -92,14 +94,14 @@ def unpatch(model: PreTrainedModel) -> None:
         vars(model.base_model).pop(name, None)
 
 
-def impl_of(model: PreTrainedModel) -> str | None:
+def impl_of(model: RemoteModule) -> str | None:
     """The `impl` that a base model was patched with; raises RuntimeError if it was not."""
     if "_attend" not in vars(model):
         raise RuntimeError("its attention is that of its remote code")
     return model._attend.keywords["impl"]
 
 
-def _replaced(model: PreTrainedModel) -> list[nn.Module]:
+def _replaced(model: RemoteModule) -> list[RemoteModule]:
     """The modules whose forward `patch` replaces."""
     base = model.base_model
     return [*(layer.attn for layer in base.layers), base, *([] if model is base else [model])]
@@ -115,7 +117,7 @@ def _has(module: nn.Module | None, names: set[str]) -> bool:
 
 
 def _causal_lm_forward(
-    self: PreTrainedModel, *args: Any, visible_until: Tensor | None = None, **kwargs: Any
+    self: RemoteModule, *args: Any, visible_until: Tensor | None = None, **kwargs: Any
 ) -> Any:
     if visible_until is None:
         return type(self).forward(self, *args, **kwargs)
@@ -123,7 +125,7 @@ def _causal_lm_forward(
 
 
 def _packed_forward(
-    model: PreTrainedModel,
+    model: RemoteModule,
     *args: Any,
     labels: Tensor | None = None,
     return_dict: bool | None = None,
@@ -140,7 +142,7 @@ def _packed_forward(
     return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
 
-def _head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+def _head(model: RemoteModule, hidden: Tensor) -> Tensor:
     if model.lm_head is not None:
         return model.lm_head(hidden)
     embeddings = model.base_model.token_embeddings
@@ -151,7 +153,7 @@ def _head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 
 
 def _base_forward(
-    self: PreTrainedModel, *args: Any, head_positions: Tensor | None = None, **kwargs: Any
+    self: RemoteModule, *args: Any, head_positions: Tensor | None = None, **kwargs: Any
 ) -> Any:
     """Puts what the remote code has no argument for in the place of the mask.
 
@@ -178,14 +180,16 @@ def _base_forward(
     return forward(self, *args, **rest)
 
 
-def _update_causal_mask(module: nn.Module, attention_mask: Any, *args: Any, **kwargs: Any) -> Any:
+def _update_causal_mask(
+    module: RemoteModule, attention_mask: Any, *args: Any, **kwargs: Any
+) -> Any:
     if isinstance(attention_mask, dict):
         return attention_mask
     return type(module)._update_causal_mask(module, attention_mask, *args, **kwargs)
 
 
 def _attention_forward(
-    self: nn.Module,
+    self: RemoteModule,
     attend: Callable[..., tuple[Tensor, None]],
     hidden_states: Tensor,
     attention_mask: Any = None,
@@ -212,7 +216,7 @@ def _attention_forward(
 
 
 def _rotate(
-    embedding: nn.Module, q: Tensor, k: Tensor, position_ids: Tensor
+    embedding: RemoteModule, q: Tensor, k: Tensor, position_ids: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Rotary embeddings of the given positions, in float32 as in the remote code.
 

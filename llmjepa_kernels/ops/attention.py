@@ -153,7 +153,9 @@ def _resolve(
     """The back end, and the mask in the form that it takes."""
     block_mask = flash_plan = None
     if mask:
-        block_mask = BlockMask(mask[0], (block_size[0], block_size[1]), *mask[1:], mask_window)
+        block_mask = BlockMask(
+            mask[0], (block_size[0], block_size[1]), *mask[1:], window=mask_window
+        )
     if plan:
         flash_plan = FlashPlan.from_tensors(plan, qkv[0].shape[2])
     return choose(impl, qkv, block_mask, flash_plan, options)
@@ -299,9 +301,10 @@ def _check_tensors(
             f"sinks must be floating point of shape {(num_heads,)}, got "
             f"{sinks.dtype} of shape {tuple(sinks.shape)}"
         )
-    for name, x in (("k", k), ("v", v), ("visible_until", visible_until), ("sinks", sinks)):
-        if x is not None and x.device != q.device:
-            raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
+    others = {"k": k, "v": v, "visible_until": visible_until, "sinks": sinks}
+    for name, other in others.items():
+        if other is not None and other.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}, got {other.device}")
 
 
 def _check_block_mask(mask: BlockMask, visible_until: Tensor, window: int | None) -> None:
@@ -347,7 +350,8 @@ def _fitting_plan(
             raise ValueError(
                 f"flash_plan was made for window={plan.window}, but window={window} was given"
             )
-        if window == plan.window or (plan.reach is not None and plan.reach <= window):
+        hides_nothing = window and plan.reach is not None and plan.reach <= window
+        if window == plan.window or hides_nothing:
             return plan  # else one for this window is made, or says why there is none
     if impl is None:
         return None

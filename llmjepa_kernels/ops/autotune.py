@@ -36,7 +36,7 @@ def fastest(kind: str, candidates: Mapping[str, Callable[[], object]]) -> str:
 
     key = f"{_device_name()} {kind} {triton.__version__}"
     if key not in _chosen:
-        name = _stored().get(key)
+        name = _stored().get(key, "")
         if name not in candidates:
             times = {name: _time_or_inf(name, run) for name, run in candidates.items()}
             name = min(times, key=times.__getitem__)
@@ -92,4 +92,6 @@ def _cache_path() -> Path:
 
 @cache
 def _device_name() -> str:
-    return getattr(torch, torch.accelerator.current_accelerator().type).get_device_name()
+    accelerator = torch.accelerator.current_accelerator()
+    assert accelerator is not None, "only work of a GPU is timed"
+    return getattr(torch, accelerator.type).get_device_name()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -60,7 +60,7 @@ class BlockMask:
     q_offsets: Tensor
     q_full_start: Tensor
     q_indices: Tensor
-    window: int | None = None
+    window: int | None = field(default=None, kw_only=True)
 
     @classmethod
     def from_visible_until(
@@ -94,9 +94,6 @@ class BlockMask:
         block_m, block_n = block_size
         if block_m < 1 or block_n < 1:
             raise ValueError(f"block_size must be two positive integers, got {block_size}")
-        if window is not None:
-            check_window(window, position_ids, visible_until)
-
         batch, seq = visible_until.shape
         num_m, num_n = -(-seq // block_m), -(-seq // block_n)
 
@@ -106,6 +103,7 @@ class BlockMask:
         if window is None:
             block, m = _expand(begin, end)
         else:
+            position_ids = check_window(window, position_ids, visible_until)
             positions = _Positions.of_blocks(position_ids, (block_m, block_n))
             block, m = _expand_within(begin, end, positions.q_min, positions.k_max + window)
         b, n = block // num_n, block % num_n
@@ -116,7 +114,7 @@ class BlockMask:
 
         kv_lists = _compress(b, m, n, full, (batch, num_m, num_n), longest)
         q_lists = _compress(b, n, m, full, (batch, num_n, num_m), longest)
-        return cls(visible_until, (block_m, block_n), *kv_lists, *q_lists, window)
+        return cls(visible_until, (block_m, block_n), *kv_lists, *q_lists, window=window)
 
     def within(self, window: int, position_ids: Tensor) -> BlockMask:
         """The tiles that a sliding window leaves of those of a mask without one.
@@ -132,7 +130,7 @@ class BlockMask:
         kv_lists = _narrow(kv_lists, window, positions)
         # Seen from the keys the distance changes its sign, and so do minimum and maximum.
         q_lists = _narrow(q_lists, window, positions.mirrored())
-        return BlockMask(self.visible_until, self.block_size, *kv_lists, *q_lists, window)
+        return BlockMask(self.visible_until, self.block_size, *kv_lists, *q_lists, window=window)
 
     @classmethod
     def from_schedule(
@@ -156,7 +154,7 @@ class BlockMask:
                     f"{key} must be an int32 tensor of shape (batch, …) on "
                     f"{visible_until.device}, got {x.dtype} of shape {tuple(x.shape)} on {x.device}"
                 )
-        block_size = tuple(_infer_block(seq, lists[i].shape[1]) for i in (1, 4))
+        block_size = _infer_block(seq, lists[1].shape[1]), _infer_block(seq, lists[4].shape[1])
         for i in (0, 3):
             expected = (batch, lists[i + 1].shape[1] + 1)
             if (
@@ -169,7 +167,7 @@ class BlockMask:
                     "the schedule must be that of visible_until of shape "
                     f"{tuple(visible_until.shape)}, got tensors of shape {shapes}"
                 )
-        return cls(visible_until, block_size, *lists, window)
+        return cls(visible_until, block_size, *lists, window=window)
 
     def check(self) -> None:
         """Raises ValueError unless all values lie where kernels may read: once per batch.
@@ -215,7 +213,7 @@ class BlockMask:
             return tensor.to(device, non_blocking=non_blocking)
 
         lists = map(move, self.schedule_tensors())
-        return BlockMask(move(self.visible_until), self.block_size, *lists, self.window)
+        return BlockMask(move(self.visible_until), self.block_size, *lists, window=self.window)
 
     @property
     def num_tiles(self) -> int:
@@ -315,8 +313,8 @@ def check_visible_until(visible_until: Tensor) -> None:
         )
 
 
-def check_window(window: int, position_ids: Tensor | None, visible_until: Tensor) -> None:
-    """Raises ValueError unless `window` is positive and comes with matching positions."""
+def check_window(window: int, position_ids: Tensor | None, visible_until: Tensor) -> Tensor:
+    """The positions; raises ValueError unless they match, and `window` is positive."""
     if window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
     if position_ids is None:
@@ -331,6 +329,7 @@ def check_window(window: int, position_ids: Tensor | None, visible_until: Tensor
             f"position_ids must be on visible_until's device {visible_until.device}, got "
             f"{position_ids.device}"
         )
+    return position_ids
 
 
 def int32_positions(position_ids: Tensor) -> Tensor:

@@ -37,8 +37,13 @@ def choose(
     options: AttentionOptions,
 ) -> tuple[AttentionBackend, BlockMask | FlashPlan]:
     """The back end, and the mask in the form that it takes."""
-    both = impl is None and plan is not None and block_mask is not None
-    if both and autotune.is_enabled() and _flash_is_faster(*qkv, block_mask, plan, options):
+    if (
+        impl is None
+        and plan is not None
+        and block_mask is not None
+        and autotune.is_enabled()
+        and _flash_is_faster(*qkv, block_mask, plan, options)
+    ):
         impl = "flash"
     mask = plan if impl == "flash" else block_mask
     if mask is None:

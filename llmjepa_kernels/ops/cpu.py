@@ -40,7 +40,8 @@ def is_available() -> bool:
 
 def isas() -> list[str]:
     """The instruction sets the library has kernels for and this machine can run, best first."""
-    library, names = _library(), []
+    library = _library()
+    names: list[str] = []
     while name := library.lk_isa_name(len(names)):
         names.append(name.decode())
     return names
@@ -245,7 +246,7 @@ class _AttentionCall:
             raise ValueError(f"head_dim must be at most {MAX_HEAD_DIM} on a CPU, got {dim}")
         kv_indices = mask.kv_indices.contiguous()
         self.stats_shape, self.stats_dtype = (batch, heads, seq), compute_dtype(q)
-        self.tensors = []
+        self.tensors: list[Tensor] = []
         self.arguments = _AttentionArguments(
             batch=batch,
             heads=heads,
@@ -286,15 +287,15 @@ class _AttentionCall:
         self.tensors.extend(tensors.values())
         for name, tensor in tensors.items():
             pointer = tensor.data_ptr()
-            if tensor.dim() == 4:
-                pointer = _TensorArgument(pointer, *tensor.stride()[:3])
-            setattr(self.arguments, name, pointer)
+            strides = tensor.stride()[:3]
+            value = _TensorArgument(pointer, *strides) if tensor.dim() == 4 else pointer
+            setattr(self.arguments, name, value)
 
     def run(self, function: str) -> None:
         _check_status(getattr(_library(), function)(ctypes.byref(self.arguments)))
 
 
-def _run_pairs(function: str, hidden: Tensor, pairs: Tensor, **arguments: int) -> None:
+def _run_pairs(function: str, hidden: Tensor, pairs: Tensor, **more: int) -> None:
     pairs = pairs.contiguous()
     batch, seq, dim = hidden.shape
     arguments = _PairsArguments(
@@ -308,7 +309,7 @@ def _run_pairs(function: str, hidden: Tensor, pairs: Tensor, **arguments: int) -
         dtype=_dtype(hidden.dtype),
         isa=_isa(),
         num_threads=torch.get_num_threads(),
-        **arguments,
+        **more,
     )
     status = getattr(_library(), function)(ctypes.byref(arguments))
     if status == OUT_OF_RANGE:

@@ -11,6 +11,7 @@ import functools
 import importlib
 import math
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -31,9 +32,7 @@ def attention_forward(
     kernels = check(q, plan, options.softmax_scale)
     batch = len(q)
     q, k, v = _by_token(q), _by_token(k), _by_token(v)
-    attend = functools.partial(
-        kernels.forward, k=k, v=v, softmax_scale=options.softmax_scale, softcap=options.softcap
-    )
+    attend = functools.partial(kernels.forward, k=k, v=v, **_scaling(options))
     causal, *further = _calls(plan, len(q), options.window)
 
     out, lse = attend(q, call=causal)
@@ -72,7 +71,7 @@ def attention_backward(
     causal, *further = _calls(plan, len(q), options.window)
 
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    scaling = {"softmax_scale": options.softmax_scale, "softcap": options.softcap}
+    scaling = _scaling(options)
     kernels.backward(dout, q, k, v, out, lse, dq, dk, dv, call=causal, **scaling)
     if further:
         rows = _flat(plan.rows, len(q) // batch).long()
@@ -100,6 +99,15 @@ def attention_backward(
             -((options.sinks.to(lse.dtype) - lse.T).exp() * delta).sum(0).to(options.sinks.dtype)
         )
     return _by_row(dq, batch), _by_row(dk, batch), _by_row(dv, batch), dsinks
+
+
+class _Scaling(TypedDict):
+    softmax_scale: float
+    softcap: float | None
+
+
+def _scaling(options: AttentionOptions) -> _Scaling:
+    return {"softmax_scale": options.softmax_scale, "softcap": options.softcap}
 
 
 def _by_token(x: Tensor) -> Tensor:

@@ -172,8 +172,8 @@ class FlashPlan:
                     f"{key} must be an int32 tensor of {len(visible_until)} rows on "
                     f"{visible_until.device}, got {x.dtype} of shape {tuple(x.shape)} on {x.device}"
                 )
-        reach, *tensors = (schedule[key] for key in keys)
-        reach, seq = reach.shape[1:3]
+        shape, *tensors = (schedule[key] for key in keys)
+        reach, seq = shape.shape[1:3]
         if seq != visible_until.shape[1]:
             raise ValueError(
                 f"the plan is of rows of {seq} tokens, but those of visible_until have "
@@ -393,7 +393,10 @@ def _extremes(values: Tensor, start: Tensor, end: Tensor) -> tuple[Tensor, Tenso
     """The smallest and largest value in each range."""
     members = values[_members(start, end)]
     which = torch.arange(len(start)).repeat_interleave(end - start)
-    return tuple(_reduce(members, which, len(start), how) for how in ("amin", "amax"))
+    return (
+        _reduce(members, which, len(start), "amin"),
+        _reduce(members, which, len(start), "amax"),
+    )
 
 
 def _reduce(values: Tensor, group: Tensor, groups: int, how: str) -> Tensor:

@@ -117,9 +117,9 @@ def _gather_targets(
     """The targets of all processes, which of them are real, and where those of this one begin."""
     from torch.distributed.nn import functional as differentiable
 
-    most = torch.tensor(max(len(targets), 1), device=targets.device)
-    distributed.all_reduce(most, distributed.ReduceOp.MAX, group=group)
-    most = int(most)
+    longest = torch.tensor(max(len(targets), 1), device=targets.device)
+    distributed.all_reduce(longest, distributed.ReduceOp.MAX, group=group)
+    most = int(longest)
     # One collective carries both: what is real is one more column.
     rows = torch.cat([targets, real[:, None].to(targets)], dim=1)
     rows = functional.pad(rows, (0, 0, 0, most - len(rows)))

@@ -95,7 +95,7 @@ def runs_eagerly(*tensors: Tensor | None) -> bool:
     """
     return not (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
         or any(x is not None and (type(x) not in _PLAIN or x.is_meta) for x in tensors)

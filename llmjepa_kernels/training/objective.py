@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from llmjepa_kernels.hf.patch import patched_impl
 from llmjepa_kernels.ops.common import count_pairs, count_tubes

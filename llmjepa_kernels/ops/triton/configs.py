@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import chain
+from typing import Any
 
 import torch
 import triton
@@ -249,7 +250,7 @@ def launch(
         runs = {str(config): partial(run, config) for config in options}
         name = " ".join(map(str, [direction, *kind.values(), *problem]))
         best = autotune.fastest(name, runs)
-        options = sorted(options, key=lambda config: str(config) != best)
+        options = tuple(sorted(options, key=lambda config: str(config) != best))
     for config in chain(options, _smaller(options[-1])):
         work = (arch, direction, head_dim, dtype, config)
         if _too_large and work in _too_large:
@@ -302,7 +303,7 @@ def current_arch() -> str:
 
 
 @cache
-def _arch(driver: object, device: object) -> str:
+def _arch(driver: Any, device: object) -> str:
     target = driver.get_current_target()
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
 
@@ -316,8 +317,8 @@ def _table_entry(direction: str, arch: str, head_dim: int) -> list[Config]:
     return [replace(config, pieces=1) for config in entry if not config.tma]
 
 
-def _table_key(arch: str, head_dim: int) -> tuple[str | None, int]:
-    return _family(arch), next(width for width in (64, 128, 256) if head_dim <= width)
+def _table_key(arch: str, head_dim: int) -> tuple[str, int]:
+    return _family(arch) or arch, next(width for width in (64, 128, 256) if head_dim <= width)
 
 
 def _family(arch: str) -> str | None:
