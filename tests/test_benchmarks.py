@@ -13,6 +13,7 @@ from benchmarks import (
     flash_calls,
     gpu_day,
     gpu_parts,
+    head,
     peers,
     scaling,
     timing,
@@ -384,3 +385,13 @@ def test_outcomes_are_read_from_pytest(line, expected):
     found = gpu_parts.OUTCOME.match(line)
     got = found and (found["name"] or found["other"], found["a"] or found["b"])
     assert got == expected
+
+
+def test_head_command(tmp_path, capsys):
+    path = tmp_path / "head.json"
+    sizes = ["--vocab", "96", "--tokens", "20", "--hidden-size", "64", "--max-logits", "500"]
+    head.main([*sizes, "--rounds", "1", "--output", str(path)])
+    (table,) = json.loads(path.read_text())["tables"]
+    assert [row["what"] for row in table["rows"]] == ["all at once", "in parts"]
+    assert all(row["error"] < 1e-6 for row in table["rows"])
+    assert "in parts" in capsys.readouterr().out

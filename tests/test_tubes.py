@@ -51,7 +51,7 @@ def test_released_draws_are_uniform():
     tubes = TubeSampler(count=20_000).draw(PATH, IDS)
     starts, stops_from_0, stops_from_4 = Counter(), Counter(), Counter()
     for _, span in tubes:
-        inside = [CONTENT.index(i) for i, count in enumerate(covered(span)) if count]
+        inside = [CONTENT.index(i) for a, b in span for i in range(a + 1, b + 1)]
         starts[inside[0]] += 1
         if inside[0] == 0:
             stops_from_0[inside[-1]] += 1

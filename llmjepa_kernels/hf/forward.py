@@ -92,10 +92,15 @@ def _after(module: PreTrainedModel, args: tuple, kwargs: dict[str, Any], outputs
             f"head_positions, got {type(outputs).__name__}"
         )
     hidden = outputs["last_hidden_state"]
+    outputs["last_hidden_state"] = gather_tokens(hidden, positions)
+    outputs["hidden_states"] = (hidden,)
+
+
+def gather_tokens(hidden: Tensor, positions: Tensor) -> Tensor:
+    """(batch, seq, hidden_size) and (batch, n) -> (batch, n, hidden_size); −1 takes the first."""
     # Unlike this, indexing and torch.take_along_dim are compiled anew for each length.
     index = positions.clamp(min=0).to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1])
-    outputs["last_hidden_state"] = hidden.gather(1, index)
-    outputs["hidden_states"] = (hidden,)
+    return hidden.gather(1, index)
 
 
 def _check_attended(module: PreTrainedModel) -> None:

@@ -50,7 +50,7 @@ def patch_model(model: Model, *, impl: str | None = None) -> Model:
             what cannot carry a packed row (DataParallel, prompt-learning PEFT), or is an OpenELM
             whose forward was replaced before.
     """
-    pretrained = _pretrained(model)
+    pretrained = pretrained_model(model)
     if impl is not None and impl not in BACKENDS:
         raise ValueError(f"impl must be one of {sorted(BACKENDS)} or None, got {impl!r}")
     layer_types = set(getattr(pretrained.config.get_text_config(), "layer_types", None) or ())
@@ -70,7 +70,7 @@ def patch_model(model: Model, *, impl: str | None = None) -> Model:
 
 def unpatch_model(model: Model) -> Model:
     """Gives a model its former attention implementation back; returns the same model."""
-    pretrained = _pretrained(model)
+    pretrained = pretrained_model(model)
     adapter_of(pretrained).unpatch(pretrained)
     for part in innermost(pretrained):
         remove_hooks(part)
@@ -79,7 +79,7 @@ def unpatch_model(model: Model) -> Model:
 
 def patched_impl(model: nn.Module) -> str | None:
     """The `impl` that a model was patched with; raises RuntimeError if it was not patched."""
-    pretrained = _pretrained(model)
+    pretrained = pretrained_model(model)
     adapter = adapter_of(pretrained)
     reason = ""
     try:
@@ -94,7 +94,7 @@ def patched_impl(model: nn.Module) -> str | None:
     return impls.pop()
 
 
-def _pretrained(model: nn.Module) -> PreTrainedModel:
+def pretrained_model(model: nn.Module) -> PreTrainedModel:
     """The Transformers model inside any wrappers that can carry a packed row."""
     if isinstance(model, nn.DataParallel):
         raise ValueError(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +17,7 @@ from llmjepa_kernels.ops.loss import BACKENDS as LOSS_BACKENDS
 from llmjepa_kernels.ops.loss import last_token_loss, pair_views
 from llmjepa_kernels.ops.tubes import semantic_tube_loss
 from llmjepa_kernels.packing import IGNORE, schedule_of
+from llmjepa_kernels.training.next_token_loss import MAX_LOGITS, is_distributed, next_token_loss
 
 if TYPE_CHECKING:  # builds of torch without distributed lack it
     from torch.distributed import ProcessGroup
@@ -70,6 +70,7 @@ def llm_jepa_loss(
     detach_target: bool = False,
     gather_negatives: bool | ProcessGroup = True,
     return_views: bool = False,
+    max_logits: int | None = MAX_LOGITS,
 ) -> LLMJEPAOutput:
     """Next-token, LLM-JEPA and tube losses of packed rows from one forward pass.
 
@@ -99,6 +100,10 @@ def llm_jepa_loss(
             batches otherwise. All must call this together, with any number of pairs each. The
             negatives are those of this forward, not of a whole accumulated batch.
         return_views: Also return what the pairs compare.
+        max_logits: Keep at most so many logits at once, where there are more: the head then runs
+            on a part of the tokens after the other, and again in the backward, for a third more of
+            its time. None: keep all. Heads that Transformers puts more behind than a known factor
+            and soft cap, that FSDP has sharded by themselves, and compiled losses keep all.
 
     Raises:
         ValueError: The batch lacks a key, or the model adds a loss of its own.
@@ -115,21 +120,8 @@ def llm_jepa_loss(
 
     positions, targets = _supervised(batch)
     tensors = {key: batch[key] for key in ("input_ids", "position_ids", "visible_until")}
-    tensors |= {**schedule_of(batch), "head_positions": positions}
-    _mark_varying(tensors.values())
-    outputs = model(**tensors, use_cache=False)
-    logits = outputs.logits
-    if logits is None or logits.shape[:-1] != targets.shape:
-        shape = None if logits is None else tuple(logits.shape)
-        raise RuntimeError(
-            f"the model must return logits of shape {(*targets.shape, 'vocab')} for head_positions "
-            f"of shape {tuple(positions.shape)}, got {shape}"
-        )
-    if not outputs.hidden_states:
-        raise RuntimeError(
-            "the model must hand on the hidden_states of its base model, which hold the last one "
-            f"for head_positions; got {outputs.hidden_states}"
-        )
+    tensors |= schedule_of(batch)
+    outputs, ntp_sum = next_token_loss(model, tensors, positions, targets, max_logits)
     hidden = outputs.hidden_states[-1]
     if getattr(outputs, "aux_loss", None) is not None:
         raise ValueError(
@@ -138,10 +130,6 @@ def llm_jepa_loss(
         )
 
     num_items = (targets != IGNORE).sum()
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    ntp_sum = functional.cross_entropy(
-        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"
-    )
     ntp_loss = _divide(ntp_sum, num_items_in_batch, num_items)
 
     stp_sum, num_tubes = ntp_sum.new_zeros(()), num_items.new_zeros(())
@@ -214,17 +202,6 @@ def _supervised(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     return positions, labels.gather(1, successors).masked_fill(positions < 0, IGNORE)
 
 
-def _mark_varying(tensors: Iterable[Tensor]) -> None:
-    """Tells torch.compile that all sizes may differ in the next batch: one graph is for all.
-
-    Left alone, it would compile again for each size that first changes later than others.
-    """
-    dynamo = sys.modules.get("torch._dynamo")  # where it is in use; its import takes seconds
-    if dynamo is not None and not torch.compiler.is_compiling():
-        for x in tensors:
-            dynamo.maybe_mark_dynamic(x, list(range(x.dim())))
-
-
 def _with_detached_targets(hidden: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of all predictors, then of all targets cut off the graph, and the pairs among them."""
     index = pairs.clamp(min=0).mT.flatten(1)
@@ -238,8 +215,7 @@ def _with_detached_targets(hidden: Tensor, pairs: Tensor) -> tuple[Tensor, Tenso
 
 def _group(gather_negatives: bool | ProcessGroup) -> ProcessGroup | None:
     if gather_negatives is True:
-        initialized = distributed.is_available() and distributed.is_initialized()
-        return distributed.group.WORLD if initialized else None
+        return distributed.group.WORLD if is_distributed() else None
     return gather_negatives or None
 
 

@@ -66,6 +66,8 @@ FAMILIES = {
         "gemma3_text",
         {**HEAD, **ALTERNATE, "sliding_window": WINDOW, "query_pre_attn_scalar": 4},
     ),
+    "cohere": ("cohere", {"logit_scale": 0.3}),
+    "granite": ("granite", {"logits_scaling": 3.0}),
     "olmo2": ("olmo2", {}),
     "olmo3": ("olmo3", {**ALTERNATE, "sliding_window": WINDOW}),
     "phi": ("phi", {"partial_rotary_factor": 0.5, "resid_pdrop": 0.0, "embd_pdrop": 0.0}),

@@ -1,0 +1,115 @@
+"""The next-token loss, without all logits at once where there are many."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from llmjepa_kernels.hf.forward import gather_tokens
+from llmjepa_kernels.hf.head import Head
+from llmjepa_kernels.packing import IGNORE
+
+MAX_LOGITS = 2**27  # 0.5 GiB in float32, of which the loss and its backward keep four copies
+
+
+def next_token_loss(
+    model: nn.Module,
+    tensors: dict[str, Tensor],
+    positions: Tensor,
+    targets: Tensor,
+    max_logits: int | None,
+) -> tuple[Any, Tensor]:
+    """The outputs of one forward pass, and the sum of the next-token losses.
+
+    Args:
+        model: After `patch_model`.
+        tensors: The arguments of its forward, but for the next.
+        positions: (batch, n) int64, the tokens that need logits; −1 for padding.
+        targets: (batch, n) int64, the token that follows each.
+        max_logits: See `llm_jepa_loss`.
+    """
+    if max_logits is not None and not torch.compiler.is_compiling():
+        head = Head(model)
+        rows = max(1, max_logits // head.vocab_size)
+        # Processes that share work find out together whether the head may be trusted, which can
+        # take a second forward.
+        finds_out = head.is_exact is None and is_distributed()
+        if head.is_exact is not False and (targets.numel() > rows or finds_out):
+            few = positions[:, :2]  # 2, since torch.compile makes a graph of its own for 1
+            outputs = _forward(model, tensors, few)
+            hidden = gather_tokens(outputs.hidden_states[-1], positions)
+            if head.is_exact or head.compare(hidden[:, : few.shape[1]], outputs.logits):
+                return outputs, cross_entropy_in_parts(head, hidden, targets, rows)
+    outputs = _forward(model, tensors, positions)
+    return outputs, cross_entropy_sum(outputs.logits, targets)
+
+
+def _forward(model: nn.Module, tensors: dict[str, Tensor], head_positions: Tensor) -> Any:
+    tensors = {**tensors, "head_positions": head_positions}
+    _mark_varying(tensors.values())
+    outputs = model(**tensors, use_cache=False)
+    if outputs.logits is None or outputs.logits.shape[:-1] != head_positions.shape:
+        shape = None if outputs.logits is None else tuple(outputs.logits.shape)
+        raise RuntimeError(
+            f"the model must return logits of shape {(*head_positions.shape, 'vocab')} for "
+            f"head_positions of shape {tuple(head_positions.shape)}, got {shape}"
+        )
+    if not outputs.hidden_states:
+        raise RuntimeError(
+            "the model must hand on the hidden_states of its base model, which hold the last one "
+            f"for head_positions; got {outputs.hidden_states}"
+        )
+    return outputs
+
+
+def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
+    """The sum of the cross entropies of (…, vocab) logits and (…) targets, in float32 at least."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return functional.cross_entropy(
+        logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+
+
+def cross_entropy_in_parts(
+    head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, rows: int
+) -> Tensor:
+    """The same of ``head(hidden)``, whose logits exist for so many rows at once.
+
+    The backward computes them again, which costs a third of the head's time.
+
+    Args:
+        hidden: (…, hidden_size).
+        targets: (…) int64.
+        rows: At least 1.
+    """
+
+    def part(hidden: Tensor, targets: Tensor) -> Tensor:
+        return cross_entropy_sum(head(hidden), targets)
+
+    if targets.numel() <= rows:
+        return part(hidden, targets)
+    parts = zip(hidden.flatten(0, -2).split(rows), targets.flatten().split(rows), strict=True)
+    sums = [checkpoint(part, *each, use_reentrant=False) for each in parts]
+    return torch.stack(sums).sum()
+
+
+def is_distributed() -> bool:
+    """Whether processes train together."""
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def _mark_varying(tensors: Iterable[Tensor]) -> None:
+    """Tells torch.compile that all sizes may differ in the next batch: one graph is for all.
+
+    Left alone, it would compile again for each size that first changes later than others.
+    """
+    dynamo = sys.modules.get("torch._dynamo")  # where it is in use; its import takes seconds
+    if dynamo is not None and not torch.compiler.is_compiling():
+        for x in tensors:
+            dynamo.maybe_mark_dynamic(x, list(range(x.dim())))

@@ -1,0 +1,114 @@
+"""The next-token loss in parts: that of all logits at once, which never exist."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from llmjepa_kernels import pack
+from llmjepa_kernels.hf.head import Head
+from llmjepa_kernels.hf.patch import patch_model
+from llmjepa_kernels.training.objective import llm_jepa_loss, supervised_positions
+from tests.support.helpers import random_examples
+from tests.support.models import VOCAB, tiny_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ROWS = 7
+HEADS = {
+    "llama": {"tie_word_embeddings": True},
+    "qwen3": {"tie_word_embeddings": False},
+    "gemma2": {},  # a soft cap
+    "cohere": {},  # a factor
+    "granite": {},  # a divisor
+}
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return pack(random_examples(6, seed=7), 80)
+
+
+def patched(family, dtype=torch.float64, **options):
+    return patch_model(tiny_model(family, dtype=dtype, **options), impl="reference")
+
+
+def gradients(model, loss):
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def watch_logits(model):
+    """Sizes of what leaves the output embeddings, one for each of their calls."""
+    sizes = []
+    embeddings = model.get_output_embeddings()
+    embeddings.register_forward_hook(lambda module, args, out: sizes.append(out.numel()))
+    return sizes
+
+
+@pytest.mark.parametrize("family", HEADS)
+def test_parts_are_the_whole(family, batch):
+    model = patched(family, **HEADS[family])
+    whole = llm_jepa_loss(model, batch, max_logits=None)
+    expected = gradients(model, whole.loss)
+    sizes = watch_logits(model)
+    for _ in range(2):
+        sizes.clear()
+        parts = llm_jepa_loss(model, batch, max_logits=ROWS * VOCAB)
+        actual = gradients(model, parts.loss)
+        # Once in the forward and once in the backward, and two tokens to see what the head does.
+        count = -(-supervised_positions(batch["labels"]).numel() // ROWS)
+        assert 2 * count <= len(sizes) <= 2 * count + 2
+        assert max(sizes) == ROWS * VOCAB
+        # Transformers' soft cap, factors and norms are in float32 in some families.
+        torch.testing.assert_close(parts.loss, whole.loss, rtol=1e-6, atol=0)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-7)
+    assert Head(model).is_exact
+
+
+def test_few_logits_stay_whole(batch):
+    model = patched("llama")
+    sizes = watch_logits(model)
+    llm_jepa_loss(model, batch)
+    assert sizes == [supervised_positions(batch["labels"]).numel() * VOCAB]
+
+
+def test_a_head_that_does_more_keeps_all_logits(batch):
+    model = patched("llama")
+    expected = llm_jepa_loss(model, batch, max_logits=None)
+    model.config.logit_scale = 2.0  # which Llama does not know
+    sizes = watch_logits(model)
+    for _ in range(2):
+        sizes.clear()
+        output = llm_jepa_loss(model, batch, max_logits=ROWS * VOCAB)
+        assert output.loss == expected.loss
+        assert max(sizes) == supervised_positions(batch["labels"]).numel() * VOCAB
+    assert len(sizes) == 1  # it is asked once
+    assert Head(model).is_exact is False
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_lora_on_the_head(batch, dropout):
+    torch.manual_seed(0)
+    config = LoraConfig(
+        r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False, lora_dropout=dropout
+    )
+    model = get_peft_model(patched("llama"), config)
+    model.eval()
+    whole = llm_jepa_loss(model, batch, max_logits=None)
+    expected = gradients(model, whole.loss)
+    parts = llm_jepa_loss(model, batch, max_logits=ROWS * VOCAB)
+    torch.testing.assert_close(gradients(model, parts.loss), expected)
+    assert any("lm_head" in name for name in expected)
+    model.train()
+    gradients(model, llm_jepa_loss(model, batch, max_logits=ROWS * VOCAB).loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision(batch, dtype):
+    model = patched("llama", dtype)
+    whole = llm_jepa_loss(model, batch, max_logits=None)
+    parts = llm_jepa_loss(model, batch, max_logits=ROWS * VOCAB)
+    torch.testing.assert_close(parts.ntp_loss, whole.ntp_loss, rtol=1e-3, atol=0)
+    assert parts.ntp_loss.dtype == torch.float32
+    assert Head(model).is_exact
