@@ -13,6 +13,7 @@ from triton.runtime.errors import OutOfResources
 from llmjepa_kernels import BlockMask, view_attention
 from llmjepa_kernels.ops import autotune
 from llmjepa_kernels.ops.dense import visible
+from llmjepa_kernels.ops.triton import attention as triton_attention
 from llmjepa_kernels.ops.triton import configs as triton_configs
 from llmjepa_kernels.ops.triton.configs import Config
 from tests.support.helpers import AttentionCase, check_attention, random_rows
@@ -88,6 +89,41 @@ def test_tiles_that_subdivide_the_mask_block(tile, window, seq, monkeypatch):
         heads=1, seq=seq, head_dim=16, mean_length=30, window=window, seed=4
     )
     check(case, block_size=(64, 64))
+
+
+@pytest.mark.parametrize(("seq", "block"), [(60, 256), (130, 512)])
+def test_nothing_past_the_statistics_of_a_row_is_read(seq, block, monkeypatch):
+    statistics = triton_attention._row_statistics
+
+    def with_nan_behind(*arguments):
+        *statistics_of_rows, dsinks = statistics(*arguments)
+        buffers = [torch.full((x.numel() + 4096,), torch.nan) for x in statistics_of_rows]
+        for buffer, x in zip(buffers, statistics_of_rows, strict=True):
+            buffer[: x.numel()] = x.flatten()
+        return *(
+            b[:-4096].view(x.shape) for b, x in zip(buffers, statistics_of_rows, strict=True)
+        ), dsinks
+
+    monkeypatch.setattr(triton_attention, "_row_statistics", with_nan_behind)
+    case = AttentionCase.random(heads=1, seq=seq, head_dim=16, mean_length=1000, seed=10)
+    check(case, torch.float32, block_size=(block, block))
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_query_heads_of_a_group_are_divided_where_programs_are_few(parts, monkeypatch):
+    case = AttentionCase.random(batch=2, heads=4, kv_heads=1, seq=40, head_dim=16, seed=11)
+    programs = 2 * 2  # rows, and blocks of 32 keys
+    monkeypatch.setattr(triton_attention, "_multiprocessors", lambda _: programs * (parts - 1) + 1)
+    check(case, block_size=(32, 32))
+    first, second = (case.run("triton", torch.float16, DEVICE, (32, 32)) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_number_of_parts():
+    assert triton_attention._num_parts(96, 3, 132) == 3
+    assert triton_attention._num_parts(132, 3, 132) == 1
+    assert triton_attention._num_parts(40, 8, 132) == 4
+    assert triton_attention._num_parts(1, 8, 132) == 8
 
 
 @pytest.mark.parametrize(("head_dim", "pieces"), [(16, 1), (64, 2), (64, 4)])

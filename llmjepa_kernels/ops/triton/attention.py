@@ -33,7 +33,7 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """out (batch, num_heads, seq, head_dim) and the natural-log lse (batch, num_heads, seq)."""
     _check(q)
-    batch, num_heads, seq, head_dim = q.shape
+    batch, num_heads, seq, _ = q.shape
     out = empty_seq_major(q)
     lse = q.new_empty(batch, num_heads, seq, dtype=torch.float32)
 
@@ -56,7 +56,7 @@ def attention_forward(
             options.window or 0,
             *_scaling(options),
             FOLD_SCALE=options.softcap is None and options.softmax_scale > 0,
-            **_constants(config, head_dim, mask, options.window),
+            **_constants(config, q, mask, options.window),
         )
 
     triton_configs.launch("forward", launch, **_kind(q, mask, (q, k, v), options))
@@ -77,13 +77,20 @@ def attention_backward(
     _check(q)
     batch, num_heads, seq, head_dim = q.shape
     num_kv_heads = k.shape[1]
+    group_size = num_heads // num_kv_heads
     dq, dk, dv = empty_seq_major(q), empty_seq_major(k), empty_seq_major(v)
     lse2, delta, dsinks = _row_statistics(dout, out, lse, _sinks(options))
     padded = lse2.shape[-1]
     operand = cache(_operand)  # kernels of one shape of tile share descriptors
 
     def launch_dkdv(config: Config, want: str) -> None:
-        grid = (-(-seq // config.block_n) * batch * num_kv_heads,)
+        programs = -(-seq // config.block_n) * batch * num_kv_heads
+        parts = _num_parts(programs, group_size, _multiprocessors(q.device))
+        sums = {
+            name: _part_sums(whole, parts) if parts > 1 and name in want else whole
+            for name, whole in (("dk", dk), ("dv", dv))
+        }
+        grid = (programs * parts,)
         kernels._attention_dkdv_kernel[grid](
             operand(q, config.block_m, config),
             operand(k, config.block_n, config),
@@ -91,14 +98,14 @@ def attention_backward(
             operand(dout, config.block_m, config),
             lse2,
             delta,
-            _strided(dk),
-            _strided(dv),
+            _strided(sums["dk"]),
+            _strided(sums["dv"]),
             *_lists(mask, "q"),
             _positions(options),
             batch,
             num_heads,
-            num_heads // num_kv_heads,
-            num_heads // num_kv_heads,
+            group_size,
+            group_size // parts,
             seq,
             padded,
             mask.q_indices.shape[1],
@@ -108,8 +115,11 @@ def attention_backward(
             WANT_DK="dk" in want,
             WANT_DV="dv" in want,
             EAGER_DP=config.eager_dp and "dk" in want,
-            **_constants(config, head_dim, mask, options.window),
+            **_constants(config, q, mask, options.window),
         )
+        for name, whole in (("dk", dk), ("dv", dv)):
+            if sums[name] is not whole:
+                whole.copy_(sums[name].unflatten(1, (num_kv_heads, parts)).sum(2))
 
     def launch_dq(config: Config) -> None:
         grid = (-(-seq // config.block_m) * batch * num_heads,)
@@ -125,7 +135,7 @@ def attention_backward(
             _positions(options),
             batch,
             num_heads,
-            num_heads // num_kv_heads,
+            group_size,
             seq,
             padded,
             mask.kv_indices.shape[1],
@@ -133,7 +143,7 @@ def attention_backward(
             options.softmax_scale,
             *_scaling(options),
             EAGER_DP=config.eager_dp,
-            **_constants(config, head_dim, mask, options.window),
+            **_constants(config, q, mask, options.window),
         )
 
     kind = _kind(q, mask, (q, k, v, dout), options)
@@ -173,6 +183,28 @@ def _row_statistics(
     if sinks is None or partial is None:
         return lse2, delta, None
     return lse2, delta, partial.sum(dim=(0, 2)).to(sinks.dtype)
+
+
+def _num_parts(programs: int, group_size: int, multiprocessors: int) -> int:
+    """In how many parts the query heads of a group divide, so that the device has enough to do."""
+    enough = (
+        n for n in range(1, group_size) if group_size % n == 0 and programs * n >= multiprocessors
+    )
+    return next(enough, group_size)
+
+
+def _part_sums(x: Tensor, parts: int) -> Tensor:
+    """Room for the gradient of x (batch, heads, seq, head_dim) by each part, in float32."""
+    batch, heads, seq, head_dim = x.shape
+    sums = x.new_empty(batch, seq, heads * parts, head_dim, dtype=torch.float32)
+    return sums.transpose(1, 2)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 1  # the interpreter, and what torch cannot say of a device
 
 
 def _kind(
@@ -217,9 +249,11 @@ def _scaling(options: AttentionOptions) -> tuple[float, float | None]:
     return options.softmax_scale / options.softcap, options.softcap * math.log2(math.e)
 
 
-def _constants(config: Config, head_dim: int, mask: BlockMask, window: int | None) -> dict:
+def _constants(config: Config, q: Tensor, mask: BlockMask, window: int | None) -> dict:
+    head_dim = q.shape[3]
+    precision = triton_configs.dot_precision(q.dtype, triton_configs.current_arch())
     constants = {
-        "D": HeadDim(head_dim, head_dim_pieces(head_dim, config.pieces), "ieee"),
+        "D": HeadDim(head_dim, head_dim_pieces(head_dim, config.pieces), precision),
         "MASK_M": mask.block_size[0],
         "MASK_N": mask.block_size[1],
         "ALL_MASKED": window != mask.window,

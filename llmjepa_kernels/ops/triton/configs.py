@@ -209,11 +209,19 @@ def candidates(
             and (allow_tma or not config.tma)
         ]
     # float32 and unknown architectures may run outside the matrix units, where a large tile is a
-    # long program; small masks want small tiles anyway.
-    side = 64 if head_dim <= 64 else 32
-    if dtype == torch.float32 or not (_family(arch) or arch == "interpreter"):
+    # long program and a wide piece of the head dim needs many registers; small masks want small
+    # tiles anyway.
+    side, width = (64 if head_dim <= 64 else 32), triton.next_power_of_2(head_dim)
+    if dtype == torch.float32:
+        side, width = (32 if head_dim <= 128 else 16), (32 if head_dim % 32 == 0 else 16)
+    elif not (_family(arch) or arch == "interpreter"):
         side //= 2
-    safe = Config(min(block_size[0], side), min(block_size[1], side), num_stages=1)
+    safe = Config(
+        min(block_size[0], side),
+        min(block_size[1], side),
+        num_stages=1,
+        pieces=max(1, triton.next_power_of_2(head_dim) // width),
+    )
     return tuple(fitting or [safe])
 
 
@@ -281,14 +289,25 @@ def _smaller(config: Config) -> Iterator[Config]:
 def head_dim_pieces(head_dim: int, pieces: int = 1) -> tuple[int, ...]:
     """Powers of two that cover the head dim with the least padding: (64, 16) for 80.
 
-    With `pieces` > 1 they are so many of one width, or fewer where that would be too narrow.
+    With `pieces` > 1 they are of one width, so many to the next power of two: (32,) * 5 for 160
+    with 8; fewer where that would be too narrow.
     """
     whole = max(MIN_TILE, triton.next_power_of_2(head_dim))
     if pieces > 1:
-        return (max(MIN_TILE, whole // pieces),) * min(pieces, whole // MIN_TILE)
+        width = max(MIN_TILE, whole // pieces)
+        return (width,) * triton.cdiv(head_dim, width)
     first = whole // 2
     rest = max(MIN_TILE, triton.next_power_of_2(max(head_dim - first, 1)))
     return (first, rest) if first >= MIN_TILE and first + rest < whole else (whole,)
+
+
+def dot_precision(dtype: torch.dtype, arch: str) -> str:
+    """How the kernels multiply float32: as `torch.get_float32_matmul_precision()` allows."""
+    match = re.fullmatch(r"sm_(\d+)", arch)
+    if dtype != torch.float32 or not match or int(match[1]) < 80:  # no TF32 there
+        return "ieee"
+    allowed = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
+    return allowed[torch.get_float32_matmul_precision()]
 
 
 INTERPRETED = triton.knobs.runtime.interpret  # as it was when the kernels were defined
