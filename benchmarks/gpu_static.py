@@ -191,6 +191,7 @@ def examine(job: tuple[str, int, str, Config, tuple[int, int], bool]) -> dict:
         "direction": direction,
         "config": asdict(config),
         "block_size": block_size,
+        "tensor_memory": getattr(kernel.metadata, "tmem_size", None) or 0,
         **_figures(kernel, arch, head_dim, direction, config, sim),
     }
 

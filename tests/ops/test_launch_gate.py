@@ -1,4 +1,7 @@
-"""Every kernel, compiled and launched on a CUDA driver that checks and runs nothing."""
+"""Every kernel, compiled and launched on a CUDA driver that checks and runs nothing.
+
+For more architectures with ``LLMJEPA_GATES=all`` in the environment, as in CI.
+"""
 
 import json
 import os
@@ -18,6 +21,10 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).parents[2]
+
+ARCHS = [90, 80]
+if os.environ.get("LLMJEPA_GATES") == "all":
+    ARCHS += [100, 120, 86]
 
 LAUNCHES = """
 import json, sys
@@ -98,7 +105,7 @@ def records(folder, tmp_path_factory):
         "OMP_NUM_THREADS": "1",
         "DISABLE_PTXAS_OPT": "1",  # nothing runs; the compile gate reads optimised code
     }
-    waiting, found, running = [90, 100, 80, 120, 86], {}, {}
+    waiting, found, running = ARCHS.copy(), {}, {}
     while waiting or running:
         while waiting and len(running) < 2:
             arch = waiting.pop(0)
@@ -108,13 +115,13 @@ def records(folder, tmp_path_factory):
                 text=True,
             )  # fmt: skip
         arch, process = next(iter(running.items()))
-        out, error = process.communicate(timeout=900)
+        out, error = process.communicate(timeout=1800)
         del running[arch]
         found[arch] = json.loads(out) if process.returncode == 0 else error[-3000:]
     return found
 
 
-@pytest.mark.parametrize("arch", [80, 86, 90, 100, 120])
+@pytest.mark.parametrize("arch", ARCHS)
 def test_every_kernel_is_launched_with_what_it_declares(records, arch):
     record = records[arch]
     assert isinstance(record, dict), record

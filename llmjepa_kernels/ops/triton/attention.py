@@ -251,7 +251,7 @@ def _scaling(options: AttentionOptions) -> tuple[float, float | None]:
 
 def _constants(config: Config, q: Tensor, mask: BlockMask, window: int | None) -> dict:
     head_dim = q.shape[3]
-    precision = triton_configs.dot_precision(q.dtype, triton_configs.current_arch())
+    precision = triton_configs.dot_precision(q.dtype, triton_configs.current_arch(), head_dim)
     constants = {
         "D": HeadDim(head_dim, head_dim_pieces(head_dim, config.pieces), precision),
         "MASK_M": mask.block_size[0],

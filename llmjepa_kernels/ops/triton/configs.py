@@ -209,20 +209,14 @@ def candidates(
             and (allow_tma or not config.tma)
         ]
     # float32 and unknown architectures may run outside the matrix units, where a large tile is a
-    # long program and a wide piece of the head dim needs many registers; small masks want small
-    # tiles anyway.
-    side, width = (64 if head_dim <= 64 else 32), triton.next_power_of_2(head_dim)
-    if dtype == torch.float32:
-        side, width = (32 if head_dim <= 128 else 16), (32 if head_dim % 32 == 0 else 16)
-    elif not (_family(arch) or arch == "interpreter"):
-        side //= 2
-    safe = Config(
-        min(block_size[0], side),
-        min(block_size[1], side),
-        num_stages=1,
-        pieces=max(1, triton.next_power_of_2(head_dim) // width),
-    )
-    return tuple(fitting or [safe])
+    # long program and takes many registers; small masks want small tiles anyway.
+    side, num_warps, pieces = (64 if head_dim <= 64 else 32), 4, 1
+    if dtype == torch.float32 or not (_family(arch) or arch == "interpreter"):
+        side, num_warps = side // 2, 8
+    if dtype == torch.float32 and head_dim not in TF32_HEAD_DIMS:
+        pieces = max(1, triton.next_power_of_2(head_dim) // MIN_TILE)
+    sides = min(block_size[0], side), min(block_size[1], side)
+    return tuple(fitting or [Config(*sides, num_warps, num_stages=1, pieces=pieces)])
 
 
 @cache
@@ -301,10 +295,16 @@ def head_dim_pieces(head_dim: int, pieces: int = 1) -> tuple[int, ...]:
     return (first, rest) if first >= MIN_TILE and first + rest < whole else (whole,)
 
 
-def dot_precision(dtype: torch.dtype, arch: str) -> str:
+# Of others, TF32 kernels spill registers, and one stops Triton 3.9 itself.
+TF32_HEAD_DIMS = (16, 32, 64, 128)
+
+
+def dot_precision(dtype: torch.dtype, arch: str, head_dim: int) -> str:
     """How the kernels multiply float32: as `torch.get_float32_matmul_precision()` allows."""
     match = re.fullmatch(r"sm_(\d+)", arch)
     if dtype != torch.float32 or not match or int(match[1]) < 80:  # no TF32 there
+        return "ieee"
+    if head_dim not in TF32_HEAD_DIMS:
         return "ieee"
     allowed = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
     return allowed[torch.get_float32_matmul_precision()]
@@ -350,6 +350,6 @@ def _family(arch: str) -> str | None:
             return "sm_86"
         if version == 90:
             return "sm_90"
-        if 100 <= version < 110:
+        if 100 <= version < 120:
             return "sm_100"
-    return "gfx942" if arch in ("gfx942", "gfx950") else None
+    return "gfx942" if arch in ("gfx90a", "gfx942", "gfx950") else None
