@@ -88,7 +88,7 @@ setup(
     ext_modules=[
         Extension(
             "llmjepa_kernels.ops._cpu",
-            [f"csrc/{name}.cpp" for name in ("api", "kernels", "plan", "threads")],
+            [f"csrc/{name}.cpp" for name in ("api", "kernels", "plan", "schedule", "threads")],
             depends=["csrc"],
             optional=False,
         )

@@ -7,6 +7,7 @@
 
 #include "kernels.h"
 #include "plan.h"
+#include "schedule.h"
 #include "threads.h"
 
 #define LK_DECLARE(isa)            \
@@ -159,6 +160,17 @@ bool scatter(const Arguments& a, const int64_t* slots, int64_t num_slots,
                   [&](int64_t i) { kernel(a, next.data(), owners[i]); });
 }
 
+// Checks the lists, then runs body.
+template <class Body>
+int32_t attend(const LkAttention& a, Body body) {
+  int32_t status = LK_OK;
+  const int32_t ran = guarded([&] {
+    status = check_schedule(a);
+    return status != LK_OK || body();
+  });
+  return ran == LK_OK ? status : ran;
+}
+
 }  // namespace
 
 void lk_set_parallel(LkParallel parallel) { set_parallel(parallel); }
@@ -177,7 +189,7 @@ int32_t lk_attention_forward(const LkAttention* args) {
   const LkAttention& a = *args;
   const AttentionKernels& kernels = isas()[a.isa].table->attention[a.dtype];
   const int64_t queries = kernels.forward_queries(a), blocks = ceil_div(a.seq, queries);
-  return guarded([&] {
+  return attend(a, [&] {
     return parallel_for(blocks * a.batch * a.kv_heads, a.num_threads, kernels.forward_scratch(a),
                         [&](int64_t i, void* scratch) {
                           // One kv head after the other, since its keys are then in the cache;
@@ -191,7 +203,7 @@ int32_t lk_attention_forward(const LkAttention* args) {
 }
 
 int32_t lk_attention_backward(const LkAttention* args) {
-  return guarded([&] { return backward(*args); });
+  return attend(*args, [&] { return backward(*args); });
 }
 
 int32_t lk_distance_forward(const LkPairs* args) {

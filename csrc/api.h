@@ -10,7 +10,12 @@ extern "C" {
 enum LkDtype : int32_t { LK_FLOAT32 = 0, LK_FLOAT64 = 1, LK_BFLOAT16 = 2, LK_FLOAT16 = 3 };
 enum LkMetric : int32_t { LK_COSINE = 0, LK_L2 = 1, LK_MSE = 2 };
 enum LkReduction : int32_t { LK_NONE = 0, LK_SUM = 1, LK_MEAN = 2 };
-enum LkStatus : int32_t { LK_OK = 0, LK_OUT_OF_MEMORY = 1, LK_OUT_OF_RANGE = 2 };
+enum LkStatus : int32_t {
+  LK_OK = 0,
+  LK_OUT_OF_MEMORY = 1,
+  LK_OUT_OF_RANGE = 2,
+  LK_BAD_SCHEDULE = 3
+};
 
 // (batch, heads, seq, dim) with unit stride in dim; strides count elements.
 struct LkTensor {
@@ -84,6 +89,7 @@ LK_EXPORT int64_t lk_tubes_size();
 // Instruction sets this library was built for and this machine has, best first; null at the end.
 LK_EXPORT const char* lk_isa_name(int32_t index);
 
+// Both check visible_until and the lists first, see schedule.h.
 LK_EXPORT int32_t lk_attention_forward(const LkAttention* args);
 LK_EXPORT int32_t lk_attention_backward(const LkAttention* args);
 // The forward passes check the indices first.

@@ -150,17 +150,17 @@ struct KeyMask {
   // All ones in the lanes that see key j.
   LK_INLINE IntVec<T> visible(int32_t j, IntVec<T> query, IntVec<T> query_position) const {
     IntVec<T> seen = (query >= splat_int<T>(j)) & (query < splat_int<T>(until[j]));
-    if (position) seen &= query_position < splat_int<T>(position_limit(j));
+    if (position) seen &= query_position <= splat_int<T>(last_position(j));
     return seen;
   }
   LK_INLINE bool visible(int32_t j, Int<T> query, Int<T> query_position) const {
-    return query >= j && query < until[j] && (!position || query_position < position_limit(j));
+    return query >= j && query < until[j] && (!position || query_position <= last_position(j));
   }
 
  private:
-  LK_INLINE Int<T> position_limit(int32_t j) const {
-    const int64_t limit = int64_t{position[j]} + window;
-    return static_cast<Int<T>>(limit < INT32_MAX ? limit : INT32_MAX);
+  LK_INLINE Int<T> last_position(int32_t j) const {
+    const int64_t last = int64_t{position[j]} + window - 1;
+    return static_cast<Int<T>>(last < INT32_MAX ? last : INT32_MAX);
   }
 };
 

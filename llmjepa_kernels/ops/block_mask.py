@@ -170,31 +170,62 @@ class BlockMask:
         return cls(visible_until, block_size, *lists, window=window)
 
     def check(self) -> None:
-        """Raises ValueError unless all values lie where kernels may read: once per batch.
+        """Raises ValueError unless these are lists that kernels may read, of this `visible_until`.
 
-        Costs a pass over the lists, so it looks at CPU tensors only; elsewhere `visible_until`
-        alone is asserted, without waiting for the device.
+        Elsewhere than on a CPU it is asserted, without waiting for the device; there it is by the
+        number of tiles that a list is recognised, so this is for once per batch. The CPU kernels
+        compare the lists with the mask, tile by tile, in every call.
         """
         check_visible_until(self.visible_until)
-        if self.visible_until.device.type != "cpu":
-            return
+        self.check_shapes()
+        begin, end, full_begin, full_end = _runs(self.visible_until, self.block_size)
+        needed, most_full = end - begin, (full_end - full_begin).clamp(min=0)
+        listed, full = self.q_offsets.diff(dim=1), self.q_offsets[:, 1:] - self.q_full_start
+        wrong = (full > most_full).any()
+        if self.window is None:
+            wrong = wrong | (listed < needed).any()
+            wrong = wrong | (self.kv_offsets[:, -1] < needed.sum(1)).any()
         sides = (("kv", self.q_full_start.shape[1]), ("q", self.kv_full_start.shape[1]))
         for side, num_blocks in sides:
-            offsets, full_start, indices = (
-                getattr(self, f"{side}_{name}") for name in ("offsets", "full_start", "indices")
-            )
+            offsets, full_start, indices = self._lists(side)
+            wrong = wrong | (offsets[:, 0] != 0).any() | (offsets[:, -1] > indices.shape[1]).any()
+            wrong = wrong | (full_start < offsets[:, :-1]).any()
+            wrong = wrong | (full_start > offsets[:, 1:]).any()
+            wrong = wrong | ((indices < 0) | (indices >= num_blocks)).any()
+        message = (
+            "kv_offsets, kv_full_start, kv_indices and those of q are not the lists of a row of "
+            f"{self.visible_until.shape[1]} tokens with this visible_until in blocks of "
+            f"{self.block_size}"
+        )
+        if wrong.device.type != "cpu":
+            torch._assert_async(~wrong, message)
+        elif wrong:
+            raise ValueError(message)
+
+    def check_shapes(self) -> None:
+        """Raises ValueError unless the lists are int32 of the shapes that the class names."""
+        batch, seq = self.visible_until.shape
+        for side, size in zip(("kv", "q"), self.block_size, strict=True):
+            blocks = -(-seq // size)
+            offsets, full_start, indices = lists = self._lists(side)
             if (
-                (offsets[:, 0] != 0).any()
-                or (offsets[:, -1] > indices.shape[1]).any()
-                or (full_start < offsets[:, :-1]).any()
-                or (full_start > offsets[:, 1:]).any()
-                or (indices < 0).any()
-                or (indices >= num_blocks).any()
+                offsets.shape != (batch, blocks + 1)
+                or full_start.shape != (batch, blocks)
+                or indices.dim() != 2
+                or len(indices) != batch
+                or any(x.dtype != torch.int32 for x in lists)
             ):
+                found = ", ".join(f"{x.dtype} of shape {tuple(x.shape)}" for x in lists)
                 raise ValueError(
-                    f"{side}_offsets, {side}_full_start and {side}_indices are not the lists of a "
-                    f"row of {self.visible_until.shape[1]} tokens in blocks of {self.block_size}"
+                    f"{side}_offsets, {side}_full_start and {side}_indices must be int32 of shapes "
+                    f"{(batch, blocks + 1)}, {(batch, blocks)} and ({batch}, …) for blocks of "
+                    f"{self.block_size}, got {found}"
                 )
+
+    def _lists(self, side: str) -> tuple[Tensor, Tensor, Tensor]:
+        names = ("offsets", "full_start", "indices")
+        offsets, full_start, indices = (getattr(self, f"{side}_{name}") for name in names)
+        return offsets, full_start, indices
 
     def schedule(self) -> dict[str, Tensor]:
         """The lists as batch-first int32 tensors, to travel with a batch as model arguments."""

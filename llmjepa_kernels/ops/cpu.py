@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llmjepa_kernels.ops.block_mask import BlockMask
+from llmjepa_kernels.ops.block_mask import BlockMask, check_visible_until
 from llmjepa_kernels.ops.common import (
     AttentionOptions,
     check_pairs,
@@ -28,7 +28,7 @@ LIBRARY = Path(os.environ.get(LIBRARY_VARIABLE) or Path(__file__).with_name("_cp
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 METRICS = {"cosine": 0, "l2": 1, "mse": 2}
 REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
-OK, OUT_OF_RANGE = 0, 2  # of LkStatus
+OK, OUT_OF_MEMORY, OUT_OF_RANGE, BAD_SCHEDULE = range(4)  # LkStatus
 MAX_HEAD_DIM = 256
 
 
@@ -244,6 +244,8 @@ class _AttentionCall:
         batch, heads, seq, dim = q.shape
         if dim > MAX_HEAD_DIM:
             raise ValueError(f"head_dim must be at most {MAX_HEAD_DIM} on a CPU, got {dim}")
+        mask.check_shapes()
+        self.mask = mask
         kv_indices = mask.kv_indices.contiguous()
         self.stats_shape, self.stats_dtype = (batch, heads, seq), compute_dtype(q)
         self.tensors: list[Tensor] = []
@@ -292,7 +294,15 @@ class _AttentionCall:
             setattr(self.arguments, name, value)
 
     def run(self, function: str) -> None:
-        _check_status(getattr(_library(), function)(ctypes.byref(self.arguments)))
+        status = getattr(_library(), function)(ctypes.byref(self.arguments))
+        if status == OUT_OF_RANGE:
+            check_visible_until(self.mask.visible_until)
+        if status == BAD_SCHEDULE:
+            raise ValueError(
+                "block_mask is not the schedule of this visible_until, or of these positions and "
+                "this window: build it again by BlockMask.from_visible_until"
+            )
+        _check_status(status)
 
 
 def _run_pairs(function: str, hidden: Tensor, pairs: Tensor, **more: int) -> None:

@@ -17,7 +17,8 @@ def visible(
     index = torch.arange(visible_until.shape[1], device=visible_until.device)
     seen = (index <= index[:, None]) & (index[:, None] < visible_until[:, None, :])
     if window is not None and position_ids is not None:
-        seen &= position_ids[:, :, None] - position_ids[:, None, :] < window
+        positions = position_ids.long()  # a difference, or a window, may not fit in int32
+        seen &= positions[:, :, None] - positions[:, None, :] < window
     return seen
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmjepa_kernels.ops.block_mask import BlockMask
+from llmjepa_kernels.ops.block_mask import BlockMask, check_visible_until
 from llmjepa_kernels.ops.common import AttentionOptions, check_pairs, compute_dtype, count_pairs
 from llmjepa_kernels.ops.dense import dense_attention, masked_scores, seq_major, visible
 
@@ -24,6 +24,7 @@ def attention_forward(
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
     """out (batch, num_heads, seq, head_dim) and the natural-log lse (batch, num_heads, seq)."""
+    check_visible_until(mask.visible_until)
     seen = visible(mask.visible_until, options.position_ids, options.window)
     return dense_attention(
         q,

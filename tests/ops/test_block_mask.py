@@ -144,6 +144,8 @@ def test_a_schedule_travels_as_tensors(seq, block_size):
         ("q_offsets", lambda x: x + 1, "are not the lists"),
         ("kv_full_start", lambda x: x + 99, "are not the lists"),
         ("kv_full_start", lambda x: x - 99, "are not the lists"),
+        ("kv_offsets", lambda x: x * 0, "are not the lists"),  # no tile
+        ("q_full_start", lambda x: x - (x.diff(prepend=x[:, :1]) > 1).int(), "are not the lists"),
     ],
 )
 def test_a_schedule_that_does_not_fit_is_refused(key, change, message):

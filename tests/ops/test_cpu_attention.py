@@ -1,8 +1,11 @@
 """The C++ attention kernels, on every instruction set that this machine runs."""
 
+import ctypes
+import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -332,3 +335,103 @@ def test_an_unknown_isa_is_an_error(monkeypatch):
 def test_too_large_a_head_is_an_error():
     with pytest.raises(ValueError, match="head_dim must be at most 256"):
         AttentionCase.random(seq=4, head_dim=257).run("cpu", torch.float32)
+
+
+def call(mask, visible_until=None, positions=None, window=None):
+    """Forward and backward under a mask, whatever it is."""
+    visible_until = mask.visible_until if visible_until is None else visible_until
+    q = torch.ones(*visible_until.shape, 2, 8).transpose(1, 2).requires_grad_()
+    view_attention(
+        *(q, q, q, visible_until),
+        position_ids=positions,
+        window=window,
+        block_mask=mask,
+        impl="cpu",
+    ).sum().backward()
+
+
+def packed(seq=300, **options):
+    visible_until, positions = random_rows(2, seq, 3, 40.0)
+    options = options and {"position_ids": positions, **options}
+    return BlockMask.from_visible_until(visible_until, (16, 32), **options), positions
+
+
+def edited(mask, name, change):
+    values = getattr(mask, name).clone()
+    change(values)
+    return replace(mask, **{name: values})
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("kv_indices", lambda x: x[0, 0].fill_(10**8)),
+        ("kv_indices", lambda x: x[1, 3].fill_(-1)),
+        ("kv_indices", lambda x: x[0].fill_(0)),  # tiles twice, others not at all
+        ("kv_offsets", lambda x: x[0, -1].fill_(10**8)),
+        ("kv_offsets", lambda x: x[1, 4].fill_(-5)),
+        ("kv_offsets", lambda x: x[0, 0].fill_(1)),
+        ("kv_full_start", lambda x: x[0, 2].fill_(10**8)),
+        ("kv_full_start", lambda x: x.copy_(0 * x)),
+    ],
+)
+@pytest.mark.parametrize("window", [None, 20])
+def test_lists_that_are_none_of_the_mask_are_refused(name, change, window):
+    options = {} if window is None else {"window": window}
+    mask, positions = packed(**options)
+    call(mask, positions=positions, window=window)
+    with pytest.raises(ValueError, match="block_mask is not the schedule"):
+        call(edited(mask, name, change), positions=positions, window=window)
+
+
+@pytest.mark.parametrize("until", [torch.arange(1, 301), torch.tensor(300)])
+def test_a_mask_that_changed_in_place_is_refused(until):
+    """Neither the identity of the tensor nor the range of its values tell."""
+    mask, _ = packed()
+    mask.visible_until[:] = until  # what was full is not, and what was invisible is visible
+    with pytest.raises(ValueError, match="block_mask is not the schedule"):
+        call(mask)
+
+
+@pytest.mark.parametrize("value", [10**8, 301, 5, -7])
+def test_visible_until_out_of_range_is_refused_beside_a_block_mask(value):
+    mask, _ = packed()
+    mask.visible_until[1, 5] = value
+    with pytest.raises(ValueError, match=rf"got visible_until\[1, 5\] = {value}"):
+        call(mask)
+
+
+def test_a_schedule_of_a_window_belongs_to_its_positions():
+    mask, positions = packed(window=20)
+    assert mask.num_tiles < packed()[0].num_tiles
+    call(mask, positions=positions, window=20)
+    with pytest.raises(ValueError, match="these positions and this window"):
+        call(mask, positions=torch.zeros_like(positions), window=20)
+    # Lists that know of no window take any positions.
+    call(packed()[0], positions=torch.zeros_like(positions), window=20)
+
+
+def test_the_last_position_of_int32_sees_itself(isa):
+    case = AttentionCase.random(seq=70, head_dim=16, window=9)
+    case.position_ids += 2**31 - 1 - case.position_ids.max()
+    check_attention(case, "cpu", torch.float32)
+
+
+def test_structures_are_those_of_the_header():
+    header = (Path(__file__).parents[2] / "csrc/api.h").read_text()
+    types = {
+        "LkTensor": cpu._TensorArgument,
+        "int64_t": ctypes.c_int64,
+        "int32_t": ctypes.c_int32,
+        "double": ctypes.c_double,
+    }
+    mirrors = {"LkAttention": cpu._AttentionArguments, "LkPairs": cpu._PairsArguments}
+    mirrors |= {"LkTubes": cpu._TubesArguments, "LkTensor": cpu._TensorArgument}
+    for name, mirror in mirrors.items():
+        body = re.search(rf"struct {name} {{(.*?)}};", header, re.DOTALL)[1]
+        expected = []
+        for kind, names in re.findall(r"^ +(?:const )?(\w+)([^;/]+);", body, re.MULTILINE):
+            for field in names.split(","):
+                pointer = "*" in field
+                expected.append((field.strip(" *"), ctypes.c_void_p if pointer else types[kind]))
+        assert list(mirror._fields_) == expected

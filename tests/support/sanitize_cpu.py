@@ -14,7 +14,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 # Every kernel, instruction set and dtype, but not every case of it.
-SELECTED = "head_dims or options or ragged or extreme or strides or openmp or finite or loss"
+SELECTED = (
+    "head_dims or options or ragged or extreme or strides or openmp or finite or loss or refused"
+)
 SELECTED += " or (tubes and cpu)"
 TESTS = [f"tests/ops/test_{name}.py" for name in ("cpu_attention", "cpu_loss", "tubes")]
 SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=all"
