@@ -63,7 +63,13 @@ def analyze(options: AnalyzeOptions) -> None:
     analyses = []
     for name, checkpoint in zip(names, checkpoints, strict=True):
         try:
-            numbers = analyze_checkpoint(checkpoint, chats, progress=name)
+            numbers = analyze_checkpoint(
+                checkpoint,
+                chats,
+                num_pred_tokens=options.num_pred_tokens,
+                layout=options.layout,
+                progress=name,
+            )
         except ValueError as error:
             raise ValueError(f"{checkpoint}: {error}") from error
         analyses.append({"name": name, "checkpoint": checkpoint, **numbers})
@@ -83,7 +89,12 @@ def analyze(options: AnalyzeOptions) -> None:
 
 
 def analyze_checkpoint(
-    checkpoint: str, chats: Sequence[Mapping[str, Any]], *, progress: str | None = None
+    checkpoint: str,
+    chats: Sequence[Mapping[str, Any]],
+    *,
+    num_pred_tokens: int | None = None,
+    layout: str | None = None,
+    progress: str | None = None,
 ) -> dict[str, Any]:
     """The numbers of one checkpoint: those of `view_geometry`, and t-SNE of both views.
 
@@ -93,6 +104,7 @@ def analyze_checkpoint(
     Args:
         checkpoint: As `load_pretrained` takes it.
         chats: Samples as `read_chats` yields them, at least two.
+        num_pred_tokens, layout: As in `ExampleFormat.load`.
         progress: Shown in front of a progress bar. Default: none.
 
     Raises:
@@ -107,7 +119,9 @@ def analyze_checkpoint(
     if torch.cuda.is_available() or torch.xpu.is_available():
         model.to(torch.accelerator.current_accelerator())
     patch_model(model)
-    trained = ExampleFormat.load(checkpoint, tokenizer)
+    trained = ExampleFormat.load(
+        checkpoint, tokenizer, num_pred_tokens=num_pred_tokens, layout=layout
+    )
     views = replace(trained, pred_ids=(), direction="text_to_code")
 
     def states(

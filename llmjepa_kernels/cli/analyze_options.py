@@ -14,6 +14,7 @@ from llmjepa_kernels.cli.shared_options import (
     needs_gguf,
     recipe_option,
 )
+from llmjepa_kernels.data.chat import LAYOUTS
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,19 @@ examples:
     data: str | None = data_option()
     recipe: str | None = recipe_option()
     samples: int = option(500, "analyze the first N", metavar="N", range=Range(at_least=2))
+    num_pred_tokens: int | None = option(
+        None,
+        "[PRED] tokens behind a view, of checkpoints that llmjepa train did not make",
+        metavar="K",
+        range=Range(at_least=0),
+        default_is="none, unless the tokenizer has some, which then needs this option",
+    )
+    layout: str | None = option(
+        None,
+        "that such checkpoints were trained with; the authors' is official",
+        choices=LAYOUTS,
+        default_is="shared",
+    )
     output_dir: Path = option(  # noqa: RUF009
         Path("outputs/analyze"),
         "gets analysis.json and analysis.png",

@@ -95,7 +95,7 @@ class Evaluation:
         """Has one checkpoint answer what it has not answered yet."""
         model, tokenizer = load_pretrained(name)
         model.to(self.device, torch.bfloat16 if self.options.bf16 else torch.float32)
-        example_format = ExampleFormat.load(name, tokenizer)
+        example_format = ExampleFormat.load(name)
         done: dict[int, Prediction] = {}
         if self.file is not None:
             settings = {

@@ -164,6 +164,7 @@ def report_picture(runs: Sequence[dict[str, Any]]) -> bytes:
     """Losses, the cosines of the held-out views and the accuracy; a colour per name, as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(15, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -179,6 +180,8 @@ def report_picture(runs: Sequence[dict[str, Any]]) -> bytes:
             if points:
                 axis.plot(*zip(*points, strict=True), color=color[run["name"]], lw=1)
         axis.set_xlabel("update", fontsize=8)
+        axis.set_ylabel("nats per token" if key == "ntp_loss" else "distance", fontsize=8)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         if any(log.get(key, 0) > 0 for run in runs for log in run["history"]):
             axis.set_yscale("log")
     _draw_cosines(axes[-2], runs, color)
@@ -212,10 +215,13 @@ def _draw_cosines(axis: Any, runs: Sequence[dict[str, Any]], color: dict[str, st
         for name, some in cosines.items():
             axis.hist(some, bins=bins, color=color[name], alpha=0.6)
     axis.set_xlabel("cosine similarity", fontsize=8)
+    axis.set_ylabel("held-out pairs", fontsize=8)
 
 
 def _draw_accuracy(axis: Any, runs: Sequence[dict[str, Any]], color: dict[str, str]) -> None:
-    """A dot per run, a bar at their mean; out of distribution beside in distribution."""
+    """A dot per run with its 95 % interval, a bar at their mean; out of distribution beside in."""
+    from matplotlib.ticker import PercentFormatter
+
     ticks = {}
     for place, (key, where) in enumerate(
         (("accuracy", "in distribution"), ("ood_accuracy", "out of distribution"))
@@ -227,6 +233,12 @@ def _draw_accuracy(axis: Any, runs: Sequence[dict[str, Any]], color: dict[str, s
                 axis.plot([x] * len(found), found, "o", color=color[name], alpha=0.6, ms=5)
                 axis.plot([x - 0.1, x + 0.1], [mean(found)] * 2, color=color[name], lw=2)
                 ticks[place] = where
+                for run in runs if key == "accuracy" else ():
+                    if run["name"] == name and "accuracy_interval" in run:
+                        interval = run["accuracy_interval"]
+                        axis.plot([x, x], interval, color=color[name], alpha=0.4, lw=1)
     axis.set_xticks(list(ticks), ticks.values(), fontsize=8)
     axis.set_xlim(-0.7, len(ticks) - 0.3)
-    axis.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
+    axis.set_ylabel("correct", fontsize=8)
+    axis.set_ylim(max(0.0, axis.get_ylim()[0]), min(1.0, axis.get_ylim()[1]))
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0))  # with decimals where they are needed

@@ -11,7 +11,7 @@ from transformers import set_seed
 from llmjepa_kernels.cli.fingerprints import weights_fingerprint
 from llmjepa_kernels.cli.train_options import SEPARATOR, SMALL_LLAMA, TrainOptions
 from llmjepa_kernels.data.example_format import ExampleFormat
-from llmjepa_kernels.data.predictor_tokens import add_tokens, predictor_token
+from llmjepa_kernels.data.predictor_tokens import add_tokens, predictor_tokens
 from llmjepa_kernels.data.tokenizer import train_tokenizer
 from llmjepa_kernels.evaluation.predict import max_positions
 from llmjepa_kernels.hf import load as models
@@ -118,23 +118,26 @@ def _format(
     options: TrainOptions, model: Any, tokenizer: Any, seed: int
 ) -> tuple[ExampleFormat, list[int]]:
     """The format, and the tokens that were added for it."""
-    tokens = [predictor_token(i + 1) for i in range(options.num_pred_tokens)]
-    separator_id = None
-    if options.template == "plain":
-        separator = options.separator or SEPARATOR
-        known = tokenizer(separator, add_special_tokens=False)["input_ids"]
-        if len(known) == 1:
-            separator_id = known[0]
-        else:
-            tokens.append(separator)
-    new_ids = add_tokens(model, tokenizer, tokens, seed=seed)
+    predictors = predictor_tokens(options.num_pred_tokens)
+    named = {"separator_id": options.separator or SEPARATOR, "end_id": options.end_token}
+    known: dict[str, int] = {}  # those that are one token without being added
+    unknown: dict[str, str] = {}
+    for name, token in named.items() if options.template == "plain" else ():
+        ids = [] if token is None else tokenizer(token, add_special_tokens=False)["input_ids"]
+        if len(ids) == 1:
+            known[name] = ids[0]
+        elif token is not None:
+            unknown[name] = token
+    new_ids = add_tokens(model, tokenizer, [*predictors, *unknown.values()], seed=seed)
+    known |= zip(unknown, new_ids[len(predictors) :], strict=True)
     example_format = ExampleFormat(
         template=options.template,
         layout=options.layout,
         direction=options.direction,
         pred_position=options.pred_position,
-        pred_ids=tuple(new_ids[: options.num_pred_tokens]),
-        separator_id=new_ids[-1] if len(tokens) > options.num_pred_tokens else separator_id,
+        pred_ids=tuple(new_ids[: len(predictors)]),
         supervise=options.supervise,
+        separator_id=known.get("separator_id"),
+        end_id=known.get("end_id"),
     )
     return example_format, new_ids

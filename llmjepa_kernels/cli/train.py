@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ def train(options: TrainOptions) -> None:
     arguments = training_arguments(options, options.output_dir, seeds[0])
     check_services(arguments)
     is_main = arguments.process_index == 0
+    if is_main and options.data is not None and options.data == options.eval_data:
+        print("warning: --eval-data is --data: this measures what is remembered", file=sys.stderr)
     reader = SampleReader(options, LeftOut())
     samples, held_out = reader.first(), reader.held_out()
     chats = [each.sample for each in samples]
@@ -62,7 +65,8 @@ def train(options: TrainOptions) -> None:
         logging.disable_progress_bar()  # of reading and writing weights
         if is_main and not options.streaming:
             print_left_out(data.left_out)
-        results, diverged = [], []
+        results: list[dict[str, Any]] = []
+        diverged: dict[str, str] = {}  # why, by title
         starts = StartingPoints(options, chats, first, seeds[0])
         for record in records:
             if record.result is not None:
@@ -75,15 +79,20 @@ def train(options: TrainOptions) -> None:
                 run = TrainingRun(options, data, rule, record, start, terms)
                 results.append(run.run())
             except FloatingPointError as error:
-                diverged.append(f"{record.title}: {error}")
+                diverged[record.title] = f"{record.title}: {error}"
                 if is_main:
                     good, _ = record.checkpoint()
-                    print(f"\n{diverged[-1]}; last good checkpoint: {good or 'none'}", flush=True)
+                    print(
+                        f"\n{diverged[record.title]}; last good checkpoint: {good or 'none'}",
+                        flush=True,
+                    )
         if is_main and results:
             print("\n" + write_report(results, options.output_dir, _about(options)))
             print(f"Checkpoints, report.txt, report.json and report.png: {options.output_dir}/")
+            finished = [record for record in records if record.title not in diverged]
+            print("next: llmjepa analyze", *(record.directory for record in finished))
     if diverged:
-        raise FloatingPointError("; ".join(diverged))
+        raise FloatingPointError("; ".join(diverged.values()))
 
 
 def _about(options: TrainOptions) -> dict[str, Any]:

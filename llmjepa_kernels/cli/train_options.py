@@ -300,10 +300,18 @@ examples:
         metavar="TOKEN",
         default_is=SEPARATOR,
     )
+    end_token: str | None = option(
+        None,
+        "at the end of --format plain, added to the tokenizer if it is none of its tokens",
+        group=OBJECTIVE,
+        metavar="TOKEN",
+        default_is="the tokenizer's EOS",
+    )
     supervise: str = option(
         "assistant",
         "next-token loss on: assistant: the answer and the end of its turn; content: the answer "
-        "alone; all: all tokens; released: those that are not the pad token, as the authors' code",
+        "alone; all: all tokens; released: those that are not the pad token, as the authors' code; "
+        "text: in --format plain, the text alone, which then ends without separator and answer",
         group=OBJECTIVE,
         choices=SUPERVISE,
     )
@@ -444,8 +452,11 @@ examples:
             raise ValueError("--lora-rank adapts a trained --model, not random weights")
         if self.template == "plain" and self.layout != "shared":
             raise ValueError(f"--format plain has the shared --layout only, got {self.layout}")
-        if self.separator is not None and self.template != "plain":
-            raise ValueError("--separator is for --format plain")
+        for flag, token in (("--separator", self.separator), ("--end-token", self.end_token)):
+            if token is not None and self.template != "plain":
+                raise ValueError(f"{flag} is for --format plain")
+        if self.supervise == "text" and self.template != "plain":
+            raise ValueError("--supervise text is for --format plain")
         if self.streaming:
             for flag, given in (("--data", self.data), ("--max-steps", self.max_steps)):
                 if given is None:

@@ -19,6 +19,7 @@ from llmjepa_kernels.cli.training_data import LeftOut, TrainingData
 from llmjepa_kernels.evaluation.geometry import view_states
 from llmjepa_kernels.evaluation.predict import Accuracy, evaluate
 from llmjepa_kernels.evaluation.rules import Rule
+from llmjepa_kernels.files import share_as_umask_says
 from llmjepa_kernels.training.checkpoints import saving
 from llmjepa_kernels.training.collator import LLMJEPACollator, chat_tokens
 from llmjepa_kernels.training.loss_dropout import LossDropout
@@ -170,6 +171,7 @@ class TrainingRun:
         if with_lora:
             model = model.merge_and_unload()
             model.save_pretrained(directory)
+            share_as_umask_says(directory)
             self.start.tokenizer.save_pretrained(directory)
             self.start.example_format.save(directory)
         return model

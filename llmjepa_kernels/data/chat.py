@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 LAYOUTS = ("shared", "official")
 DIRECTIONS = ("text_to_code", "code_to_text", "both")
 PRED_POSITIONS = ("append", "prepend")
-SUPERVISE = ("assistant", "content", "all", "released")
+# The last one in the plain format only
+SUPERVISE = ("assistant", "content", "all", "released", "text")
 
 
 def chat_example(
@@ -91,6 +92,8 @@ def chat_example(
     _check_options(
         layout=layout, direction=direction, pred_position=pred_position, supervise=supervise
     )
+    if supervise == "text":
+        raise ValueError("supervise='text' is for the plain format, see plain_example")
     turns = checked_messages(messages)
     check_views(views, pairs)
     view_turns = _view_turns(turns, text, code, views or {})
@@ -131,19 +134,24 @@ def plain_example(
     direction: str = "text_to_code",
     pred_position: str = "append",
     supervise: str = "assistant",
+    end_id: int | None = None,
 ) -> Example:
-    """``chat_example`` without a chat template: BOS, user content, separator, assistant's, EOS.
+    """``chat_example`` without a chat template: BOS, user content, separator, assistant's, end.
 
     The system turn is not used. Text is everything before the separator, which the rest continues;
     every other view is BOS and its content. BOS is left out if the tokenizer has none.
 
     Args:
         separator_id: The token between Text and Code.
-        messages, tokenizer, pred_ids, text, code, views, pairs, direction, pred_position,
-            supervise: As in ``chat_example``; the tokenizer needs an EOS token and no chat
-            template, and the role of a view does not matter.
+        messages, tokenizer, pred_ids, text, code, views, pairs, direction, pred_position: As in
+            ``chat_example``; the tokenizer needs no chat template, and the role of a view does not
+            matter.
+        supervise: As in ``chat_example``; or ``"text"``: the end token follows the user content,
+            and the next-token loss is on all of this but its first token. So the paper pretrains
+            on paraphrases, each of which is a Text once and the Code of another.
+        end_id: The token at the end. Default: EOS.
     Raises:
-        ValueError: As in ``chat_example``, or the tokenizer has no EOS token.
+        ValueError: As in ``chat_example``, or there is no end token.
     """
     _check_options(direction=direction, pred_position=pred_position, supervise=supervise)
     turns = _one_question(checked_messages(messages))
@@ -151,17 +159,24 @@ def plain_example(
     view_turns = _view_turns(turns, text, code, views or {})
     directed = _directed(pairs, view_turns, direction)
     prompt = plain_prompt(turns, tokenizer, separator_id=separator_id)
-    if tokenizer.eos_token_id is None:
-        raise ValueError("the plain format needs a tokenizer with an EOS token")
+    end_id = tokenizer.eos_token_id if end_id is None else end_id
+    if end_id is None:
+        raise ValueError("the plain format needs a tokenizer with an EOS token, or end_id")
     bos = _bos(tokenizer)
 
-    answer = [*_encode(tokenizer, turns[-1]["content"]), tokenizer.eos_token_id]
-    labels = [IGNORE] * len(prompt) + answer
-    if supervise == "content":
-        labels[-1] = IGNORE
-    elif supervise != "assistant":
-        labels = _labels_of_all(tokenizer, prompt + answer, supervise)
     end = len(prompt) - 1
+    answer = _encode(tokenizer, turns[-1]["content"])
+    sequence, contents = [*prompt, *answer, end_id], [(len(bos), end)]
+    if supervise == "text":
+        sequence = [*prompt[:end], end_id]
+    else:
+        contents.append((len(prompt), len(prompt) + len(answer)))
+    if supervise in ("assistant", "content"):
+        labels = [IGNORE] * len(prompt) + sequence[len(prompt) :]
+        if supervise == "content":
+            labels[-1] = IGNORE
+    else:
+        labels = _labels_of_all(tokenizer, sequence, supervise)
 
     def view(name: str) -> _View:
         if name == "text" and text is None:
@@ -169,8 +184,8 @@ def plain_example(
         _, content = view_turns[name]
         return _View(bos + _encode(tokenizer, content), len(bos))
 
-    segments = _split(prompt + answer, labels, end)
-    path = TokenPath(1, [(len(bos), end), (len(prompt), len(prompt + answer) - 1)])
+    segments = _split(sequence, labels, end)
+    path = TokenPath(1, contents)
     return _link(segments, path, view, directed, pred_position, list(pred_ids))
 
 

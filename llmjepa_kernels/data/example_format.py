@@ -20,7 +20,7 @@ from llmjepa_kernels.data.chat import (
     plain_example,
     plain_prompt,
 )
-from llmjepa_kernels.data.predictor_tokens import known_predictor_tokens
+from llmjepa_kernels.data.predictor_tokens import known_predictor_tokens, predictor_tokens
 from llmjepa_kernels.packing import Example
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class ExampleFormat:
         direction, pred_position, supervise: See `chat_example`.
         pred_ids: The [PRED] tokens, from `add_predictor_tokens`.
         separator_id: The token between Text and Code; of "plain" only.
+        end_id: The token at the end, EOS if None; of "plain" only.
         template_kwargs: Passed to ``apply_chat_template``; of "chat" only.
 
     Raises:
@@ -52,6 +53,7 @@ class ExampleFormat:
     pred_position: str = "append"
     pred_ids: tuple[int, ...] = ()
     separator_id: int | None = None
+    end_id: int | None = None
     supervise: str = "assistant"
     template_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
@@ -72,12 +74,17 @@ class ExampleFormat:
         if not isinstance(self.template_kwargs, Mapping):
             raise ValueError(f"template_kwargs must be a mapping, got {self.template_kwargs!r}")
         if self.template == "chat":
-            if self.separator_id is not None:
-                raise ValueError(f"separator_id needs template='plain', got {self.separator_id}")
+            for name in ("separator_id", "end_id"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} needs template='plain', got {getattr(self, name)}")
+            if self.supervise == "text":
+                raise ValueError("supervise='text' needs template='plain'")
         elif not _is_id(self.separator_id):
             raise ValueError(
                 f"template='plain' needs a token id as separator_id, got {self.separator_id!r}"
             )
+        elif self.end_id is not None and not _is_id(self.end_id):
+            raise ValueError(f"end_id must be a token id, got {self.end_id!r}")
         elif self.layout != "shared" or self.template_kwargs:
             raise ValueError(
                 "template='plain' has the shared layout and no template_kwargs, got "
@@ -107,7 +114,13 @@ class ExampleFormat:
         }
         messages = sample["messages"]
         if self.separator_id is not None:
-            return plain_example(messages, tokenizer, separator_id=self.separator_id, **options)
+            return plain_example(
+                messages,
+                tokenizer,
+                separator_id=self.separator_id,
+                end_id=self.end_id,
+                **options,
+            )
         return chat_example(
             messages,
             tokenizer,
@@ -129,23 +142,44 @@ class ExampleFormat:
 
     @classmethod
     def load(
-        cls, directory: str | PathLike[str], tokenizer: PreTrainedTokenizerBase | None = None
+        cls,
+        directory: str | PathLike[str],
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        num_pred_tokens: int | None = None,
+        layout: str | None = None,
     ) -> ExampleFormat:
         """Reads what `save` wrote beside a checkpoint.
 
         Args:
             directory: Or the name of a model of the hub. Without the file, as for a model that was
-                not trained here, the format is the default one, with the [PRED] tokens that the
-                tokenizer has.
-            tokenizer: The checkpoint's.
+                not trained here, the format is the default one but for what follows.
+            tokenizer: The checkpoint's. Without it a model without the file has no [PRED] tokens,
+                as is enough to make prompts.
+            num_pred_tokens, layout: Those that a model without the file was trained with.
 
         Raises:
-            ValueError: The file is corrupt or of another version; names it.
+            ValueError: The file is corrupt or of another version; names it. Or there is none, and
+                how many of the tokenizer's [PRED] tokens follow a view is not said.
         """
         local = Path(directory)
         path = local / FORMAT_FILE if local.exists() else _of_hub(str(directory))
         if path is None or not path.is_file():
-            return cls(pred_ids=tuple(known_predictor_tokens(tokenizer)) if tokenizer else ())
+            known = 0 if tokenizer is None else known_predictor_tokens(tokenizer)
+            if known and num_pred_tokens is None:
+                raise ValueError(
+                    f"there is no {local / FORMAT_FILE}, but the tokenizer has {known} [PRED] "
+                    "tokens: say how many of them follow a view and in which layout it was "
+                    "trained (num_pred_tokens, layout), which for the authors' is official"
+                )
+            if num_pred_tokens is not None and not 0 <= num_pred_tokens <= known:
+                raise ValueError(
+                    f"num_pred_tokens of {directory} must be in 0 .. {known}, the [PRED] tokens of "
+                    f"its tokenizer, got {num_pred_tokens}"
+                )
+            ids = {} if tokenizer is None else tokenizer.get_added_vocab()
+            pred_ids = tuple(ids[token] for token in predictor_tokens(num_pred_tokens or 0))
+            return cls(pred_ids=pred_ids, layout=layout or "shared")
         try:
             values = json.loads(path.read_bytes())
             if not isinstance(values, dict):

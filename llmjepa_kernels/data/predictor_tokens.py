@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -17,13 +18,18 @@ def predictor_token(index: int) -> str:
     return f"<|predictor_{index}|>"
 
 
-def known_predictor_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids of the [PRED] tokens that a tokenizer has, in order."""
+def predictor_tokens(num_tokens: int) -> list[str]:
+    """The [PRED] tokens behind a view: the last one first, as in the authors' release.
+
+    So a checkpoint of theirs that is trained further keeps the role of each.
+    """
+    return [predictor_token(index) for index in range(num_tokens, 0, -1)]
+
+
+def known_predictor_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many [PRED] tokens a tokenizer has, from the first on."""
     known = tokenizer.get_added_vocab()
-    ids: list[int] = []
-    while (token := predictor_token(len(ids) + 1)) in known:
-        ids.append(known[token])
-    return ids
+    return next(n for n in count() if predictor_token(n + 1) not in known)
 
 
 def add_predictor_tokens(
@@ -36,15 +42,14 @@ def add_predictor_tokens(
         num_tokens: k ≥ 0.
 
     Returns:
-        The token ids, in order.
+        The token ids, in the order of `predictor_tokens`.
 
     Raises:
         ValueError: `num_tokens` is negative, or the embeddings lack rows of the tokenizer.
     """
     if num_tokens < 0:
         raise ValueError(f"num_tokens must be 0 or more, got {num_tokens}")
-    tokens = [predictor_token(i + 1) for i in range(num_tokens)]
-    return add_tokens(model, tokenizer, tokens, seed=seed)
+    return add_tokens(model, tokenizer, predictor_tokens(num_tokens), seed=seed)
 
 
 @torch.no_grad()

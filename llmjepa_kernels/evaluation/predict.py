@@ -140,6 +140,8 @@ def predict(
     order = sorted(range(len(samples)), key=lambda i: (lengths[i], len(prompts[i])), reverse=True)
     order = [i for i in order if i not in done]
     stops = stop_ids(tokenizer, examples[:100])
+    if example_format.end_id is not None:
+        stops.add(example_format.end_id)
     longest = max_new_tokens or max(lengths, default=0) + 1
     choice_ids: dict[int, str] = {}
     if rule.choices and samples:

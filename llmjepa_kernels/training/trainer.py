@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
+from llmjepa_kernels.files import share_as_umask_says
 from llmjepa_kernels.hf.patch import patch_model, patched_impl
 from llmjepa_kernels.ops.common import real_tubes
 from llmjepa_kernels.packing import IGNORE, Example, without_views
@@ -329,6 +330,8 @@ class LLMJEPATrainer(Trainer):
     def _save(self, output_dir=None, state_dict=None):
         """Saves a checkpoint's weights, and the collator's example format beside them."""
         super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            share_as_umask_says(Path(output_dir or str(self.args.output_dir)))
         if self.args.should_save and isinstance(self.data_collator, LLMJEPACollator):
             directory: Any = output_dir or self.args.output_dir
             self.data_collator.example_format.save(directory)

@@ -199,6 +199,11 @@ def test_a_run_is_neither_overwritten_nor_mixed_by_another(trained, error):
     assert (trained / "llm-jepa" / "model.safetensors").read_bytes() == weights
 
 
+def test_others_may_read_the_weights_as_the_umask_says(trained):
+    found = [path.stat().st_mode for path in (trained / "llm-jepa").glob("*.*")]
+    assert len(set(found)) == 1
+
+
 def test_overwrite_deletes_what_was_there(trained, tmp_path):
     directory = shutil.copytree(trained, tmp_path / "again")
     stale = directory / "llm-jepa" / "checkpoint-9"

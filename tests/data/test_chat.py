@@ -339,6 +339,26 @@ def test_plain_format():
     assert [decode(tokenizer, s.input_ids) for s in own.segments[2:]] == ["<s>cat", "<s>dog"]
 
 
+def test_plain_format_of_texts_alone():
+    tokenizer = get_tokenizer(None)
+    separator, end = tokenizer.convert_tokens_to_ids(["<|sep|>", "<|eot_id|>"])
+    options = {"separator_id": separator, "pred_ids": [PRED]}
+    example = plain_example(CHAT, tokenizer, supervise="text", end_id=end, **options)
+    text, rest, _, code = example.segments
+    assert decode(tokenizer, text.input_ids) == "<s>ASK?"
+    assert decode(tokenizer, rest.input_ids) == "<|eot_id|>"
+    labels = [y for segment in (text, rest) for y in segment.labels]
+    assert labels == [-100, *text.input_ids[1:], end]
+    assert decode(tokenizer, code.input_ids) == "<s>ANS"
+    assert example.pairs == plain_example(CHAT, tokenizer, **options).pairs == [(2, 3)]
+    by_default = plain_example(CHAT, tokenizer, supervise="text", **options)
+    assert decode(tokenizer, by_default.segments[1].input_ids) == "</s>"
+    ended = plain_example(CHAT, tokenizer, end_id=end, **options)
+    assert decode(tokenizer, ended.segments[1].labels) == "ANS<|eot_id|>"
+    with pytest.raises(ValueError, match="supervise='text' is for the plain format"):
+        chat_example(CHAT, get_tokenizer(), supervise="text")
+
+
 def test_bad_arguments():
     tokenizer = get_tokenizer()
     for name in ("layout", "direction", "pred_position", "supervise"):

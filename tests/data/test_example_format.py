@@ -60,11 +60,19 @@ def test_saved_and_loaded(tmp_path, saved):
     assert hash(ExampleFormat.load(tmp_path)) == hash(saved)
 
 
-def test_a_checkpoint_without_the_file_gets_the_default_and_its_predictors(tmp_path, tokenizer):
+def test_a_checkpoint_without_the_file_is_asked_for_its_predictors(tmp_path, tokenizer):
     assert ExampleFormat.load(tmp_path, tokenizer) == ExampleFormat()
     more = train_tokenizer(generate(50), vocab_size=300)
     more.add_tokens(["<|predictor_1|>", "<|predictor_2|>", "<|predictor_4|>"], special_tokens=True)
-    assert ExampleFormat.load(tmp_path, more).pred_ids == (300, 301)
+    assert ExampleFormat.load(tmp_path) == ExampleFormat()  # enough for prompts
+    with pytest.raises(ValueError, match=r"no .*llm_jepa\.json, but the tokenizer has 2 \[PRED\]"):
+        ExampleFormat.load(tmp_path, more)
+    # The authors' order: the last one first.
+    for count, ids in ((0, ()), (1, (300,)), (2, (301, 300))):
+        found = ExampleFormat.load(tmp_path, more, num_pred_tokens=count, layout="official")
+        assert found == ExampleFormat(layout="official", pred_ids=ids)
+    with pytest.raises(ValueError, match=r"num_pred_tokens of .* must be in 0 \.\. 2, .*got 3"):
+        ExampleFormat.load(tmp_path, more, num_pred_tokens=3)
 
 
 @pytest.mark.parametrize(
@@ -97,6 +105,9 @@ def test_every_field_is_saved(tmp_path):
         ({"template": "html"}, "template must be one of .*, got 'html'"),
         ({"template": "plain"}, "needs a token id as separator_id, got None"),
         ({"separator_id": 3}, "separator_id needs template='plain', got 3"),
+        ({"end_id": 3}, "end_id needs template='plain', got 3"),
+        ({"supervise": "text"}, "supervise='text' needs template='plain'"),
+        ({"template": "plain", "separator_id": 3, "end_id": "x"}, "end_id must be a token id"),
         ({"template": "plain", "separator_id": 3, "layout": "official"}, "layout='official'"),
         ({"template": "plain", "separator_id": 3, "template_kwargs": {"a": 1}}, "{'a': 1}"),
     ],
