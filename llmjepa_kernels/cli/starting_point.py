@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import set_seed
@@ -130,12 +131,17 @@ def _format(
             unknown[name] = token
     new_ids = add_tokens(model, tokenizer, [*predictors, *unknown.values()], seed=seed)
     known |= zip(unknown, new_ids[len(predictors) :], strict=True)
+    pred_ids = tuple(new_ids[: len(predictors)])
+    if not options.random_weights and Path(str(options.model)).is_dir():
+        trained = ExampleFormat.load(str(options.model)).pred_ids
+        if set(trained) == set(pred_ids):
+            pred_ids = trained  # each keeps its role
     example_format = ExampleFormat(
         template=options.template,
         layout=options.layout,
         direction=options.direction,
         pred_position=options.pred_position,
-        pred_ids=tuple(new_ids[: len(predictors)]),
+        pred_ids=pred_ids,
         supervise=options.supervise,
         separator_id=known.get("separator_id"),
         end_id=known.get("end_id"),

@@ -455,6 +455,8 @@ examples:
         for flag, token in (("--separator", self.separator), ("--end-token", self.end_token)):
             if token is not None and self.template != "plain":
                 raise ValueError(f"{flag} is for --format plain")
+        if self.output_dir == Path():
+            raise ValueError("--output-dir must be a directory of its own, got '.'")
         if self.supervise == "text" and self.template != "plain":
             raise ValueError("--supervise text is for --format plain")
         if self.streaming:

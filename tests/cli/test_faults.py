@@ -68,6 +68,7 @@ def model(trained, tmp_path):
     [
         (["--epochs", 0], "--epochs must be more than 0, got 0.0"),
         (["--max-steps", -5], "--max-steps must be at least 1, got -5"),
+        (["--output-dir", ""], "--output-dir must be a directory of its own, got '.'"),
         (["--gradient-accumulation-steps", 0], "--gradient-accumulation-steps must be at least 1"),
         (["--batch-size", 0], "--batch-size must be at least 1, got 0"),
         (["--hidden-size", 32], "--hidden-size must be at least 64, a multiple of 64, got 32"),

@@ -19,8 +19,11 @@ pytest.importorskip("transformers")
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmjepa_kernels.cli import main as cli
+from llmjepa_kernels.cli.starting_point import starting_point
+from llmjepa_kernels.cli.train_options import TrainOptions
 from llmjepa_kernels.data import grammar
 from llmjepa_kernels.data.example_format import ExampleFormat
+from llmjepa_kernels.data.predictor_tokens import add_tokens
 from llmjepa_kernels.evaluation.predict import evaluate
 from llmjepa_kernels.hf.patch import patch_model
 from llmjepa_kernels.training.checkpoints import checkpoints, why_incomplete
@@ -154,6 +157,23 @@ def test_killed_and_resumed_it_ends_where_the_uninterrupted_run_ends(tmp_path, c
     weights = [(path / "llm-jepa/model.safetensors").read_bytes() for path in (whole, resumed)]
     assert weights[0] == weights[1]
     assert losses(report(whole)["LLM-JEPA"]) == losses(report(resumed)["LLM-JEPA"])
+
+
+def test_a_checkpoint_that_is_trained_further_keeps_the_roles_of_its_predictors(
+    miniature, tmp_path
+):
+    checkpoint = miniature / "llm-jepa"
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    first, second = add_tokens(model, tokenizer, ["<|predictor_1|>", "<|predictor_2|>"])
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path)
+    options = TrainOptions(model=str(tmp_path), num_pred_tokens=2)
+    start = starting_point(options, [], seed=0)
+    assert start.example_format.pred_ids == (second, first)
+    ExampleFormat(pred_ids=(first, second)).save(tmp_path)
+    start = starting_point(options, [], seed=0)
+    assert start.example_format.pred_ids == (first, second)
 
 
 def test_lora_from_a_directory_on_jsonl(miniature, tmp_path):
