@@ -68,8 +68,8 @@ def model(trained, tmp_path):
     [
         (["--epochs", 0], "--epochs must be more than 0, got 0.0"),
         (["--max-steps", -5], "--max-steps must be at least 1, got -5"),
-        (["--output-dir", ""], "--output-dir must be a directory of its own, got '.'"),
         (["--gradient-accumulation-steps", 0], "--gradient-accumulation-steps must be at least 1"),
+        (["--output-dir", ""], "--output-dir must be a directory of its own, got '.'"),
         (["--batch-size", 0], "--batch-size must be at least 1, got 0"),
         (["--hidden-size", 32], "--hidden-size must be at least 64, a multiple of 64, got 32"),
         (["--hidden-size", 65], "--hidden-size must be at least 64, a multiple of 64, got 65"),
@@ -86,7 +86,7 @@ def test_options_out_of_range_are_named_before_a_model_is_made(
     words, expected, error, monkeypatch, tmp_path
 ):
     monkeypatch.setattr(starting_point.models, "small_llama", None)
-    assert expected in error("train", *words, "--output-dir", tmp_path / "out")
+    assert expected in error("train", "--output-dir", tmp_path / "out", *words)
 
 
 def test_options_are_checked_in_python_too():
