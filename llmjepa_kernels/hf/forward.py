@@ -38,21 +38,54 @@ def has_hooks(module: nn.Module) -> bool:
     return any(hook is _before for hook in module._forward_pre_hooks.values())
 
 
-def add_hooks(module: nn.Module) -> None:
-    """Lets the model that holds the layers take packed rows, once it is patched otherwise."""
-    if not has_hooks(module):
-        module.register_forward_pre_hook(_before, with_kwargs=True)
-        module.register_forward_hook(_after, with_kwargs=True)
+def add_hooks(model: PreTrainedModel) -> None:
+    """Lets the models that hold the layers take packed rows, once they are patched otherwise."""
+    for part in interface.innermost(model):
+        if not has_hooks(part):
+            part.register_forward_pre_hook(_before, with_kwargs=True)
+            part.register_forward_hook(_after, with_kwargs=True)
+    for part in _composite(model):
+        if _before_parts not in part._forward_pre_hooks.values():
+            part.register_forward_pre_hook(_before_parts, with_kwargs=True)
 
 
-def remove_hooks(module: nn.Module) -> None:
+def remove_hooks(model: PreTrainedModel) -> None:
     """Undoes `add_hooks`, if it was called."""
-    for hooks, with_kwargs in (
-        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
-        (module._forward_hooks, module._forward_hooks_with_kwargs),
-    ):
-        for key in [key for key, hook in hooks.items() if hook in (_before, _after)]:
-            del hooks[key], with_kwargs[key]
+    for module in [*interface.innermost(model), *_composite(model)]:
+        for hooks, with_kwargs in (
+            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+            (module._forward_hooks, module._forward_hooks_with_kwargs),
+        ):
+            ours = (_before, _after, _before_parts)
+            for key in [key for key, hook in hooks.items() if hook in ours]:
+                del hooks[key], with_kwargs[key]
+
+
+def _composite(model: PreTrainedModel) -> list[PreTrainedModel]:
+    """The models around a language model and others, such as an encoder of images."""
+    inner = interface.innermost(model)
+    return [
+        part
+        for part in model.modules()
+        if isinstance(part, PreTrainedModel)
+        and part not in inner
+        and part.config is not part.config.get_text_config()
+    ]
+
+
+def _before_parts(
+    module: PreTrainedModel, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]] | None:
+    """Keeps a composite model from building masks for the language model in it."""
+    visible_until = kwargs.get("visible_until")
+    if visible_until is None or not is_empty(kwargs.get("attention_mask")):
+        return None
+    for name, value in kwargs.items():
+        if value is not None and name.startswith(("pixel_values", "input_features")):
+            raise ValueError(
+                f"{name} must not be given with visible_until: rows are packed of text alone"
+            )
+    return args, {**kwargs, "attention_mask": _empty_mask(visible_until)}
 
 
 def _before(
@@ -72,12 +105,20 @@ def _before(
     if kwargs.get("position_ids") is not None:  # for windows; once, not in every layer
         kwargs["window_positions"] = int32_positions(kwargs["position_ids"])
         kwargs |= _schedule_within(module, visible_until, kwargs)
+    if not is_empty(kwargs.get("attention_mask")):  # recognised; layers that cannot do without
+        return args, kwargs  # the dense mask take it
     if not torch.compiler.is_compiling():
         running.attended = set()
-    # Transformers hands a 4D mask to every layer untouched instead of building one. Nothing can
-    # apply an empty mask unnoticed, should a layer not attend through view_attention.
-    empty = visible_until.new_empty((len(visible_until), 1, 0, 0), dtype=torch.bool)
-    return args, {**kwargs, "attention_mask": empty}
+    return args, {**kwargs, "attention_mask": _empty_mask(visible_until)}
+
+
+def _empty_mask(visible_until: Tensor) -> Tensor:
+    """What stands in for a dense mask.
+
+    Transformers hands a 4D mask to every layer untouched instead of building one. Nothing can
+    apply an empty one unnoticed, should a layer not attend through view_attention.
+    """
+    return visible_until.new_empty((len(visible_until), 1, 0, 0), dtype=torch.bool)
 
 
 def _after(module: PreTrainedModel, args: tuple, kwargs: dict[str, Any], outputs: Any) -> None:

@@ -7,6 +7,7 @@ a model that was patched elsewhere runs in a process that only unpickles it.
 from __future__ import annotations
 
 import functools
+import inspect
 
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -14,6 +15,11 @@ from transformers.masking_utils import sdpa_mask
 
 from llmjepa_kernels.hf.layer import attention
 from llmjepa_kernels.ops.choice import BACKENDS
+
+# One of these at least a model supports besides eager attention if it calls the interface.
+OTHERS = ("sdpa", "flash_attn", "flex_attn", "attention_backend")
+# What models with attention of their own do, which the interface does not show.
+ALTERING = {"doge": "adds scores of its own to the mask"}
 
 NAME = "view_attention"  # of the attention implementation, as in `config._attn_implementation`
 
@@ -43,11 +49,28 @@ def _inside(module: nn.Module) -> list[nn.Module]:
 def check(model: PreTrainedModel) -> None:
     """Raises TypeError unless the attention of a model, and of all in it, can be replaced."""
     for part in innermost(model):
-        if not part._can_set_attn_implementation():
+        if not part._can_set_attn_implementation() or not any(
+            getattr(part, f"_supports_{other}") for other in OTHERS
+        ):
             raise TypeError(
                 f"{type(part).__name__} does not call attention through Transformers' "
                 "AttentionInterface, so its attention cannot be replaced"
             )
+        if reason := ALTERING.get(part.config.model_type):
+            raise TypeError(f"{type(part).__name__} {reason}, so its attention cannot be replaced")
+        for layer in part.modules():
+            arguments = inspect.signature(layer.forward).parameters
+            kinds = {argument.kind for argument in arguments.values()}
+            if (
+                hasattr(layer, "layer_idx")
+                and hasattr(layer, "is_causal")
+                and "attention_mask" in arguments
+                and inspect.Parameter.VAR_KEYWORD not in kinds
+            ):
+                raise TypeError(
+                    f"{type(layer).__name__} takes no further keyword arguments, so the mask of "
+                    "a packed row cannot reach it"
+                )
 
 
 def patch(model: PreTrainedModel, impl: str | None) -> None:

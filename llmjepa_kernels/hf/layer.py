@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from llmjepa_kernels.hf.dense_mask import seen_pairs
 from llmjepa_kernels.ops.attention import view_attention
 from llmjepa_kernels.ops.block_mask import SCHEDULE_KEYS, BlockMask
-from llmjepa_kernels.ops.dense import dense_attention
+from llmjepa_kernels.ops.dense import biased_attention
 from llmjepa_kernels.ops.flash_plan import FlashPlan, is_plan_key
 
 
@@ -27,6 +28,8 @@ running = _Running()
 
 def is_empty(mask: Any) -> bool:
     """Whether an `attention_mask` is no mask, or the one that stands in for it in packed rows."""
+    if isinstance(mask, dict):  # one for each type of layer
+        return all(map(is_empty, mask.values()))
     return mask is None or (isinstance(mask, Tensor) and mask.shape[1:] == (1, 0, 0))
 
 
@@ -47,20 +50,29 @@ def attention(
     visible_until: Tensor | None = None,
     ignore_window: bool = False,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """Attention of one layer, with the arguments and result that Transformers expects."""
     if torch.is_autocast_enabled(query.device.type):
         # Rotary embeddings leave q and k in float32 where v already is in low precision.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
 
-    if visible_until is None:
-        if attention_mask is not None and is_empty(attention_mask):
+    has_plan = impl in (None, "flash") and any(map(is_plan_key, kwargs))
+    packed = visible_until is not None
+    if is_empty(attention_mask):
+        if packed:
+            _check_layer(
+                module, query, key, dropout, sliding_window, ignore_window, has_plan, kwargs
+            )
+        elif attention_mask is not None:
             raise TypeError(
                 f"{type(module).__name__} is not given the keyword arguments of its model's "
                 "forward, so visible_until cannot reach it"
             )
-        out = _dense(
+    elif packed:  # recognised in a dense mask, which can do for any layer
+        packed = _fits(module, query, key, dropout, sliding_window, ignore_window, has_plan, kwargs)
+    if visible_until is None or not packed:
+        return _dense(
             module,
             query,
             key,
@@ -72,19 +84,16 @@ def attention(
             sinks=s_aux,
             **kwargs,
         )
-        return out, None
 
-    has_plan = impl in (None, "flash") and any(map(is_plan_key, kwargs))
-    if not has_plan and SCHEDULE_KEYS[0] not in kwargs:
-        name = type(module).__name__
-        raise RuntimeError(f"the model around {name} is not patched: call patch_model(model) first")
-    _check_layer(module, query, key, dropout, sliding_window, kwargs)
     if not torch.compiler.is_compiling() and running.attended is not None:
         running.attended.add(id(module))
     window = None if ignore_window else sliding_window
     block_mask = None
     if impl != "flash":
         block_mask = BlockMask.from_schedule(visible_until, kwargs, window)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    width = value.shape[-1]
+    query, key, value = _of_one_width(query, key, value)
     out = view_attention(
         query,
         key,
@@ -93,13 +102,19 @@ def attention(
         position_ids=window_positions if window is not None else None,
         window=window,
         softcap=softcap,
-        softmax_scale=scaling,
+        softmax_scale=scale,
         sinks=s_aux,
         block_mask=block_mask,
         flash_plan=FlashPlan.from_schedule(visible_until, kwargs) if has_plan else None,
         impl=impl,
     )
-    return out.transpose(1, 2), None
+    return out[..., :width].transpose(1, 2), None
+
+
+def _of_one_width(*qkv: Tensor) -> list[Tensor]:
+    """q, k and v with zeros behind those that are narrower, as values of latent attention are."""
+    width = max(x.shape[-1] for x in qkv)
+    return [x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1])) for x in qkv]
 
 
 def _check_layer(
@@ -108,10 +123,14 @@ def _check_layer(
     key: Tensor,
     dropout: float,
     sliding_window: int | None,
+    ignore_window: bool,
+    has_plan: bool,
     kwargs: dict[str, Any],
 ) -> None:
     """Refuses what view_attention would otherwise leave out."""
     name = type(module).__name__
+    if not has_plan and SCHEDULE_KEYS[0] not in kwargs:
+        raise RuntimeError(f"the model around {name} is not patched: call patch_model(model) first")
     if key.shape[2] != query.shape[2]:
         raise ValueError(
             f"a packed row cannot continue a KV cache: {name} got {query.shape[2]} queries and "
@@ -127,10 +146,19 @@ def _check_layer(
         raise ValueError(f"visible_until needs causal attention, {name} is bidirectional")
     if kwargs.get("position_bias") is not None:
         raise ValueError(f"view_attention has no position_bias, which {name} passes")
-    if sliding_window is None and _has_window(module):
+    if sliding_window is None and not ignore_window and _has_window(module):
         raise ValueError(
             f"{name} leaves its sliding window to a dense mask, so a packed row would ignore it"
         )
+
+
+def _fits(*layer: Any) -> bool:
+    """Whether `_check_layer` lets a layer pass."""
+    try:
+        _check_layer(*layer)
+    except (RuntimeError, ValueError):
+        return False
+    return True
 
 
 def _has_window(module: nn.Module) -> bool:
@@ -161,43 +189,41 @@ def _dense(
     softcap: float | None,
     sinks: Tensor | None,
     **kwargs: Any,
-) -> Tensor:
-    """Attention under a dense mask, as Transformers' sdpa, and with soft cap and sinks as well."""
-    if softcap is None and sinks is None:
+) -> tuple[Tensor, Tensor | None]:
+    """Attention under a dense mask, as Transformers' sdpa; where that cannot do it, as its eager.
+
+    That is with soft cap and sinks, and where the weights are asked for.
+    """
+    config = getattr(module, "config", None)
+    wants_weights = kwargs.get("output_attentions", getattr(config, "output_attentions", False))
+    if softcap is None and sinks is None and not wants_weights:
         if mask is not None and mask.is_floating_point() and mask.dtype != query.dtype:
             # Unlike eager attention, PyTorch wants the mask in the dtype of q. The lowest
             # value of one dtype may be an infinity in another.
             mask = mask.to(query.dtype).clamp(min=torch.finfo(query.dtype).min)
-        out, _ = sdpa_attention_forward(
+        return sdpa_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
         )
-        return out
 
-    if dropout > 0:
-        field = dropout_field(module.config) or "the attention dropout"
-        raise ValueError(
-            f"attention dropout is not supported with soft cap or sinks: set {field} of the "
-            f"model's config to 0 before it is built, got {dropout}"
-        )
     q_len, kv_len = query.shape[2], key.shape[2]
-    if mask is None:
+    is_causal = kwargs.get("is_causal")
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    if mask is not None:
+        seen = seen_pairs(mask)
+        mask = mask if seen is None else seen
+    elif q_len > 1 and is_causal:
         # As in sdpa: no mask means causal from the first key on, or all keys for one query.
-        seen = None
-        if q_len > 1 and getattr(module, "is_causal", True):
-            seen = torch.ones(1, q_len, kv_len, dtype=torch.bool, device=query.device).tril()
-    elif mask.shape[1] != 1:
-        raise ValueError(
-            f"attention_mask must have one head with soft cap or sinks, got {mask.shape[1]}"
-        )
-    else:
-        seen = seen_pairs(mask[:, 0])
-        if seen is None:
-            raise ValueError(
-                "attention_mask must be bool, or 0 where visible and -1e4 or less elsewhere, with "
-                "soft cap or sinks; got other values"
-            )
+        mask = torch.ones(1, 1, q_len, kv_len, dtype=torch.bool, device=query.device).tril()
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out, _ = dense_attention(
-        query, key, value, seen, softcap=softcap, softmax_scale=scale, sinks=sinks
+    out, weights = biased_attention(
+        query,
+        key,
+        value,
+        mask,
+        softcap=softcap,
+        softmax_scale=scale,
+        sinks=sinks,
+        dropout=dropout if module.training else 0.0,
     )
-    return out.transpose(1, 2)
+    return out.transpose(1, 2).contiguous(), weights

@@ -190,7 +190,7 @@ def _update_causal_mask(
 
 def _attention_forward(
     self: RemoteModule,
-    attend: Callable[..., tuple[Tensor, None]],
+    attend: Callable[..., tuple[Tensor, Any]],
     hidden_states: Tensor,
     attention_mask: Any = None,
     *args: Any,

@@ -62,8 +62,7 @@ def patch_model(model: Model, *, impl: str | None = None) -> Model:
         )
     adapter = adapter_of(pretrained)
     adapter.check(pretrained)
-    for part in innermost(pretrained):
-        add_hooks(part)
+    add_hooks(pretrained)
     adapter.patch(pretrained, impl)
     return model
 
@@ -72,8 +71,7 @@ def unpatch_model(model: Model) -> Model:
     """Gives a model its former attention implementation back; returns the same model."""
     pretrained = pretrained_model(model)
     adapter_of(pretrained).unpatch(pretrained)
-    for part in innermost(pretrained):
-        remove_hooks(part)
+    remove_hooks(pretrained)
     return model
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmjepa_kernels.ops import autotune
 from llmjepa_kernels.ops.block_mask import BlockMask
-from llmjepa_kernels.ops.common import AttentionOptions
+from llmjepa_kernels.ops.common import MAX_HEAD_DIM, AttentionOptions
 from llmjepa_kernels.ops.flash_plan import FlashPlan
 from llmjepa_kernels.ops.registry import AttentionBackend, default_impl, load_backend
 
@@ -45,6 +45,8 @@ def choose(
         and _flash_is_faster(*qkv, block_mask, plan, options)
     ):
         impl = "flash"
+    if impl is None and qkv[0].shape[-1] > MAX_HEAD_DIM:
+        impl = "reference"  # Gemma 4 has heads that no kernel holds
     mask = plan if impl == "flash" else block_mask
     if mask is None:
         raise ValueError(f"impl={impl!r} needs the mask in the form that it takes, got None")

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+MAX_HEAD_DIM = 256  # of the kernels; plain PyTorch takes any
+
 
 @dataclass(frozen=True)
 class AttentionOptions:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llmjepa_kernels.ops.block_mask import BlockMask, check_visible_until
 from llmjepa_kernels.ops.common import (
+    MAX_HEAD_DIM,
     AttentionOptions,
     check_pairs,
     compute_dtype,
@@ -29,7 +30,6 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 
 METRICS = {"cosine": 0, "l2": 1, "mse": 2}
 REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
 OK, OUT_OF_MEMORY, OUT_OF_RANGE, BAD_SCHEDULE = range(4)  # LkStatus
-MAX_HEAD_DIM = 256
 
 
 @cache

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 def visible(
@@ -38,14 +39,47 @@ def dense_attention(
     """
     batch, num_heads, q_len, head_dim = q.shape
     scores, _ = masked_scores(q, k, seen, softcap, softmax_scale)  # (B, Hkv, G, q_len, kv_len)
-    lse = scores.logsumexp(dim=-1)
-    if sinks is not None:
-        lse = torch.logaddexp(lse, sinks.to(lse.dtype).view(1, k.shape[1], -1, 1).expand_as(lse))
-    # exp(-inf - -inf) would be NaN where a row sees nothing.
-    p = (scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
+    p, lse = _softmax(scores, sinks)
     out = p.to(v.dtype) @ v[:, :, None]
     out = out.reshape(batch, num_heads, q_len, head_dim)
     return seq_major(out), lse.reshape(batch, num_heads, q_len)
+
+
+def biased_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    *,
+    softcap: float | None = None,
+    softmax_scale: float,
+    sinks: Tensor | None = None,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """The same under a mask (batch or 1, num_heads or 1, q_len, kv_len), bool or added to scores.
+
+    Values may be of another width than q and k.
+
+    Returns:
+        out, and the weights (batch, num_heads, q_len, kv_len) of the values after dropout.
+    """
+    scores, _ = masked_scores(q, k, None, softcap, softmax_scale)
+    if mask is not None:
+        mask = mask[:, :, None] if mask.shape[1] == 1 else mask.unflatten(1, (k.shape[1], -1))
+        hides = mask.dtype == torch.bool
+        scores = scores.masked_fill(~mask, -torch.inf) if hides else scores + mask
+    p, _ = _softmax(scores, sinks)
+    p = functional.dropout(p.to(v.dtype), dropout)
+    return (p @ v[:, :, None]).flatten(1, 2), p.flatten(1, 2)
+
+
+def _softmax(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The weights of (B, Hkv, G, q_len, kv_len) scores, and their natural-log normaliser."""
+    lse = scores.logsumexp(dim=-1)
+    if sinks is not None:
+        lse = torch.logaddexp(lse, sinks.to(lse.dtype).view(1, lse.shape[1], -1, 1).expand_as(lse))
+    # exp(-inf - -inf) would be NaN where a row sees nothing.
+    return (scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp(), lse
 
 
 def masked_scores(

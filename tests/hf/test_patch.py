@@ -284,14 +284,36 @@ def test_attention_dropout_is_refused_in_training(family, batch):
     assert torch.isfinite(model.eval()(**batch).logits).all()
 
 
-def test_dropout_outside_the_block_sparse_path():
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_dropout_outside_the_block_sparse_path(family):
     inputs = left_padded([6, 6])
-    model = patch_model(tiny_model("llama", attention_dropout=0.5))
+    model = patch_model(tiny_model(family, attention_dropout=0.5))
     torch.manual_seed(0)
     first, second = model(**inputs).logits, model(**inputs).logits
     assert not torch.equal(first, second)
-    with pytest.raises(ValueError, match="soft cap or sinks: set attention_dropout"):
-        patch_model(tiny_model("gemma2", attention_dropout=0.5))(**inputs)
+    model.eval()
+    assert torch.equal(model(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+def test_weights_are_those_of_the_unpatched_model(family):
+    inputs = left_padded([6, 4])
+    model = tiny_model(family).eval()
+    expected = model(**inputs, output_attentions=True).attentions
+    actual = patch_model(model)(**inputs, output_attentions=True).attentions
+    for weights, own in zip(actual, expected, strict=True):
+        real = inputs["attention_mask"][:, None, :, None].bool()
+        torch.testing.assert_close(weights * real, own * real)
+
+
+def test_a_dense_mask_of_views_where_no_kernel_has_the_head(batch):
+    """Gemma 4's heads of 512: `impl=None` takes the plain path."""
+    model = tiny_model("llama", head_dim=264).eval()
+    hidden = patch_model(model)(**batch).logits
+    reference = patch_model(model, impl="reference")(**batch).logits
+    torch.testing.assert_close(hidden, reference)
+    with pytest.raises(ValueError, match="head_dim must be at most 256"):
+        patch_model(model, impl="cpu")(**batch)
 
 
 def test_wrappers_that_cannot_carry_a_packed_row():

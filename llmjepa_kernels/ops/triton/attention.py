@@ -12,13 +12,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llmjepa_kernels.ops import autotune
 from llmjepa_kernels.ops.block_mask import BlockMask
-from llmjepa_kernels.ops.common import AttentionOptions, empty_seq_major
+from llmjepa_kernels.ops.common import MAX_HEAD_DIM, AttentionOptions, empty_seq_major
 from llmjepa_kernels.ops.triton import attention_kernels as kernels
 from llmjepa_kernels.ops.triton import configs as triton_configs
 from llmjepa_kernels.ops.triton.attention_tiles import HeadDim, Strided
 from llmjepa_kernels.ops.triton.configs import Config, head_dim_pieces
 
-MAX_HEAD_DIM = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ROW_PADDING = 128  # the largest tile: row statistics of the backward are padded to it
 DELTA_ROWS = 32
