@@ -89,7 +89,7 @@ def add_tokens(
         )
     tokenizer.add_tokens(list(tokens), special_tokens=True)
     if len(tokenizer) > rows:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        _resize(model, len(tokenizer))
     if len(tokenizer) > known:
         embeddings = [_weight(model.get_input_embeddings())]
         head = model.get_output_embeddings()
@@ -98,6 +98,22 @@ def add_tokens(
         for weight in embeddings:
             _init_rows(weight, known, len(tokenizer), seed)
     return cast(list[int], tokenizer.convert_tokens_to_ids(list(tokens)))
+
+
+def _resize(model: PreTrainedModel, rows: int) -> None:
+    """Grows the embeddings, in the parameters that an optimizer may hold already.
+
+    Transformers keeps those of the input and replaces those of a head that is not tied to them.
+    """
+    head = model.get_output_embeddings()
+    held = {} if head is None else dict(head.named_parameters(recurse=False))
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    grown = model.get_output_embeddings()
+    for name, parameter in held.items():
+        new = getattr(grown, name)
+        if new is not parameter and new is not model.get_input_embeddings().weight:
+            parameter.data = new.data
+            setattr(grown, name, parameter)
 
 
 def _weight(module: nn.Module) -> Tensor:

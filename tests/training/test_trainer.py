@@ -26,7 +26,7 @@ from llmjepa_kernels.training.loss_dropout import LossDropout
 from llmjepa_kernels.training.objective import llm_jepa_loss
 from llmjepa_kernels.training.trainer import LLMJEPATrainer
 from llmjepa_kernels.tubes import TubeSampler
-from tests.support.models import CHECKPOINTING
+from tests.support.models import CHECKPOINTING, tiny_model
 
 ROWS = generate(24, seed=3)
 
@@ -92,7 +92,8 @@ def test_predictor_rows_are_near_the_others_but_distinct(tokenizer, tied):
     before, known = model.get_input_embeddings().weight.detach().clone(), len(tokenizer)
     ids = add_predictor_tokens(model, tokenizer, 3)
     assert ids == [known, known + 1, known + 2]
-    assert tokenizer.convert_ids_to_tokens(ids) == [f"<|predictor_{i}|>" for i in (1, 2, 3)]
+    # The last one is the first behind a view, as in the authors' code.
+    assert tokenizer.convert_ids_to_tokens(ids) == [f"<|predictor_{i}|>" for i in (3, 2, 1)]
     assert tokenizer("<|predictor_2|>", add_special_tokens=False)["input_ids"] == [ids[1]]
     head, embeddings = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     assert (head is embeddings) == tied
@@ -114,11 +115,26 @@ def test_spare_rows_are_used_and_embeddings_never_shrink(tokenizer):
     assert changed == ids
 
 
+@pytest.mark.parametrize("family", ["llama", "phi"])  # the head of phi has a bias
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_optimizer_may_be_made_before_the_predictors_are_added(tokenizer, family, tied):
+    model = tiny_model(family, vocab_size=len(tokenizer), tie_word_embeddings=tied)
+    held = {id(parameter) for parameter in model.parameters()}
+    add_predictor_tokens(model, tokenizer, 1)
+    assert {id(parameter) for parameter in model.parameters()} == held
+    weights = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
+    assert (weights[0] is weights[1]) == tied
+    assert all(len(weight) == len(tokenizer) for weight in weights)
+    logits = model(torch.tensor([[1, 2]])).logits
+    assert logits.shape[-1] == len(tokenizer)
+    logits.sum().backward()
+
+
 def test_predictor_rows_of_a_checkpoint_are_kept(tokenizer):
     model = tiny_llama(tokenizer)
     ids = add_predictor_tokens(model, tokenizer, 1, seed=1)
     before = model.get_input_embeddings().weight.detach().clone()
-    assert add_predictor_tokens(model, tokenizer, 2, seed=2) == [*ids, ids[0] + 1]
+    assert add_predictor_tokens(model, tokenizer, 2, seed=2) == [ids[0] + 1, *ids]
     assert torch.equal(model.get_input_embeddings().weight[: len(before)], before)
     assert add_predictor_tokens(model, tokenizer, 0) == []
 
