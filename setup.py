@@ -88,7 +88,10 @@ setup(
     ext_modules=[
         Extension(
             "llmjepa_kernels.ops._cpu",
-            [f"csrc/{name}.cpp" for name in ("api", "kernels", "plan", "schedule", "threads")],
+            [
+                f"csrc/{name}.cpp"
+                for name in ("api", "cache", "kernels", "plan", "schedule", "threads")
+            ],
             depends=["csrc"],
             optional=False,
         )

@@ -7,6 +7,7 @@
 // segments: the keys of a panel are only those that one of its queries sees.
 #pragma once
 
+#include "cache.h"
 #include "gemm.h"
 #include "mask.h"
 #include "storage.h"
@@ -30,6 +31,8 @@ class Arena {
   size_t size_ = 0;
 };
 
+constexpr int64_t kBlockBytes = 1536;  // of one number for each lane of a block
+
 // Sizes of the tiles of one problem.
 template <class T>
 struct TileShape {
@@ -42,8 +45,12 @@ struct TileShape {
     dim = static_cast<int>(a.dim);
     padded = (dim + W - 1) / W * W;
     stride = padded + 64 / static_cast<int>(sizeof(T));
-    // Enough lanes to pay for packing the keys, few enough to stay in the second-level cache.
-    max_vectors = (padded <= 128 ? 768 : 384) / static_cast<int>(sizeof(T)) / W;
+    // As many lanes as pay for packing the keys, if what the backward pass keeps of them, about
+    // five rows, leaves half of the second-level cache free.
+    const int64_t fitting = second_level_cache() / 2 / (5 * padded * LK_VECTOR_BYTES);
+    const int64_t enough = kBlockBytes / LK_VECTOR_BYTES;
+    max_vectors = static_cast<int>(fitting < enough ? fitting : enough);
+    max_vectors -= max_vectors % kMaxVectors;
     if (max_vectors < kMaxVectors) max_vectors = kMaxVectors;
   }
 
@@ -167,21 +174,25 @@ struct KeyMask {
 // The keys of a chunk that a panel visits: positions in the chunk, ascending.
 struct PanelKeys {
   int count;
-  bool masked;         // some lane may not see some key
-  int32_t* index;      // [kChunk]
-  uint8_t* needs_mask; // [kChunk], only if `masked`
+  bool masked;          // some lane may not see some key
+  int32_t* index;       // [kChunk]
+  int64_t* offset;      // [kChunk], of the keys' packed rows
+  uint8_t* needs_mask;  // [kChunk], only if `masked`
 
   explicit PanelKeys(Arena& arena)
-      : index(arena.take<int32_t>(kChunk)), needs_mask(arena.take<uint8_t>(kChunk)) {}
+      : index(arena.take<int32_t>(kChunk)),
+        offset(arena.take<int64_t>(kChunk)),
+        needs_mask(arena.take<uint8_t>(kChunk)) {}
 
   template <class T>
   void select(const LkAttention& a, const KeyMask<T>& mask, const KeyChunk& chunk,
-              const Panel& panel) {
+              const Panel& panel, int64_t stride) {
     masked = panel.ragged || !chunk.full;
     count = 0;
     for (int n = 0; n < chunk.count; ++n) {
       const int32_t j = chunk.key[n];
       index[count] = n;
+      offset[count] = n * stride;
       needs_mask[count] =
           panel.ragged || !(chunk.full || panel.queries.all_see(a, mask.until, mask.position, j));
       count += chunk.full || panel.queries.sees(a, mask.until, mask.position, j);
@@ -278,7 +289,7 @@ struct SoftCap {
 // hides it from, as 0 * NaN would. Sums run in the order of accumulate_columns.
 template <class T>
 __attribute__((noinline)) void accumulate_columns_masked(
-    const T* a, int64_t stride, const PanelKeys& keys, const KeyChunk& chunk, int dim, const T* p,
+    const T* a, const PanelKeys& keys, const KeyChunk& chunk, int dim, const T* p,
     int vectors, const T* alpha, const KeyMask<T>& mask, const Int<T>* query,
     const Int<T>* position, T* c) {
   constexpr int W = kLanes<T>;
@@ -289,7 +300,7 @@ __attribute__((noinline)) void accumulate_columns_masked(
         const IntVec<T> seen = mask.visible(chunk.key[keys.index[n]], load_int<T>(query + v * W),
                                             load_int<T>(position + v * W));
         const Vec<T> sum =
-            acc + splat(a[keys.index[n] * stride + d]) * load(p + (n * vectors + v) * W);
+            acc + splat(a[keys.offset[n] + d]) * load(p + (n * vectors + v) * W);
         acc = seen ? sum : acc;
       }
       T* out = c + (int64_t{d} * vectors + v) * W;
@@ -302,9 +313,9 @@ __attribute__((noinline)) void accumulate_columns_masked(
 template <class T>
 __attribute__((noinline)) void accumulate_rows_masked(const T* p, int lanes, const PanelKeys& keys,
                                                       const KeyChunk& chunk, int padded, const T* b,
-                                                      const KeyMask<T>& mask, const Int<T>* query,
-                                                      const Int<T>* position, T* c,
-                                                      int64_t stride) {
+                                                      int64_t stride, const KeyMask<T>& mask,
+                                                      const Int<T>* query, const Int<T>* position,
+                                                      T* c) {
   constexpr int W = kLanes<T>;
   for (int n = 0; n < keys.count; ++n) {
     const int32_t j = chunk.key[keys.index[n]];
@@ -315,7 +326,7 @@ __attribute__((noinline)) void accumulate_rows_masked(const T* p, int lanes, con
           acc += splat(p[n * lanes + i]) * load(b + i * stride + d);
         }
       }
-      T* out = c + keys.index[n] * stride + d;
+      T* out = c + keys.offset[n] + d;
       store(out, load(out) + acc);
     }
   }

@@ -55,10 +55,32 @@ struct BackwardWorkspace {
 template <class S>
 constexpr bool kInPlace = sizeof(S) == sizeof(Compute<S>);
 
+template <class T>
+LK_INLINE void add_row(const T* in, T* out, int dim) {
+  constexpr int W = kLanes<T>;
+  int d = 0;
+  for (; d + W <= dim; d += W) store(out + d, load(out + d) + load(in + d));
+  for (; d < dim; ++d) out[d] += in[d];
+}
+
 template <class S>
 S* key_row(const LkTensor& x, const BackwardTask& task, int64_t key) {
   return static_cast<S*>(x.data) + task.row * x.batch_stride + task.kv_head * x.head_stride +
          key * x.seq_stride;
+}
+
+// The first of `count` ascending keys that is not below j.
+inline int64_t lower_bound(const int32_t* keys, int64_t count, int64_t j) {
+  int64_t low = 0, high = count;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (keys[middle] < j) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
 }
 
 // Where a task sums dK and dV: accumulators for keys that it shares; for its own, the tensors
@@ -94,7 +116,9 @@ class KeySums {
   LK_INLINE Rows rows(int64_t j, int64_t* hint) const {
     if (is_shared(j)) {
       int64_t at = *hint + 1;
-      if (at >= task_.num_shared || task_.shared[at] != j) at = shared_index(j);
+      if (at >= task_.num_shared || task_.shared[at] != j) {
+        at = lower_bound(task_.shared, task_.num_shared, j);
+      }
       *hint = at;
       T* dk = shared_ + at * a_.dim;
       return {dk, dk + task_.num_shared * a_.dim};
@@ -121,19 +145,6 @@ class KeySums {
   bool is_shared(int64_t j) const {
     return j < task_.query_begin || (!kInPlace<S> && until_[j] > task_.query_end);
   }
-  int64_t shared_index(int64_t j) const {
-    int64_t low = 0, high = task_.num_shared - 1;
-    while (low < high) {
-      const int64_t middle = (low + high) / 2;
-      if (task_.shared[middle] < j) {
-        low = middle + 1;
-      } else {
-        high = middle;
-      }
-    }
-    return low;
-  }
-
   const LkAttention& a_;
   const BackwardTask& task_;
   const int32_t* until_;
@@ -179,10 +190,11 @@ void softmax_backward(const SoftCap<T>& softcap, const KeyMask<T>& mask, const K
   }
 }
 
+// `fresh` says that dk and dv of the chunk hold nothing yet.
 template <class S, int V>
 void backward_panel(const LkAttention& a, BackwardWorkspace<S>& w,
                     const SoftCap<Compute<S>>& softcap, const KeyMask<Compute<S>>& mask,
-                    const Panel& panel, bool k_finite) {
+                    const Panel& panel, bool k_finite, bool fresh) {
   using T = Compute<S>;
   constexpr int W = kLanes<T>;
   const int lane = panel.first * W;
@@ -190,20 +202,20 @@ void backward_panel(const LkAttention& a, BackwardWorkspace<S>& w,
   const TileShape<T>& shape = w.shape;
   const int64_t columns = int64_t{lane} * shape.padded, rows = int64_t{lane} * shape.stride;
   PanelKeys& keys = w.keys;
-  keys.select(a, mask, *w.chunk, panel);
+  keys.select(a, mask, *w.chunk, panel, w.shape.stride);
   if (keys.count == 0) return;
 
-  dot_rows<T, V>(w.k, shape.stride, keys.index, keys.count, shape.dim, w.q + columns, w.p);
-  dot_rows<T, V>(w.v, shape.stride, keys.index, keys.count, shape.dim, w.dout + columns, w.ds);
+  dot_rows<T, V>(w.k, keys.offset, keys.count, shape.dim, w.q + columns, w.p);
+  dot_rows<T, V>(w.v, keys.offset, keys.count, shape.dim, w.dout + columns, w.ds);
   softmax_backward<T, V>(softcap, mask, *w.chunk, keys, query, position, w.lse + lane, w.delta + lane,
                          w.p, w.ds);
 
   if (k_finite || !keys.masked) {
-    accumulate_columns<T, V>(w.k, shape.stride, keys.index, keys.count, shape.dim, w.ds, nullptr,
+    accumulate_columns<T, V>(w.k, keys.offset, keys.count, shape.dim, w.ds, nullptr,
                              w.dq + columns);
   } else {
-    accumulate_columns_masked<T>(w.k, shape.stride, keys, *w.chunk, shape.dim, w.ds, V, nullptr,
-                                 mask, query, position, w.dq + columns);
+    accumulate_columns_masked<T>(w.k, keys, *w.chunk, shape.dim, w.ds, V, nullptr, mask, query,
+                                 position, w.dq + columns);
   }
   bool q_finite = true, dout_finite = true;
   for (int v = panel.first; v < panel.first + V; ++v) {
@@ -213,10 +225,11 @@ void backward_panel(const LkAttention& a, BackwardWorkspace<S>& w,
   const int vectors = shape.padded / W;
   const auto add_rows = [&](bool finite, const T* weights, const T* b, T* c) {
     if (finite || !keys.masked) {
-      accumulate_rows<T>(weights, V * W, keys.index, keys.count, vectors, b, c, shape.stride);
+      accumulate_rows<T>(weights, V * W, keys.offset, keys.count, vectors, b, shape.stride, fresh,
+                         c);
     } else {
-      accumulate_rows_masked<T>(weights, V * W, keys, *w.chunk, shape.padded, b, mask, query,
-                                position, c, shape.stride);
+      accumulate_rows_masked<T>(weights, V * W, keys, *w.chunk, shape.padded, b, shape.stride, mask,
+                                query, position, c);
     }
   };
   add_rows(dout_finite, w.p, w.dout_rows + rows, w.dv);
@@ -278,14 +291,6 @@ void read_queries(const LkAttention& a, int64_t row, const BlockLanes<Compute<S>
   }
 }
 
-template <class T>
-LK_INLINE void add_row(const T* in, T* out, int dim) {
-  constexpr int W = kLanes<T>;
-  int d = 0;
-  for (; d + W <= dim; d += W) store(out + d, load(out + d) + load(in + d));
-  for (; d < dim; ++d) out[d] += in[d];
-}
-
 template <class S>
 void backward_range(const LkAttention& a, int64_t row, int64_t kv_head, const BlockRange& range,
                     BackwardWorkspace<S>& w, const KeySums<S>& sums) {
@@ -302,16 +307,21 @@ void backward_range(const LkAttention& a, int64_t row, int64_t kv_head, const Bl
   while (cursor.next(w.chunk)) {
     const bool k_finite = pack_keys<S>(a.k, row, kv_head, *w.chunk, w.shape, w.k);
     pack_keys<S>(a.v, row, kv_head, *w.chunk, w.shape, w.v);
-    const size_t bytes = int64_t{w.chunk->count} * w.shape.stride * sizeof(T);
-    std::memset(w.dk, 0, bytes);
-    std::memset(w.dv, 0, bytes);
+    // The first panel writes dk and dv if it visits all keys, none of them under a mask.
+    bool fresh = w.chunk->full && !lanes.panel(a, row, 0).ragged;
+    if (!fresh) {
+      const size_t bytes = int64_t{w.chunk->count} * w.shape.stride * sizeof(T);
+      std::memset(w.dk, 0, bytes);
+      std::memset(w.dv, 0, bytes);
+    }
     for (int first = 0; first < lanes.vectors; first += lanes.panel_vectors(first)) {
       const Panel panel = lanes.panel(a, row, first);
       switch (panel.vectors) {
-        case 1: backward_panel<S, 1>(a, w, softcap, mask, panel, k_finite); break;
-        case 2: backward_panel<S, 2>(a, w, softcap, mask, panel, k_finite); break;
-        default: backward_panel<S, kMaxVectors>(a, w, softcap, mask, panel, k_finite); break;
+        case 1: backward_panel<S, 1>(a, w, softcap, mask, panel, k_finite, fresh); break;
+        case 2: backward_panel<S, 2>(a, w, softcap, mask, panel, k_finite, fresh); break;
+        default: backward_panel<S, kMaxVectors>(a, w, softcap, mask, panel, k_finite, fresh); break;
       }
+      fresh = false;
     }
     int64_t hint = -1;
     for (int n = 0; n < w.chunk->count; ++n) {
@@ -350,45 +360,46 @@ void attention_backward(const LkAttention& a, const BackwardTask& task, void* sc
   sums.finish();
 }
 
+// Adds the rows that the tasks have summed by themselves to those of their keys, in place or, where
+// that would round, in scratch first.
 template <class S>
 void attention_reduce(const LkAttention& a, const BackwardTask* tasks, int64_t num_tasks,
                       int64_t begin, int64_t end, void* scratch) {
   using T = Compute<S>;
-  T* sums = static_cast<T*>(scratch);
+  const int dim = static_cast<int>(a.dim);
+  const auto sum_of = [&](int part, int64_t key) -> T* {
+    if constexpr (kInPlace<S>) return key_row<S>(part ? a.dv : a.dk, tasks[0], key);
+    return static_cast<T*>(scratch) + (part * kReduceKeys + key - begin) * dim;
+  };
   bool touched[kReduceKeys] = {};
   for (const BackwardTask* task = tasks; task < tasks + num_tasks; ++task) {
-    int64_t i = 0;
-    while (i < task->num_shared && task->shared[i] < begin) ++i;
-    for (; i < task->num_shared && task->shared[i] < end; ++i) {
-      const int64_t key = task->shared[i];
+    const int32_t* shared = task->shared;
+    constexpr int kAhead = 8;
+    for (int64_t i = lower_bound(shared, task->num_shared, begin);
+         i < task->num_shared && shared[i] < end; ++i) {
       for (int part = 0; part < 2; ++part) {
-        T* sum = sums + (part * kReduceKeys + key - begin) * a.dim;
+        T* sum = sum_of(part, shared[i]);
         const T* in =
-            static_cast<const T*>(task->accumulators) + (part * task->num_shared + i) * a.dim;
-        if (!touched[key - begin]) {
-          const void* own = kInPlace<S> ? key_row<S>(part ? a.dv : a.dk, tasks[0], key) : nullptr;
-          if (own) {
-            std::memcpy(sum, own, a.dim * sizeof(T));
-          } else {
-            std::memset(sum, 0, a.dim * sizeof(T));
-          }
-        }
-        for (int64_t d = 0; d < a.dim; ++d) sum[d] += in[d];
+            static_cast<const T*>(task->accumulators) + (part * task->num_shared + i) * dim;
+        if (i + kAhead < task->num_shared) prefetch_row(in + kAhead * dim, dim);
+        if (!kInPlace<S> && !touched[shared[i] - begin]) std::memset(sum, 0, dim * sizeof(T));
+        add_row(in, sum, dim);
       }
-      touched[key - begin] = true;
+      touched[shared[i] - begin] = true;
     }
   }
+  if (kInPlace<S>) return;
   for (int64_t key = begin; key < end; ++key) {
     if (!touched[key - begin]) continue;
     for (int part = 0; part < 2; ++part) {
-      write_row(sums + (part * kReduceKeys + key - begin) * a.dim,
-                key_row<S>(part ? a.dv : a.dk, tasks[0], key), static_cast<int>(a.dim));
+      write_row(sum_of(part, key), key_row<S>(part ? a.dv : a.dk, tasks[0], key), dim);
     }
   }
 }
 
 template <class S>
 size_t reduce_scratch(const LkAttention& a) {
+  if (kInPlace<S>) return 0;
   // write_row reads whole vectors.
   return (2 * kReduceKeys * a.dim + kLanes<Compute<S>>) * sizeof(Compute<S>);
 }

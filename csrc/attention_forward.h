@@ -99,19 +99,18 @@ void forward_panel(const LkAttention& a, ForwardWorkspace<S>& w, const SoftCap<C
   const int lane = panel.first * W;
   const Int<T>*query = w.lanes.query + lane, *position = w.lanes.position + lane;
   T* out = w.out + int64_t{lane} * w.shape.padded;
-  w.keys.select(a, mask, *w.chunk, panel);
+  w.keys.select(a, mask, *w.chunk, panel, w.shape.stride);
   if (w.keys.count == 0) return;
 
-  dot_rows<T, V>(w.k, w.shape.stride, w.keys.index, w.keys.count, w.shape.dim,
+  dot_rows<T, V>(w.k, w.keys.offset, w.keys.count, w.shape.dim,
                  w.q + int64_t{lane} * w.shape.padded, w.scores);
   finish_scores<T, V>(softcap, mask, *w.chunk, w.keys, query, position, w.scores);
   online_softmax_update<T, V>(w.keys.count, w.scores, w.max + lane, w.sum + lane, w.alpha);
   if (v_finite || !w.keys.masked) {
-    accumulate_columns<T, V>(w.v, w.shape.stride, w.keys.index, w.keys.count, w.shape.dim, w.scores,
-                             w.alpha, out);
+    accumulate_columns<T, V>(w.v, w.keys.offset, w.keys.count, w.shape.dim, w.scores, w.alpha, out);
   } else {
-    accumulate_columns_masked<T>(w.v, w.shape.stride, w.keys, *w.chunk, w.shape.dim, w.scores, V,
-                                 w.alpha, mask, query, position, out);
+    accumulate_columns_masked<T>(w.v, w.keys, *w.chunk, w.shape.dim, w.scores, V, w.alpha, mask,
+                                 query, position, out);
   }
 }
 

@@ -1,4 +1,5 @@
-// The matrix products of a tile, in three shapes around one register-blocked loop.
+// The matrix products of a tile, in three shapes around one register-blocked loop. `offset` says
+// where the row of each key begins.
 //
 // A tile has `count` keys and V vectors of queries ("lanes"). Queries run along the lanes, so
 // that K and V are read as scalars from their rows, no operand needs transposing per tile, and
@@ -9,13 +10,14 @@
 
 namespace LK_ISA {
 
-// Rows of a register block with V vectors: accumulators, operands and addresses must fit.
+// Vectors of a panel, and of a row that accumulate_rows takes at once; rows of a register block
+// with V vectors: accumulators, operands and addresses must fit.
 #if LK_VECTOR_REGISTERS == 32
-constexpr int kMaxVectors = 3;
+constexpr int kMaxVectors = 3, kMaxRowVectors = 4;
 template <int V>
-constexpr int kRows = V == 3 ? 8 : 12;
+constexpr int kRows = V == 4 ? 6 : V == 3 ? 8 : 12;
 #else
-constexpr int kMaxVectors = 2;
+constexpr int kMaxVectors = 2, kMaxRowVectors = 2;
 template <int V>
 constexpr int kRows = V == 2 ? 6 : 8;
 #endif
@@ -56,24 +58,23 @@ struct RowPointers {
 template <class T>
 struct ColumnGather {
   const T* base;
-  int64_t stride;
-  const int32_t* index;
-  LK_INLINE T operator()(int r, int k) const { return base[index[k] * stride + r]; }
+  const int64_t* offset;
+  LK_INLINE T operator()(int r, int k) const { return base[offset[k] + r]; }
 };
 
 // Products this long are summed apart, so that rounding does not grow with the head dim.
 constexpr int kDepth = 128;
 
-// c[n][lane] = sum over d of a[index[n]][d] * b[d][lane]: scores, and the gradient of P.
+// c[n][lane] = sum over d of a[offset[n] + d] * b[d][lane]: scores, and the gradient of P.
 template <class T, int V>
-__attribute__((noinline)) void dot_rows(const T* a, int64_t stride, const int32_t* index, int count,
+__attribute__((noinline)) void dot_rows(const T* a, const int64_t* offset, int count,
                                         int dim, const T* b, T* c) {
   constexpr int W = kLanes<T>;
   for_row_blocks<kRows<V>>(0, count, [&](auto rows, int n) LK_INLINE_LAMBDA {
     constexpr int R = decltype(rows)::value;
     RowPointers<T, R> pointers;
     for (int d = 0; d < dim; d += kDepth) {
-      LK_UNROLL for (int r = 0; r < R; ++r) pointers.row[r] = a + index[n + r] * stride + d;
+      LK_UNROLL for (int r = 0; r < R; ++r) pointers.row[r] = a + offset[n + r] + d;
       Vec<T> acc[R][V];
       multiply<T, R, V>(dim - d < kDepth ? dim - d : kDepth, pointers, b + d * V * W, V * W, acc);
       LK_UNROLL for (int r = 0; r < R; ++r) {
@@ -86,10 +87,10 @@ __attribute__((noinline)) void dot_rows(const T* a, int64_t stride, const int32_
   });
 }
 
-// c[d][lane] = c[d][lane] * alpha[lane] + sum over n of a[index[n]][d] * p[n][lane]: the output
-// and the gradient of the queries, both transposed. A null alpha is 1.
+// c[d][lane] = c[d][lane] * alpha[lane] + sum over n of a[offset[n] + d] * p[n][lane]: the
+// output and the gradient of the queries, both transposed. A null alpha is 1.
 template <class T, int V>
-__attribute__((noinline)) void accumulate_columns(const T* a, int64_t stride, const int32_t* index,
+__attribute__((noinline)) void accumulate_columns(const T* a, const int64_t* offset,
                                                   int count, int dim, const T* p, const T* alpha,
                                                   T* c) {
   constexpr int W = kLanes<T>;
@@ -98,7 +99,7 @@ __attribute__((noinline)) void accumulate_columns(const T* a, int64_t stride, co
   for_row_blocks<kRows<V>>(0, dim, [&](auto rows, int d) LK_INLINE_LAMBDA {
     constexpr int R = decltype(rows)::value;
     Vec<T> acc[R][V];
-    multiply<T, R, V>(count, ColumnGather<T>{a + d, stride, index}, p, V * W, acc);
+    multiply<T, R, V>(count, ColumnGather<T>{a + d, offset}, p, V * W, acc);
     LK_UNROLL for (int r = 0; r < R; ++r) {
       LK_UNROLL for (int v = 0; v < V; ++v) {
         T* out = c + ((d + r) * V + v) * W;
@@ -108,10 +109,11 @@ __attribute__((noinline)) void accumulate_columns(const T* a, int64_t stride, co
   });
 }
 
-// c[index[n]][d] += sum over lanes of p[n][lane] * b[lane][d]: the gradients of keys and values.
+// c[offset[n] + d] += sum over lanes of p[n][lane] * b[lane][d]: the gradients of keys and values.
+// What c holds counts for nothing if `fresh`.
 template <class T, int V>
-LK_INLINE void accumulate_rows_block(const T* p, int lanes, const int32_t* index, int count,
-                                     const T* b, T* c, int64_t stride) {
+LK_INLINE void accumulate_rows_block(const T* p, int lanes, const int64_t* offset, int count,
+                                     const T* b, int64_t stride, bool fresh, T* c) {
   constexpr int W = kLanes<T>;
   for_row_blocks<kRows<V>>(0, count, [&](auto rows, int n) LK_INLINE_LAMBDA {
     constexpr int R = decltype(rows)::value;
@@ -121,29 +123,31 @@ LK_INLINE void accumulate_rows_block(const T* p, int lanes, const int32_t* index
     multiply<T, R, V>(lanes, pointers, b, stride, acc);
     LK_UNROLL for (int r = 0; r < R; ++r) {
       LK_UNROLL for (int v = 0; v < V; ++v) {
-        T* out = c + index[n + r] * stride + v * W;
-        store(out, load(out) + acc[r][v]);
+        T* out = c + offset[n + r] + v * W;
+        store(out, fresh ? acc[r][v] : load(out) + acc[r][v]);
       }
     }
   });
 }
 
-template <class T>
-__attribute__((noinline)) void accumulate_rows(const T* p, int lanes, const int32_t* index,
-                                               int count, int vectors, const T* b, T* c,
-                                               int64_t stride) {
+// Rows of `vectors` vectors, V at a time and then ever fewer.
+template <class T, int V = kMaxRowVectors>
+LK_INLINE void accumulate_rows_from(int v, const T* p, int lanes, const int64_t* offset, int count,
+                                    int vectors, const T* b, int64_t stride, bool fresh, T* c) {
   constexpr int W = kLanes<T>;
-  int v = 0;
-  // Four vectors are better cut in 2 + 2 than in 3 + 1.
-  for (; kMaxVectors == 3 && vectors - v >= 3 && vectors - v != 4; v += 3) {
-    accumulate_rows_block<T, kMaxVectors>(p, lanes, index, count, b + v * W, c + v * W, stride);
+  for (; v + V <= vectors; v += V) {
+    accumulate_rows_block<T, V>(p, lanes, offset, count, b + v * W, stride, fresh, c + v * W);
   }
-  for (; vectors - v >= 2; v += 2) {
-    accumulate_rows_block<T, 2>(p, lanes, index, count, b + v * W, c + v * W, stride);
+  if constexpr (V > 1) {
+    accumulate_rows_from<T, V - 1>(v, p, lanes, offset, count, vectors, b, stride, fresh, c);
   }
-  if (v < vectors) {
-    accumulate_rows_block<T, 1>(p, lanes, index, count, b + v * W, c + v * W, stride);
-  }
+}
+
+template <class T>
+__attribute__((noinline)) void accumulate_rows(const T* p, int lanes, const int64_t* offset,
+                                               int count, int vectors, const T* b, int64_t stride,
+                                               bool fresh, T* c) {
+  accumulate_rows_from<T>(0, p, lanes, offset, count, vectors, b, stride, fresh, c);
 }
 
 }  // namespace LK_ISA
