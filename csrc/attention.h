@@ -191,11 +191,15 @@ struct PanelKeys {
     count = 0;
     for (int n = 0; n < chunk.count; ++n) {
       const int32_t j = chunk.key[n];
+      if (!chunk.full) {
+        if (j >= panel.queries.end) break;  // keys ascend
+        if (!panel.queries.sees(a, mask.until, mask.position, j)) continue;
+      }
       index[count] = n;
       offset[count] = n * stride;
       needs_mask[count] =
           panel.ragged || !(chunk.full || panel.queries.all_see(a, mask.until, mask.position, j));
-      count += chunk.full || panel.queries.sees(a, mask.until, mask.position, j);
+      ++count;
     }
   }
 };

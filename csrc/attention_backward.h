@@ -207,8 +207,8 @@ void backward_panel(const LkAttention& a, BackwardWorkspace<S>& w,
 
   dot_rows<T, V>(w.k, keys.offset, keys.count, shape.dim, w.q + columns, w.p);
   dot_rows<T, V>(w.v, keys.offset, keys.count, shape.dim, w.dout + columns, w.ds);
-  softmax_backward<T, V>(softcap, mask, *w.chunk, keys, query, position, w.lse + lane, w.delta + lane,
-                         w.p, w.ds);
+  softmax_backward<T, V>(softcap, mask, *w.chunk, keys, query, position, w.lse + lane,
+                         w.delta + lane, w.p, w.ds);
 
   if (k_finite || !keys.masked) {
     accumulate_columns<T, V>(w.k, keys.offset, keys.count, shape.dim, w.ds, nullptr,
