@@ -220,5 +220,8 @@ def _group(gather_negatives: bool | ProcessGroup) -> ProcessGroup | None:
 
 
 def _divide(total: Tensor, given: int | Tensor | None, counted: Tensor) -> Tensor:
-    count = counted if given is None else torch.as_tensor(given, device=total.device)
-    return total / count.clamp(min=1)
+    if given is None:
+        given = counted
+    if isinstance(given, Tensor):
+        return total / given.to(total.device).clamp(min=1)
+    return total / max(given, 1)  # as a tensor it would be copied, which waits for the device

@@ -258,12 +258,13 @@ class LLMJEPATrainer(Trainer):
         if counts:
             scale = self._loss_scale()
             loss = loss * scale
-            tokens = batch["input_ids"].numel()
+            # Filled in on the device, since copying a number there would wait for it.
+            tokens = torch.full((), batch["input_ids"].numel(), device=loss.device)
             sft = tokens if sft_tokens is None else sft_tokens.sum()
             means = [outputs.ntp_loss, outputs.jepa_loss, outputs.cosine, outputs.stp_loss]
             shares = [scale * mean.detach() for mean in means]
             values = (*shares, outputs.num_pairs, outputs.num_tubes, tokens, sft)
-            summands = torch.stack([torch.as_tensor(x, device=loss.device) for x in values])
+            summands = torch.stack([value.to(loss.device) for value in values])
             self._train_sums = self._train_sums.to(loss.device) + summands
         return (loss, outputs) if return_outputs else loss
 
