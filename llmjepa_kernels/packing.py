@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
 
-from llmjepa_kernels.ops.block_mask import SCHEDULE_KEYS, BlockMask, choose_block_size
-from llmjepa_kernels.ops.flash_plan import FlashPlan, is_plan_key
+from llmjepa_kernels.ops.block_mask import BlockMask, choose_block_size
+from llmjepa_kernels.ops.flash_plan import FlashPlan
 from llmjepa_kernels.ops.tubes import TUBE_SHAPE
 from llmjepa_kernels.tubes import Step, TokenPath, Tube, TubeSampler
 
@@ -86,15 +85,6 @@ class PackedBatch(dict):
     def pin_memory(self) -> PackedBatch:
         """The same batch in page-locked memory, for asynchronous copies to a GPU."""
         return PackedBatch({k: v.pin_memory() for k, v in self.items()})
-
-
-def schedule_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What attention needs precomputed, of the tensors of a batch."""
-    return {
-        key: value
-        for key, value in batch.items()
-        if value is not None and (key in SCHEDULE_KEYS or is_plan_key(key))
-    }
 
 
 def llm_jepa_example(

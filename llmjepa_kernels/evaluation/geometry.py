@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from llmjepa_kernels.packing import schedule_of
+from llmjepa_kernels.ops.schedule import schedule_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

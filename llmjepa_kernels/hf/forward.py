@@ -22,8 +22,8 @@ from transformers.utils.generic import ModelOutput
 from llmjepa_kernels.hf import interface, openelm
 from llmjepa_kernels.hf.dense_mask import recognise
 from llmjepa_kernels.hf.layer import dropout_field, is_empty, running
-from llmjepa_kernels.ops.block_mask import SCHEDULE_KEYS, BlockMask, int32_positions
-from llmjepa_kernels.ops.flash_plan import FlashPlan, is_plan_key
+from llmjepa_kernels.ops.block_mask import BlockMask, int32_positions
+from llmjepa_kernels.ops.schedule import FORMS, forms_of, is_given
 
 CACHES = ("cache", "past_key_values")  # the latter until Transformers 5.23
 
@@ -200,22 +200,15 @@ def _schedule(
     module: PreTrainedModel, visible_until: Tensor, kwargs: dict[str, Any]
 ) -> dict[str, Tensor]:
     """What the layers need besides the mask itself, if it is not among the arguments."""
-    if adapter_of(module).impl_of(module) == "flash":
-        if any(map(is_plan_key, kwargs)):
-            return {}
+    form = forms_of(adapter_of(module).impl_of(module))[0]
+    if not is_given(form, kwargs):
         positions = kwargs.get("position_ids")
         if positions is None:  # with a recognised dense mask
             positions = torch.arange(visible_until.shape[1])
         positions = positions.expand_as(visible_until)
-        return FlashPlan.from_visible_until(visible_until, position_ids=positions).schedule()
-    given = [key for key in SCHEDULE_KEYS if kwargs.get(key) is not None]
-    if not given:
-        return BlockMask.from_visible_until(visible_until).schedule()
-    if len(given) < len(SCHEDULE_KEYS):
-        missing = [key for key in SCHEDULE_KEYS if key not in given]
-        raise ValueError(f"the schedule of visible_until is incomplete, it lacks {missing}")
+        return FORMS[form].from_visible_until(visible_until, position_ids=positions).schedule()
     if not torch.compiler.is_compiling():  # the answer depends on data
-        BlockMask.from_schedule(visible_until, kwargs).check()
+        FORMS[form].from_schedule(visible_until, kwargs).check()
     return {}
 
 
@@ -224,7 +217,7 @@ def _schedule_within(
 ) -> dict[str, Tensor]:
     """The tiles that the model's sliding window leaves, for the layers that have it."""
     window = getattr(module.config, "sliding_window", None)
-    if not window or kwargs.get("ignore_window") or kwargs.get(SCHEDULE_KEYS[0]) is None:
+    if not window or kwargs.get("ignore_window") or not is_given("block_mask", kwargs):
         return {}
     mask = BlockMask.from_schedule(visible_until, kwargs, window)
     if mask.window is not None:  # given

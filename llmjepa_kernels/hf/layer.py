@@ -12,9 +12,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from llmjepa_kernels.hf.dense_mask import seen_pairs
 from llmjepa_kernels.ops.attention import view_attention
-from llmjepa_kernels.ops.block_mask import SCHEDULE_KEYS, BlockMask
 from llmjepa_kernels.ops.dense import biased_attention
-from llmjepa_kernels.ops.flash_plan import FlashPlan, is_plan_key
+from llmjepa_kernels.ops.schedule import forms_of, is_given, masks_for
 
 
 class _Running(threading.local):
@@ -57,12 +56,12 @@ def attention(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
 
-    has_plan = impl in (None, "flash") and any(map(is_plan_key, kwargs))
+    is_planned = any(is_given(form, kwargs) for form in forms_of(impl))
     packed = visible_until is not None
     if is_empty(attention_mask):
         if packed:
             _check_layer(
-                module, query, key, dropout, sliding_window, ignore_window, has_plan, kwargs
+                module, query, key, dropout, sliding_window, ignore_window, is_planned, kwargs
             )
         elif attention_mask is not None:
             raise TypeError(
@@ -70,7 +69,9 @@ def attention(
                 "forward, so visible_until cannot reach it"
             )
     elif packed:  # recognised in a dense mask, which can do for any layer
-        packed = _fits(module, query, key, dropout, sliding_window, ignore_window, has_plan, kwargs)
+        packed = _fits(
+            module, query, key, dropout, sliding_window, ignore_window, is_planned, kwargs
+        )
     if visible_until is None or not packed:
         return _dense(
             module,
@@ -88,9 +89,6 @@ def attention(
     if not torch.compiler.is_compiling() and running.attended is not None:
         running.attended.add(id(module))
     window = None if ignore_window else sliding_window
-    block_mask = None
-    if impl != "flash":
-        block_mask = BlockMask.from_schedule(visible_until, kwargs, window)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     width = value.shape[-1]
     query, key, value = _of_one_width(query, key, value)
@@ -104,9 +102,8 @@ def attention(
         softcap=softcap,
         softmax_scale=scale,
         sinks=s_aux,
-        block_mask=block_mask,
-        flash_plan=FlashPlan.from_schedule(visible_until, kwargs) if has_plan else None,
         impl=impl,
+        **masks_for(impl, visible_until, kwargs, window),
     )
     return out[..., :width].transpose(1, 2), None
 
@@ -124,12 +121,12 @@ def _check_layer(
     dropout: float,
     sliding_window: int | None,
     ignore_window: bool,
-    has_plan: bool,
+    is_planned: bool,
     kwargs: dict[str, Any],
 ) -> None:
     """Refuses what view_attention would otherwise leave out."""
     name = type(module).__name__
-    if not has_plan and SCHEDULE_KEYS[0] not in kwargs:
+    if not is_planned:
         raise RuntimeError(f"the model around {name} is not patched: call patch_model(model) first")
     if key.shape[2] != query.shape[2]:
         raise ValueError(

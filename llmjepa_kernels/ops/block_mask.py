@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from llmjepa_kernels.ops.common import refuse_if
+
 SCHEDULE_KEYS = (
     "kv_offsets",
     "kv_full_start",
@@ -143,10 +145,13 @@ class BlockMask:
         many blocks as there are lists. (Where several do, the row is a single block.)
 
         Raises:
-            ValueError: A tensor does not fit `visible_until`; says which.
+            ValueError: A tensor is missing or does not fit `visible_until`; says which.
         """
         batch, seq = visible_until.shape
         window = window if _keys(window)[0] in schedule else None
+        missing = [key for key in _keys(window) if schedule.get(key) is None]
+        if missing:
+            raise ValueError(f"the schedule of visible_until is incomplete, it lacks {missing}")
         lists = [schedule[key] for key in _keys(window)]
         for key, x in zip(_keys(window), lists, strict=True):
             if x.dtype != torch.int32 or x.dim() != 2 or x.device != visible_until.device:
@@ -168,6 +173,11 @@ class BlockMask:
                     f"{tuple(visible_until.shape)}, got tensors of shape {shapes}"
                 )
         return cls(visible_until, block_size, *lists, window=window)
+
+    @classmethod
+    def has_key(cls, key: str) -> bool:
+        """Whether a key of a batch may be one of `schedule()`."""
+        return key.partition(WITHIN)[0] in SCHEDULE_KEYS
 
     def check(self) -> None:
         """Raises ValueError unless these are lists that kernels may read, of this `visible_until`.
@@ -197,10 +207,7 @@ class BlockMask:
             f"{self.visible_until.shape[1]} tokens with this visible_until in blocks of "
             f"{self.block_size}"
         )
-        if wrong.device.type != "cpu":
-            torch._assert_async(~wrong, message)
-        elif wrong:
-            raise ValueError(message)
+        refuse_if(wrong, message)
 
     def check_shapes(self) -> None:
         """Raises ValueError unless the lists are int32 of the shapes that the class names."""

@@ -13,6 +13,7 @@ from llmjepa_kernels.ops.block_mask import BlockMask
 from llmjepa_kernels.ops.common import MAX_HEAD_DIM, AttentionOptions
 from llmjepa_kernels.ops.flash_plan import FlashPlan
 from llmjepa_kernels.ops.registry import AttentionBackend, default_impl, load_backend
+from llmjepa_kernels.ops.schedule import forms_of
 
 BACKENDS = {
     "triton": "llmjepa_kernels.ops.triton.attention",
@@ -47,7 +48,7 @@ def choose(
         impl = "flash"
     if impl is None and qkv[0].shape[-1] > MAX_HEAD_DIM:
         impl = "reference"  # Gemma 4 has heads that no kernel holds
-    mask = plan if impl == "flash" else block_mask
+    mask = {"block_mask": block_mask, "flash_plan": plan}[forms_of(impl)[0]]
     if mask is None:
         raise ValueError(f"impl={impl!r} needs the mask in the form that it takes, got None")
     return load_backend(BACKENDS, impl, qkv[0].device), mask

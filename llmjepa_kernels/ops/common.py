@@ -39,6 +39,14 @@ def empty_seq_major(x: Tensor) -> Tensor:
     return x.new_empty(batch, seq, heads, head_dim).transpose(1, 2)
 
 
+def refuse_if(wrong: Tensor, message: str) -> None:
+    """Raises ValueError if true; elsewhere than on a CPU asserts it without waiting."""
+    if wrong.device.type != "cpu":
+        torch._assert_async(~wrong, message)
+    elif wrong:
+        raise ValueError(message)
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """What sums over x are computed in: at least float32."""
     return torch.promote_types(x.dtype, torch.float32)

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from llmjepa_kernels.ops.block_mask import check_visible_until, check_window
+from llmjepa_kernels.ops.common import refuse_if
 
 PREFIX = "flash_"  # of the keys of a plan that travels
 
@@ -151,13 +152,22 @@ class FlashPlan:
         return dict(zip(_keys(len(self.calls)), [reach, *self.tensors()], strict=True))
 
     @classmethod
-    def from_schedule(cls, visible_until: Tensor, schedule: Mapping[str, Tensor]) -> FlashPlan:
+    def has_key(cls, key: str) -> bool:
+        """Whether a key of a batch may be one of `schedule()`."""
+        return key.startswith(PREFIX)
+
+    @classmethod
+    def from_schedule(
+        cls, visible_until: Tensor, schedule: Mapping[str, Tensor], window: int | None = None
+    ) -> FlashPlan:
         """Puts a plan together again from `schedule()`.
+
+        It knows of no window, whatever `window` is, but in `reach` of those that hide nothing.
 
         Raises:
             ValueError: A tensor is missing or does not fit `visible_until`; says which.
         """
-        given = [key for key in schedule if is_plan_key(key)]
+        given = [key for key in schedule if cls.has_key(key)]
         keys = _keys(sum(key.startswith(f"{PREFIX}bounds_") for key in given))
         if set(keys) != set(given) or len(keys) < 8:
             raise ValueError(f"the plan of visible_until is incomplete, there are only {given}")
@@ -181,10 +191,23 @@ class FlashPlan:
             )
         return cls.from_tensors(tensors, seq, reach)
 
+    def check(self) -> None:
+        """Raises ValueError unless the calls stay within rows of `seq` tokens.
 
-def is_plan_key(key: str) -> bool:
-    """Whether a batch's key is one of `FlashPlan.schedule()`."""
-    return key.startswith(PREFIX)
+        Elsewhere than on a CPU it is asserted, without waiting for the device.
+        """
+        num_rows = self.rows.shape[1]
+        wrong = ((self.rows < 0) | (self.rows >= self.seq)).any()
+        for i, call in enumerate(self.calls):
+            lengths = call.bounds.diff(dim=2)
+            longest = torch.stack([lengths[:, 0].max(), lengths[:, 1].max()])
+            num_queries = self.seq if i == 0 else call.slots.shape[1]
+            wrong = wrong | ((call.slots < 0) | (call.slots >= num_rows)).any()
+            wrong = wrong | (call.bounds[:, :, 0] != 0).any() | (lengths < 0).any()
+            wrong = wrong | (call.bounds[:, 0, -1] != num_queries).any()
+            wrong = wrong | (call.bounds[:, 1, -1] != self.seq).any()
+            wrong = wrong | (longest[0] > call.max_seqlen_q) | (longest[1] > call.max_seqlen_k)
+        refuse_if(wrong, f"the plan's calls are not those of rows of {self.seq} tokens")
 
 
 def _keys(calls: int) -> list[str]:

@@ -15,8 +15,9 @@ from llmjepa_kernels.hf.patch import patched_impl
 from llmjepa_kernels.ops.common import count_pairs, count_tubes
 from llmjepa_kernels.ops.loss import BACKENDS as LOSS_BACKENDS
 from llmjepa_kernels.ops.loss import last_token_loss, pair_views
+from llmjepa_kernels.ops.schedule import schedule_of
 from llmjepa_kernels.ops.tubes import semantic_tube_loss
-from llmjepa_kernels.packing import IGNORE, schedule_of
+from llmjepa_kernels.packing import IGNORE
 from llmjepa_kernels.training.next_token_loss import MAX_LOGITS, is_distributed, next_token_loss
 
 if TYPE_CHECKING:  # builds of torch without distributed lack it

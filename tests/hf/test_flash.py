@@ -7,7 +7,6 @@ from llmjepa_kernels import FlashPlan, LLMJEPACollator, pack
 from llmjepa_kernels.hf.patch import patch_model
 from llmjepa_kernels.ops import autotune
 from llmjepa_kernels.ops import flash as attention_flash
-from llmjepa_kernels.ops.flash_plan import is_plan_key
 from llmjepa_kernels.training.objective import llm_jepa_loss
 from tests.support.helpers import random_examples
 from tests.support.models import checkpoint_activations, tiny_model
@@ -183,7 +182,7 @@ def test_nothing_is_chosen_without_autotune(kernels):
 def test_the_collator_plans_where_a_choice_is_to_be_made(monkeypatch):
     def plans(**options):
         batch = LLMJEPACollator(**options)(random_examples(3, 0))
-        return any(map(is_plan_key, batch))
+        return any(map(FlashPlan.has_key, batch))
 
     packages = []
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name in packages else None)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from llmjepa_kernels import Example, FlashPlan, Segment, llm_jepa_example, pack
 from llmjepa_kernels.ops.dense import visible
-from llmjepa_kernels.ops.flash_plan import MIN_SOLITARY, is_plan_key
+from llmjepa_kernels.ops.flash_plan import MIN_SOLITARY
 from tests.support.helpers import random_examples, random_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -17,6 +17,7 @@ plan_of = FlashPlan.from_visible_until
 
 def covered(plan, seq, window=None, exact=True):
     """How many calls make query i attend to key j, (batch, seq, seq); checks the calls' form."""
+    plan.check()
     batch = len(plan.rows)
     assert all(x.dtype == torch.int32 and len(x) == batch for x in plan.tensors())
     count = torch.zeros(batch, seq, seq, dtype=torch.long)
@@ -239,7 +240,7 @@ def test_windows_that_can_and_cannot_be_followed():
 
 def test_travels_with_a_batch():
     batch = pack(random_examples(20, 0), 120, flash_plan=True)
-    keys = [key for key in batch if is_plan_key(key)]
+    keys = [key for key in batch if FlashPlan.has_key(key)]
     rows = len(batch["input_ids"])
     assert rows > 1
     for key in keys:
@@ -250,7 +251,7 @@ def test_travels_with_a_batch():
     for travelled, made in zip(batch.flash_plan.tensors(), plan.tensors(), strict=True):
         assert torch.equal(travelled, made)
         assert travelled.shape == made.shape
-    assert not any(map(is_plan_key, pack(random_examples(3, 0))))
+    assert not any(map(FlashPlan.has_key, pack(random_examples(3, 0))))
 
     # Rows may be cut apart.
     last = FlashPlan.from_schedule(
@@ -279,3 +280,16 @@ def test_a_plan_that_cannot_travel_or_does_not_fit_is_refused():
     longer = torch.nn.functional.pad(until, (0, 1), value=until.shape[1] + 1)
     with pytest.raises(ValueError, match=rf"rows of {until.shape[1]} tokens, but .* have"):
         FlashPlan.from_schedule(longer, batch)
+
+
+@pytest.mark.parametrize("key", ["rows", "bounds_0", "bounds_2", "slots_2", "lengths_0"])
+def test_calls_beyond_the_row_are_refused(key):
+    batch = pack(random_examples(4, 0), flash_plan=True)
+    until, wrong = batch["visible_until"], batch[f"flash_{key}"].clone()
+    FlashPlan.from_schedule(until, batch).check()
+    if key.startswith("lengths"):  # the longest sequence is longer than it is said to be
+        wrong = wrong[:, 1:]
+    else:
+        wrong.flatten()[-1] += until.shape[1]
+    with pytest.raises(ValueError, match=f"not those of rows of {until.shape[1]} tokens"):
+        FlashPlan.from_schedule(until, {**batch, f"flash_{key}": wrong}).check()
