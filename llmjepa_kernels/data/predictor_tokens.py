@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from itertools import count
 from typing import TYPE_CHECKING, cast
@@ -30,6 +31,19 @@ def known_predictor_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
     """How many [PRED] tokens a tokenizer has, from the first on."""
     known = tokenizer.get_added_vocab()
     return next(n for n in count() if predictor_token(n + 1) not in known)
+
+
+def warn_if_frozen(model: PreTrainedModel, token_ids: Sequence[int]) -> None:
+    """Warns if nothing would train the embeddings of these tokens, as under a plain LoraConfig."""
+    parameters = list(model.get_input_embeddings().parameters())
+    if token_ids and parameters and not any(x.requires_grad for x in parameters):
+        warnings.warn(
+            f"the embeddings of the model are frozen, so the rows of the tokens {list(token_ids)} "
+            "stay as they were drawn: train them, with PEFT by "
+            f"LoraConfig(trainable_token_indices={list(token_ids)}, …)",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def add_predictor_tokens(
@@ -80,6 +94,9 @@ def add_tokens(
 
     Raises:
         ValueError: The embeddings lack rows of the tokenizer.
+
+    Warns:
+        RuntimeWarning: The embeddings are frozen, so the new rows would stay random.
     """
     known = len(tokenizer)
     rows = len(_weight(model.get_input_embeddings()))
@@ -97,6 +114,7 @@ def add_tokens(
             embeddings.append(_weight(head))
         for weight in embeddings:
             _init_rows(weight, known, len(tokenizer), seed)
+        warn_if_frozen(model, list(range(known, len(tokenizer))))
     return cast(list[int], tokenizer.convert_tokens_to_ids(list(tokens)))
 
 

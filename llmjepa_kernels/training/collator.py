@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from llmjepa_kernels.data.example_format import ExampleFormat
+from llmjepa_kernels.data.predictor_tokens import known_predictor_tokens
 from llmjepa_kernels.ops.choice import may_choose_flash
 from llmjepa_kernels.packing import Example, PackedBatch, pack, with_tubes, without_views
 from llmjepa_kernels.training.objective import supervised_positions
@@ -38,6 +40,9 @@ class LLMJEPACollator:
     Raises:
         ValueError: An example is malformed or longer than `max_length`; names it by its index in
             the batch.
+
+    Warns:
+        UserWarning: The tokenizer has [PRED] tokens, but by `example_format` none follows a view.
     """
 
     tokenizer: Any = None
@@ -55,6 +60,17 @@ class LLMJEPACollator:
         # Asked here, as a worker process could not.
         cuda = torch.cuda.is_available() and torch.version.hip is None
         self._compute_capability = torch.cuda.get_device_capability() if cuda else None
+
+        if self.with_views and self.tokenizer is not None and not self.example_format.pred_ids:
+            known = known_predictor_tokens(self.tokenizer)
+            if known:
+                warnings.warn(
+                    f"the tokenizer has {known} [PRED] tokens, but example_format has none, so no "
+                    "view is followed by one: give their ids, the last one first, in "
+                    "ExampleFormat(pred_ids=…), or read it beside the checkpoint by "
+                    "ExampleFormat.load",
+                    stacklevel=3,
+                )
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the tubes of an epoch."""

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
+from llmjepa_kernels.data.predictor_tokens import warn_if_frozen
 from llmjepa_kernels.files import share_as_umask_says
 from llmjepa_kernels.hf.patch import patch_model, patched_impl
 from llmjepa_kernels.ops.common import real_tubes
@@ -110,6 +111,8 @@ class LLMJEPATrainer(Trainer):
         to_train: Any = self.model
         if not _is_patched(to_train):
             patch_model(to_train)
+        example_format = getattr(self.data_collator, "example_format", None)
+        warn_if_frozen(to_train, getattr(example_format, "pred_ids", ()))
         if not 0 <= weight_warmup <= 1:
             raise ValueError(f"weight_warmup must be from 0 to 1, got {weight_warmup}")
         self.weight_warmup = weight_warmup

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 pytest.importorskip("transformers")
 
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from llmjepa_kernels.data.example_format import ExampleFormat
@@ -137,6 +139,34 @@ def test_predictor_rows_of_a_checkpoint_are_kept(tokenizer):
     assert add_predictor_tokens(model, tokenizer, 2, seed=2) == [ids[0] + 1, *ids]
     assert torch.equal(model.get_input_embeddings().weight[: len(before)], before)
     assert add_predictor_tokens(model, tokenizer, 0) == []
+
+
+def test_predictor_tokens_that_nothing_trains_are_named(tokenizer, tmp_path):
+    model = tiny_llama(tokenizer)
+    ids = add_predictor_tokens(model, tokenizer, 2)
+    collator = LLMJEPACollator(tokenizer, ExampleFormat(pred_ids=ids))
+    args = TrainingArguments(tmp_path, use_cpu=True, report_to=[])
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
+    plain = get_peft_model(copy.deepcopy(model), config)
+    with pytest.warns(RuntimeWarning, match=rf"the embeddings .* frozen.*\[{ids[0]}, {ids[1]}\]"):
+        LLMJEPATrainer(plain, args, collator)
+    with pytest.warns(RuntimeWarning, match=r"frozen.*trainable_token_indices"):
+        add_predictor_tokens(plain, tokenizer, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        LLMJEPATrainer(add_lora(copy.deepcopy(model), 2, new_ids=ids), args, collator)
+        LLMJEPATrainer(model, args, collator)
+
+
+def test_a_collator_that_leaves_out_known_predictor_tokens_says_so(tokenizer):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        LLMJEPACollator(tokenizer)
+        ids = add_predictor_tokens(tiny_llama(tokenizer), tokenizer, 2)
+        LLMJEPACollator(tokenizer, ExampleFormat(pred_ids=ids))
+        LLMJEPACollator(tokenizer, with_views=False)
+    with pytest.warns(UserWarning, match=r"has 2 \[PRED\] tokens, but example_format has none"):
+        LLMJEPACollator(tokenizer)
 
 
 def test_predictor_tokens_refuse_what_does_not_fit(tokenizer):
