@@ -88,7 +88,7 @@ def tests(*paths: str, tiny: Sequence[str]) -> Callable[[Setting], Iterator[Row]
         selection = list(tiny) if setting.tiny else ["-m", "gpu", *paths]
         command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider"]
         if find_spec("xdist") and not setting.tiny:
-            command += ["-n", str(min(8, os.cpu_count() or 1))]
+            command += ["-n", str(min(15, os.cpu_count() or 1)), "--dist", "worksteal"]
         start, counts = time.perf_counter(), Counter[str]()
         process = subprocess.Popen(
             [*command, *selection], cwd=ROOT, stdout=subprocess.PIPE, text=True

@@ -36,6 +36,8 @@ def one_thread():
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """Whole files, which share fixtures, in their order: those of few long tests are not last."""
+    if torch.cuda.is_available():  # many cores compile for one GPU: single tests, as --dist says
+        return None
     from xdist.scheduler import LoadFileScheduling
 
     config.option.loadscopereorder = False

@@ -6,7 +6,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from llmjepa_kernels import pack
 from llmjepa_kernels.hf.patch import patch_model
-from llmjepa_kernels.training.objective import llm_jepa_loss
+from llmjepa_kernels.training.objective import llm_jepa_loss, supervised_positions
 from tests.support.helpers import random_examples
 from tests.support.models import FAMILIES, tiny_model
 
@@ -84,7 +84,9 @@ def test_a_model_over_two_devices():
 
 @pytest.mark.gpu
 def test_a_step_waits_for_the_device_nowhere():
-    batch = pack(random_examples(4, seed=3), max_length=64).to(DEVICE)
+    batch = pack(random_examples(4, seed=3), max_length=64)
+    batch["supervised"] = supervised_positions(batch["labels"])  # as the collator does
+    batch = batch.to(DEVICE)
     model = patch_model(tiny_model("llama", dtype=torch.bfloat16)).to(DEVICE)
 
     def step():

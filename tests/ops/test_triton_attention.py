@@ -97,7 +97,7 @@ def test_nothing_past_the_statistics_of_a_row_is_read(seq, block, monkeypatch):
 
     def with_nan_behind(*arguments):
         *statistics_of_rows, dsinks = statistics(*arguments)
-        buffers = [torch.full((x.numel() + 4096,), torch.nan) for x in statistics_of_rows]
+        buffers = [x.new_full((x.numel() + 4096,), torch.nan) for x in statistics_of_rows]
         for buffer, x in zip(buffers, statistics_of_rows, strict=True):
             buffer[: x.numel()] = x.flatten()
         return *(

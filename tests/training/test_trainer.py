@@ -12,7 +12,6 @@ import torch
 
 pytest.importorskip("transformers")
 
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
@@ -29,6 +28,8 @@ from llmjepa_kernels.training.objective import llm_jepa_loss
 from llmjepa_kernels.training.trainer import LLMJEPATrainer
 from llmjepa_kernels.tubes import TubeSampler
 from tests.support.models import CHECKPOINTING, tiny_model
+
+datasets = pytest.importorskip("datasets")
 
 ROWS = generate(24, seed=3)
 
@@ -435,7 +436,7 @@ def test_columns_of_a_dataset_reach_the_collator(tokenizer, tmp_path):
     rows = [row | {"text": row["messages"][1]["content"][:10]} for row in ROWS]
     args = arguments(tmp_path, dataloader_num_workers=1)
     results = []
-    for data in (rows, Dataset.from_list(rows)):
+    for data in (rows, datasets.Dataset.from_list(rows)):
         model, collator = build(tokenizer)
         LLMJEPATrainer(model, args, collator, train_dataset=data).train()
         results.append(parameters(model))

@@ -14,7 +14,6 @@ import pytest
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from datasets import IterableDataset
 from torch.distributed.tensor import DTensor
 
 from llmjepa_kernels.data.tokenizer import train_tokenizer
@@ -23,6 +22,8 @@ from llmjepa_kernels.training.loss_dropout import LossDropout
 from llmjepa_kernels.training.trainer import LLMJEPATrainer
 from llmjepa_kernels.tubes import TubeSampler
 from tests.training.test_trainer import ROWS, arguments, build, relative
+
+datasets = pytest.importorskip("datasets")
 
 UPDATES, EXAMPLES = 4, 8  # in an update; there are sixteen in all
 METRICS = {"cosine": None, "l2": "example", "mse": "step", "infonce": "example"}  # loss dropout
@@ -61,7 +62,7 @@ def train(
     if processes > 1 and kind == "fsdp":
         # Accelerate offers FSDP on accelerators only, but nothing in it needs one.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
-    stream = IterableDataset.from_generator(lambda: iter(ROWS[16:24]))
+    stream = datasets.IterableDataset.from_generator(lambda: iter(ROWS[16:24]))
     trainer = LLMJEPATrainer(
         model,
         args,
