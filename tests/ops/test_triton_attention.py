@@ -109,21 +109,36 @@ def test_nothing_past_the_statistics_of_a_row_is_read(seq, block, monkeypatch):
     check(case, torch.float32, block_size=(block, block))
 
 
-@pytest.mark.parametrize("parts", [2, 4])
-def test_query_heads_of_a_group_are_divided_where_programs_are_few(parts, monkeypatch):
-    case = AttentionCase.random(batch=2, heads=4, kv_heads=1, seq=40, head_dim=16, seed=11)
-    programs = 2 * 2  # rows, and blocks of 32 keys
-    monkeypatch.setattr(triton_attention, "_multiprocessors", lambda _: programs * (parts - 1) + 1)
-    check(case, block_size=(32, 32))
-    first, second = (case.run("triton", torch.float16, DEVICE, (32, 32)) for _ in range(2))
+@pytest.mark.parametrize("part_size", [1, 7])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 1), (3, 3)])
+def test_long_lists_are_divided(part_size, heads, kv_heads, monkeypatch):
+    """Rows of one segment, of a prefix of all, and of many segments, in parts or whole."""
+    monkeypatch.setattr(triton_attention, "MIN_PART", part_size)
+    monkeypatch.setattr(triton_attention, "_multiprocessors", lambda _: 1000)
+    case = AttentionCase.random(
+        batch=3, heads=heads, kv_heads=kv_heads, seq=75, head_dim=16, mean_length=20.0, seed=11
+    )
+    case.visible_until[0] = 75
+    case.visible_until[1, :5] = 75
+    for block_size in (16, 16), (32, 64), (64, 16):
+        check(case, block_size=block_size)
+    first, second = (case.run("triton", torch.float16, DEVICE, (16, 16)) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_number_of_parts():
-    assert triton_attention._num_parts(96, 3, 132) == 3
-    assert triton_attention._num_parts(132, 3, 132) == 1
-    assert triton_attention._num_parts(40, 8, 132) == 4
-    assert triton_attention._num_parts(1, 8, 132) == 8
+def test_parts_of_lists():
+    """Their size follows the share of a multiprocessor, and short lists have none."""
+
+    def parts(batch, tiles, query_blocks):
+        indices = torch.empty(batch, tiles, dtype=torch.int32)
+        blocks = torch.empty(batch, query_blocks, dtype=torch.int32)
+        mask = BlockMask(indices, (64, 64), blocks, blocks, indices, blocks, blocks, indices)
+        return triton_attention._parts(mask, num_kv_heads=8, group_size=4, multiprocessors=132)
+
+    assert parts(1, 538, 128) == (33, 130)
+    assert parts(1, 8256, 128) == (501, 131)
+    assert parts(64, 538, 128) == (2087, 0)
+    assert parts(1, 3, 2) == (triton_attention.MIN_PART, 0)
 
 
 @pytest.mark.parametrize(("head_dim", "pieces"), [(16, 1), (64, 2), (64, 4)])

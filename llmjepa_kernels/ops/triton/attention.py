@@ -21,6 +21,8 @@ from llmjepa_kernels.ops.triton.configs import Config, head_dim_pieces
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ROW_PADDING = 128  # the largest tile: row statistics of the backward are padded to it
 DELTA_ROWS = 32
+SUM_ROWS = 32
+MIN_PART = 16  # products of a part of a list
 
 
 def attention_forward(
@@ -82,14 +84,18 @@ def attention_backward(
     padded = lse2.shape[-1]
     operand = cache(_operand)  # kernels of one shape of tile share descriptors
 
+    part_size, num_slots = _parts(mask, num_kv_heads, group_size, _multiprocessors(q.device))
+    num_blocks = mask.q_full_start.shape[1]
+    half = 1 << (num_blocks - 1).bit_length() >> 1
+    planes = batch * num_kv_heads
+
     def launch_dkdv(config: Config, want: str) -> None:
-        programs = -(-seq // config.block_n) * batch * num_kv_heads
-        parts = _num_parts(programs, group_size, _multiprocessors(q.device))
-        sums = {
-            name: _part_sums(whole, parts) if parts > 1 and name in want else whole
-            for name, whole in (("dk", dk), ("dv", dv))
-        }
-        grid = (programs * parts,)
+        block_n = mask.block_size[1]
+        shape = planes, max(num_slots, 1), block_n, head_dim
+        parts = {name: q.new_empty(shape, dtype=torch.float32) for name in _gradients(want)}
+        dk_parts, dv_parts = (_strided(parts.get(n, parts[want[:2]])) for n in ("dk", "dv"))
+        places = num_blocks + mask.q_indices.shape[1] * group_size // part_size
+        grid = (places * (block_n // config.block_n) * planes,)
         kernels._attention_dkdv_kernel[grid](
             operand(q, config.block_m, config),
             operand(k, config.block_n, config),
@@ -97,14 +103,17 @@ def attention_backward(
             operand(dout, config.block_m, config),
             lse2,
             delta,
-            _strided(sums["dk"]),
-            _strided(sums["dv"]),
+            _strided(dk),
+            _strided(dv),
+            dk_parts,
+            dv_parts,
             *_lists(mask, "q"),
             _positions(options),
             batch,
             num_heads,
             group_size,
-            group_size // parts,
+            part_size,
+            half,
             seq,
             padded,
             mask.q_indices.shape[1],
@@ -116,9 +125,26 @@ def attention_backward(
             EAGER_DP=config.eager_dp and "dk" in want,
             **_constants(config, q, mask, options.window),
         )
-        for name, whole in (("dk", dk), ("dv", dv)):
-            if sums[name] is not whole:
-                whole.copy_(sums[name].unflatten(1, (num_kv_heads, parts)).sum(2))
+        if not num_slots:
+            return
+        rows = min(SUM_ROWS, block_n)
+        kernels._attention_sum_parts_kernel[(-(-seq // rows) * planes,)](
+            _strided(dk),
+            _strided(dv),
+            dk_parts,
+            dv_parts,
+            mask.q_offsets.contiguous(),
+            batch,
+            num_kv_heads,
+            group_size,
+            part_size,
+            seq,
+            D=HeadDim(head_dim, head_dim_pieces(head_dim), "ieee"),
+            MASK_N=block_n,
+            WANT_DK="dk" in want,
+            WANT_DV="dv" in want,
+            BLOCK_N=rows,
+        )
 
     def launch_dq(config: Config) -> None:
         grid = (-(-seq // config.block_m) * batch * num_heads,)
@@ -184,19 +210,23 @@ def _row_statistics(
     return lse2, delta, partial.sum(dim=(0, 2)).to(sinks.dtype)
 
 
-def _num_parts(programs: int, group_size: int, multiprocessors: int) -> int:
-    """In how many parts the query heads of a group divide, so that the device has enough to do."""
-    enough = (
-        n for n in range(1, group_size) if group_size % n == 0 and programs * n >= multiprocessors
-    )
-    return next(enough, group_size)
+def _parts(
+    mask: BlockMask, num_kv_heads: int, group_size: int, multiprocessors: int
+) -> tuple[int, int]:
+    """(products of a part, slots for the parts of a row's lists): see attention_tiles.
+
+    Parts are so small that each multiprocessor gets several of an even share, and no smaller than
+    is worth another program. There are no slots where no list can be so long that it has parts.
+    """
+    batch, tiles = mask.q_indices.shape
+    products = tiles * group_size
+    part_size = max(MIN_PART, -(-products * batch * num_kv_heads // (4 * multiprocessors)))
+    longest = min(tiles, mask.kv_full_start.shape[1]) * group_size
+    return part_size, 2 * products // part_size if longest > part_size else 0
 
 
-def _part_sums(x: Tensor, parts: int) -> Tensor:
-    """Room for the gradient of x (batch, heads, seq, head_dim) by each part, in float32."""
-    batch, heads, seq, head_dim = x.shape
-    sums = x.new_empty(batch, seq, heads * parts, head_dim, dtype=torch.float32)
-    return sums.transpose(1, 2)
+def _gradients(want: str) -> list[str]:
+    return [name for name in ("dk", "dv") if name in want]
 
 
 @cache

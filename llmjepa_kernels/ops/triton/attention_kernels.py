@@ -15,13 +15,16 @@ from llmjepa_kernels.ops.triton.attention_tiles import (
     Row,
     Scaling,
     accumulate,
+    add,
     dot_over_d,
     is_visible,
+    list_parts,
     load_keys,
     load_queries,
     load_rows,
     num_full,
     num_masked_before,
+    part_at,
     probabilities,
     rescale,
     rescale_and_accumulate,
@@ -34,7 +37,8 @@ from llmjepa_kernels.ops.triton.attention_tiles import (
 
 # Integers that differ from one packing to the next: specialising on them would recompile.
 PER_PACKING = [
-    "num_rows", "seq_len", "padded_len", "max_tiles", "window", "heads_per_part",
+    "num_rows", "seq_len", "padded_len", "max_tiles", "window", "part_size",
+    "half",
 ]  # fmt: skip
 
 
@@ -205,29 +209,36 @@ def _dkdv_tile(
 
 @triton.jit(do_not_specialize=PER_PACKING)
 def _attention_dkdv_kernel(
-    q, k, v, dout, lse2, delta, dk, dv, visible_until, q_offsets, q_full_start, q_indices,
-    position_ids, num_rows, num_heads, group_size, heads_per_part, seq_len, padded_len,
-    max_tiles, window, softmax_scale, scale, softcap,
+    q, k, v, dout, lse2, delta, dk, dv, dk_parts, dv_parts, visible_until, q_offsets,
+    q_full_start, q_indices, position_ids, num_rows, num_heads, group_size, part_size, half,
+    seq_len, padded_len, max_tiles, window, softmax_scale, scale, softcap,
     D: tl.constexpr, MASK_M: tl.constexpr, MASK_N: tl.constexpr, ALL_MASKED: tl.constexpr,
     WANT_DK: tl.constexpr, WANT_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr, EAGER_DP: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of BLOCK_N keys, from `heads_per_part` of the query heads that share them.
+    """dK and dV of BLOCK_N keys, or a part of their sum, from the query heads that share them.
 
-    dk and dv have num_heads / heads_per_part heads: those of k, or that many parts of each.
-    Source: arXiv:2307.08691, Algorithm 2, the loop over queries inside.
+    Keys that many queries see, those of a shared prefix, would keep one program busy long after
+    all others: their list is cut into parts, which `_attention_sum_parts_kernel` adds up. Source:
+    arXiv:2307.08691, Algorithm 2, the loop over queries inside; of the cut, arXiv:2301.03598.
     """
-    num_parts = num_heads // heads_per_part
-    part = tl.program_id(0) % num_parts
-    b = tl.program_id(0) // num_parts % num_rows
-    n0 = tl.program_id(0) // num_parts // num_rows * BLOCK_N
-    first_head = part * heads_per_part
-    kv_head = first_head // group_size
+    num_kv_heads = num_heads // group_size
+    kv_head = tl.program_id(0) % num_kv_heads
+    b = tl.program_id(0) // num_kv_heads % num_rows
+    place = tl.program_id(0) // num_kv_heads // num_rows
+    num_blocks = tl.cdiv(seq_len, MASK_N)
+    block, part = part_at(
+        q_offsets, b, num_blocks, half, place // (MASK_N // BLOCK_N), group_size, part_size
+    )  # fmt: skip
+    parts, slot = list_parts(q_offsets, b, num_blocks, block, group_size, part_size)
+    n0 = block * MASK_N + place % (MASK_N // BLOCK_N) * BLOCK_N
+    if (part >= parts) | (n0 >= seq_len):
+        return
     row = Row(visible_until, position_ids, b.to(tl.int64) * seq_len, seq_len, window)
     scaling = Scaling(scale, softcap)
     tiles = tile_list(
-        q_offsets, q_full_start, q_indices, b, n0 // MASK_N, max_tiles,
-        tl.cdiv(seq_len, MASK_N), seq_len, MASK_M, ALL_MASKED,
+        q_offsets, q_full_start, q_indices, b, block, max_tiles, num_blocks, seq_len, MASK_M,
+        ALL_MASKED,
     )  # fmt: skip
 
     keys = load_keys(row, n0, BLOCK_N)
@@ -245,9 +256,13 @@ def _attention_dkdv_kernel(
     # One loop over the heads and their tiles, so that loads are prefetched across heads: `t` is
     # the tile of the head that comes next.
     last = num_masked_before(tiles, seq_len, MASK_M, BLOCK_M)
-    head = first_head
-    t = first
-    for _ in tl.range(0, heads_per_part * (last - first)):
+    masked = group_size * (last - first)
+    total = masked + group_size * num_full(tiles, MASK_M, BLOCK_M)
+    low, high = part * total // parts, (part + 1) * total // parts
+    done = tl.minimum(low, masked)
+    head = kv_head * group_size + done // tl.maximum(last - first, 1)
+    t = first + done % tl.maximum(last - first, 1)
+    for _ in tl.range(0, tl.minimum(high, masked) - done):
         m0 = tile_start(tiles, t, False, MASK_M, BLOCK_M)
         plane = (b * num_heads + head).to(tl.int64) * padded_len
         dk_acc, dv_acc = _dkdv_tile(
@@ -258,9 +273,10 @@ def _attention_dkdv_kernel(
         head = tl.where(t == last, head + 1, head)
         t = tl.where(t == last, first, t)
     last = num_full(tiles, MASK_M, BLOCK_M)
-    head = first_head
-    t = 0
-    for _ in tl.range(0, heads_per_part * last):
+    done = tl.maximum(low - masked, 0)
+    head = kv_head * group_size + done // tl.maximum(last, 1)
+    t = done % tl.maximum(last, 1)
+    for _ in tl.range(0, tl.maximum(high - masked, 0) - done):
         m0 = tile_start(tiles, t, True, MASK_M, BLOCK_M)
         plane = (b * num_heads + head).to(tl.int64) * padded_len
         dk_acc, dv_acc = _dkdv_tile(
@@ -271,10 +287,55 @@ def _attention_dkdv_kernel(
         head = tl.where(t == last, head + 1, head)
         t = tl.where(t == last, 0, t)
 
-    if WANT_DV:
-        store_rows(dv, dv_acc, b, part, n0, seq_len, BLOCK_N, D)
     if WANT_DK:
-        store_rows(dk, rescale(dk_acc, softmax_scale, D), b, part, n0, seq_len, BLOCK_N, D)
+        dk_acc = rescale(dk_acc, softmax_scale, D)
+    kv_plane, row0 = b * num_kv_heads + kv_head, n0 - block * MASK_N
+    if parts == 1:
+        if WANT_DV:
+            store_rows(dv, dv_acc, b, kv_head, n0, seq_len, BLOCK_N, D)
+        if WANT_DK:
+            store_rows(dk, dk_acc, b, kv_head, n0, seq_len, BLOCK_N, D)
+    else:
+        if WANT_DV:
+            store_rows(dv_parts, dv_acc, kv_plane, slot + part, row0, MASK_N, BLOCK_N, D)
+        if WANT_DK:
+            store_rows(dk_parts, dk_acc, kv_plane, slot + part, row0, MASK_N, BLOCK_N, D)
+
+
+@triton.jit(do_not_specialize=PER_PACKING)
+def _attention_sum_parts_kernel(
+    dk, dv, dk_parts, dv_parts, q_offsets, num_rows, num_kv_heads, group_size, part_size, seq_len,
+    D: tl.constexpr, MASK_N: tl.constexpr, WANT_DK: tl.constexpr, WANT_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of BLOCK_N keys whose list is in parts, added in their order."""
+    kv_head = tl.program_id(0) % num_kv_heads
+    b = tl.program_id(0) // num_kv_heads % num_rows
+    n0 = tl.program_id(0) // num_kv_heads // num_rows * BLOCK_N
+    block = n0 // MASK_N
+    parts, slot = list_parts(
+        q_offsets, b, tl.cdiv(seq_len, MASK_N), block, group_size, part_size
+    )  # fmt: skip
+    if parts == 1:
+        return
+    kv_plane, row0 = b * num_kv_heads + kv_head, n0 - block * MASK_N
+    if WANT_DV:
+        dv_sum = _sum_of_parts(dv_parts, kv_plane, slot, parts, row0, MASK_N, BLOCK_N, D)
+        store_rows(dv, dv_sum, b, kv_head, n0, seq_len, BLOCK_N, D)
+    if WANT_DK:
+        dk_sum = _sum_of_parts(dk_parts, kv_plane, slot, parts, row0, MASK_N, BLOCK_N, D)
+        store_rows(dk, dk_sum, b, kv_head, n0, seq_len, BLOCK_N, D)
+
+
+@triton.jit
+def _sum_of_parts(
+    x, plane, slot, parts, row0, MASK_N: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr
+):  # fmt: skip
+    total = zeros(BLOCK_N, D)
+    for i in tl.range(0, parts):
+        tile = load_rows(x, plane, slot + i, row0, MASK_N, BLOCK_N, D, False, False)
+        total = add(total, tile, D)
+    return total
 
 
 @triton.jit

@@ -164,6 +164,15 @@ def accumulate(acc, weights, rows, D: tl.constexpr):
 
 
 @triton.jit
+def add(a, b, D: tl.constexpr):
+    """a + b."""
+    pieces = ()
+    for PIECE in tl.static_range(len(D.pieces)):
+        pieces += (a[PIECE] + b[PIECE],)
+    return pieces
+
+
+@triton.jit
 def rescale(acc, factor, D: tl.constexpr):
     """acc * factor."""
     pieces = ()
@@ -301,3 +310,41 @@ def num_masked_before(tiles, row_end, MASK_BLOCK: tl.constexpr, BLOCK: tl.conste
         last = tile_start(tiles, tl.maximum(masked - 1, 0), False, MASK_BLOCK, BLOCK)
         masked -= tl.maximum(last + BLOCK - row_end, 0) // BLOCK
     return masked
+
+
+# --- Long lists in parts -------------------------------------------------------------------------
+#
+# The list of a block holds `group_size` products per tile, those of the heads of a group, and is
+# cut into as many parts as it holds `part_size`, rounded up. Where each begins follows from the
+# offsets of the lists alone: the parts of block n are places n + offset * group_size // part_size
+# and on, of which the last may stay empty, and lie in memory from slot 2 * offset * group_size //
+# part_size on, where they are more than one.
+
+
+@triton.jit
+def part_at(offsets, b, num_blocks, half, place, group_size, part_size):
+    """(block, part) at a place, by bisection; `half`: the largest power of two below num_blocks.
+
+    A search over a vector of blocks is one load, but what is reduced across a block of threads
+    makes the loops that follow keep copies of their accumulators (Triton 3.6, sm_90).
+    """
+    offsets += b * (num_blocks + 1)
+    block, step, before = 0, half, 0
+    while step > 0:
+        middle = tl.minimum(block + step, num_blocks)
+        start = tl.load(offsets + middle).to(tl.int64) * group_size // part_size
+        begun = (start + middle <= place) & (middle < num_blocks)
+        block = tl.where(begun, middle, block)
+        before = tl.where(begun, start.to(tl.int32), before)
+        step = step // 2
+    return block, place - before - block
+
+
+@triton.jit
+def list_parts(offsets, b, num_blocks, block, group_size, part_size):
+    """(number of parts, slot of the first) of the list of a block."""
+    offsets += b * (num_blocks + 1) + block
+    start, end = tl.load(offsets).to(tl.int64), tl.load(offsets + 1).to(tl.int64)
+    parts = tl.cdiv((end - start) * group_size, part_size)
+    slot = 2 * start * group_size // part_size
+    return parts.to(tl.int32), slot.to(tl.int32)
