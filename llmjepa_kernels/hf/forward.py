@@ -21,6 +21,7 @@ from transformers.utils.generic import ModelOutput
 
 from llmjepa_kernels.hf import interface, openelm
 from llmjepa_kernels.hf.dense_mask import recognise
+from llmjepa_kernels.hf.experts import names_real_tokens
 from llmjepa_kernels.hf.layer import dropout_field, is_empty, running
 from llmjepa_kernels.ops.block_mask import BlockMask, int32_positions
 from llmjepa_kernels.ops.schedule import FORMS, forms_of, is_given
@@ -77,14 +78,17 @@ def _before_parts(
     module: PreTrainedModel, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[tuple, dict[str, Any]] | None:
     """Keeps a composite model from building masks for the language model in it."""
-    visible_until = kwargs.get("visible_until")
-    if visible_until is None or not is_empty(kwargs.get("attention_mask")):
+    visible_until, mask = kwargs.get("visible_until"), kwargs.get("attention_mask")
+    of_experts = names_real_tokens(mask, module.config)
+    if visible_until is None or not (is_empty(mask) or of_experts):
         return None
     for name, value in kwargs.items():
         if value is not None and name.startswith(("pixel_values", "input_features")):
             raise ValueError(
                 f"{name} must not be given with visible_until: rows are packed of text alone"
             )
+    if of_experts and module.get_output_embeddings() is not None:
+        return None  # the loss of the experts is computed here
     return args, {**kwargs, "attention_mask": _empty_mask(visible_until)}
 
 
@@ -105,8 +109,9 @@ def _before(
     if kwargs.get("position_ids") is not None:  # for windows; once, not in every layer
         kwargs["window_positions"] = int32_positions(kwargs["position_ids"])
         kwargs |= _schedule_within(module, visible_until, kwargs)
-    if not is_empty(kwargs.get("attention_mask")):  # recognised; layers that cannot do without
-        return args, kwargs  # the dense mask take it
+    mask = kwargs.get("attention_mask")
+    if not (is_empty(mask) or names_real_tokens(mask, module.config)):
+        return args, kwargs  # recognised; layers that cannot do without the dense mask take it
     if not torch.compiler.is_compiling():
         running.attended = set()
     return args, {**kwargs, "attention_mask": _empty_mask(visible_until)}
@@ -264,7 +269,8 @@ def _check_packed(module: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) 
             f"position_ids must have the shape {shape} of the tokens, got "
             f"{tuple(position_ids.shape)}"
         )
-    if not is_empty(kwargs.get("attention_mask")):
+    mask = kwargs.get("attention_mask")
+    if not (is_empty(mask) or names_real_tokens(mask, module.config)):
         raise ValueError(
             "attention_mask must not be given with visible_until, which is the whole mask"
         )

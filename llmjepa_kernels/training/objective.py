@@ -11,13 +11,14 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional
 from transformers.utils.generic import ModelOutput
 
-from llmjepa_kernels.hf.patch import patched_impl
+from llmjepa_kernels.hf.experts import aux_weight_of, returns_aux_loss
+from llmjepa_kernels.hf.patch import patched_impl, pretrained_model
 from llmjepa_kernels.ops.common import count_pairs, count_tubes
 from llmjepa_kernels.ops.loss import BACKENDS as LOSS_BACKENDS
 from llmjepa_kernels.ops.loss import last_token_loss, pair_views
 from llmjepa_kernels.ops.schedule import schedule_of
 from llmjepa_kernels.ops.tubes import semantic_tube_loss
-from llmjepa_kernels.packing import IGNORE
+from llmjepa_kernels.packing import IGNORE, real_tokens
 from llmjepa_kernels.training.next_token_loss import MAX_LOGITS, is_distributed, next_token_loss
 
 if TYPE_CHECKING:  # builds of torch without distributed lack it
@@ -31,12 +32,14 @@ class LLMJEPAOutput(ModelOutput):
     """Losses of one batch, float32 scalars (float64 for a float64 model).
 
     Attributes:
-        loss: ``ntp_weight * ntp_loss + jepa_weight * jepa_loss + stp_weight * stp_loss``, the one
-            to call backward on.
+        loss: ``ntp_weight * ntp_loss + jepa_weight * jepa_loss + stp_weight * stp_loss``, and
+            ``aux_weight * aux_loss`` where there is one: what to call backward on.
         ntp_loss: Sum over the supervised tokens divided by `num_items`, or by
             `num_items_in_batch` where that was given.
         jepa_loss: Sum over the pairs divided by `num_pairs`, or by `num_pairs_in_batch`.
         stp_loss: Sum over the tubes divided by `num_tubes`, or by `num_tubes_in_batch`.
+        aux_loss: What a mixture of experts adds to balance their load, over all tokens but padding,
+            times the share of `num_items` in `num_items_in_batch`; None if the model returns none.
         cosine: Cosine similarity of the pairs, normalised like `jepa_loss`, without gradient.
         num_items: Supervised tokens of this batch, an integer scalar.
         num_pairs: Pairs of this batch, an integer scalar.
@@ -49,6 +52,7 @@ class LLMJEPAOutput(ModelOutput):
     ntp_loss: Tensor | None = None
     jepa_loss: Tensor | None = None
     stp_loss: Tensor | None = None
+    aux_loss: Tensor | None = None
     cosine: Tensor | None = None
     num_items: Tensor | None = None
     num_pairs: Tensor | None = None
@@ -63,6 +67,7 @@ def llm_jepa_loss(
     jepa_weight: float = 1.0,
     stp_weight: float = 0.0,
     ntp_weight: float = 1.0,
+    aux_weight: float | None = None,
     metric: str = "cosine",
     temperature: float = 0.07,
     num_items_in_batch: int | Tensor | None = None,
@@ -90,6 +95,8 @@ def llm_jepa_loss(
         jepa_weight: λ of LLM-JEPA.
         stp_weight: λ of Semantic Tube Prediction.
         ntp_weight: γ.
+        aux_weight: Of the loss that balances the experts' load, which the model returns if its
+            config has ``output_router_logits=True``. Default: the config's own factor.
         metric: "cosine", "l2", "mse" or "infonce", see `last_token_loss`.
         temperature: Of "infonce" only.
         num_items_in_batch: Divides the sum over supervised tokens. Default: their number here.
@@ -107,7 +114,7 @@ def llm_jepa_loss(
             and soft cap, that FSDP has sharded by themselves, and compiled losses keep all.
 
     Raises:
-        ValueError: The batch lacks a key, or the model adds a loss of its own.
+        ValueError: The batch lacks a key, or `aux_weight` is needed.
         RuntimeError: The model is not patched, or does not return the logits or states asked for.
 
     Source: LLM-JEPA, arXiv:2509.14252; Semantic Tube Prediction, arXiv:2602.22617.
@@ -122,16 +129,23 @@ def llm_jepa_loss(
     positions, targets = _supervised(batch)
     tensors = {key: batch[key] for key in ("input_ids", "position_ids", "visible_until")}
     tensors |= schedule_of(batch)
+    pretrained = pretrained_model(model)
+    if returns_aux_loss(pretrained.config):
+        tensors["attention_mask"] = real_tokens(batch)
     outputs, ntp_sum = next_token_loss(model, tensors, positions, targets, max_logits)
     hidden = outputs.hidden_states[-1]
-    if getattr(outputs, "aux_loss", None) is not None:
-        raise ValueError(
-            "the model returns aux_loss, a router's loss that llm_jepa_loss would leave out: set "
-            "output_router_logits=False in its config"
-        )
 
     num_items = (targets != IGNORE).sum()
     ntp_loss = _divide(ntp_sum, num_items_in_batch, num_items)
+    aux_loss = getattr(outputs, "aux_loss", None)
+    if aux_loss is not None:
+        if not isinstance(aux_loss, Tensor):  # Transformers' 0
+            raise RuntimeError(
+                f"{type(pretrained).__name__} must return the logits of its routers, which this "
+                "version of Transformers does not: set output_router_logits=False in its config"
+            )
+        # Of no sum over tokens: parts of a batch count by their supervised tokens.
+        aux_loss = _divide(aux_loss.to(ntp_sum) * num_items, num_items_in_batch, num_items)
 
     stp_sum, num_tubes = ntp_sum.new_zeros(()), num_items.new_zeros(())
     tubes = batch.get("tubes")
@@ -161,11 +175,17 @@ def llm_jepa_loss(
             distance = last_token_loss(hidden, pairs, reduction="sum", impl=impl)
         cosine = _divide(num_pairs - distance, num_pairs_in_batch, num_pairs)
         views = pair_views(hidden, pairs, impl=impl) if return_views else None
+    loss = ntp_weight * ntp_loss + jepa_weight * jepa_loss + stp_weight * stp_loss
+    if aux_loss is not None:
+        if aux_weight is None:
+            aux_weight = aux_weight_of(pretrained.config)
+        loss = loss + aux_weight * aux_loss
     return LLMJEPAOutput(
-        loss=ntp_weight * ntp_loss + jepa_weight * jepa_loss + stp_weight * stp_loss,
+        loss=loss,
         ntp_loss=ntp_loss,
         jepa_loss=jepa_loss,
         stp_loss=stp_loss,
+        aux_loss=aux_loss,
         cosine=cosine,
         num_items=num_items,
         num_pairs=num_pairs,

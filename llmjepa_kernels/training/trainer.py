@@ -18,7 +18,8 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from llmjepa_kernels.data.predictor_tokens import warn_if_frozen
 from llmjepa_kernels.files import share_as_umask_says
-from llmjepa_kernels.hf.patch import patch_model, patched_impl
+from llmjepa_kernels.hf.experts import aux_weight_of, returns_aux_loss
+from llmjepa_kernels.hf.patch import patch_model, patched_impl, pretrained_model
 from llmjepa_kernels.ops.common import real_tubes
 from llmjepa_kernels.packing import IGNORE, Example, without_views
 from llmjepa_kernels.training.checkpoints import MANIFEST, mark_complete, saving
@@ -43,7 +44,8 @@ class LLMJEPATrainer(Trainer):
     Besides ``loss`` it logs, as means over the updates since the last log,
 
     - ``ntp_loss``; ``jepa_loss`` and ``cosine``, the mean cosine similarity of the pairs, over the
-      updates that have any; ``stp_loss`` over the updates that have tubes;
+      updates that have any; ``stp_loss`` over the updates that have tubes; ``aux_loss`` of a model
+      that balances its experts;
     - ``other_cosine``, ``target_variance`` and ``target_rank``, by which collapse shows, see
       `CollapseTelemetry`, which warns of it once;
     - ``tokens_per_step``, all tokens through the model, padding included, and
@@ -55,12 +57,12 @@ class LLMJEPATrainer(Trainer):
     `UpdateSampler`, where ``train_dataset`` is a sequence of `Example`s, or `LossDropout` of one,
     and sampling is random or sequential.
 
-    Evaluation gives ``eval_loss``, ``eval_ntp_loss``, ``eval_jepa_loss``, ``eval_cosine`` and
-    ``eval_stp_loss`` as means over the whole set, in which Accelerate repeats its first samples
-    where several processes leave their last batches unfilled. Without any pair there is neither
-    ``jepa_loss`` nor ``cosine``, without any tube no ``stp_loss``. Rows differ in shape and the
-    head runs on supervised tokens only, so there are no predictions: `predict` returns the same
-    metrics.
+    Evaluation gives ``eval_loss``, ``eval_ntp_loss``, ``eval_jepa_loss``, ``eval_cosine``,
+    ``eval_stp_loss`` and ``eval_aux_loss`` as means over the whole set, in which Accelerate repeats
+    its first samples where several processes leave their last batches unfilled. Without any pair
+    there is neither ``jepa_loss`` nor ``cosine``, without any tube no ``stp_loss``. Rows differ in
+    shape and the head runs on supervised tokens only, so there are no predictions: `predict`
+    returns the same metrics.
 
     Args:
         model, args, data_collator, *other, **more: As in `Trainer`. A model that is not patched
@@ -68,6 +70,7 @@ class LLMJEPATrainer(Trainer):
         jepa_weight: λ of LLM-JEPA.
         stp_weight: λ of Semantic Tube Prediction, for which the collator draws `tubes`.
         ntp_weight: γ.
+        aux_weight: Of a loss that balances experts, see `llm_jepa_loss`.
         weight_warmup: Share of the updates over which both λ grow linearly from 0.
         metric: "cosine", "l2", "mse" or "infonce", see `last_token_loss`.
         temperature: Of "infonce", whose negatives are the other targets of the same micro-batch,
@@ -97,6 +100,7 @@ class LLMJEPATrainer(Trainer):
         jepa_weight: float = 1.0,
         stp_weight: float = 0.0,
         ntp_weight: float = 1.0,
+        aux_weight: float | None = None,
         weight_warmup: float = 0.0,
         metric: str = "cosine",
         temperature: float = 0.07,
@@ -113,6 +117,10 @@ class LLMJEPATrainer(Trainer):
             patch_model(to_train)
         example_format = getattr(self.data_collator, "example_format", None)
         warn_if_frozen(to_train, getattr(example_format, "pred_ids", ()))
+        config = pretrained_model(to_train).config
+        self._balances_experts = returns_aux_loss(config)
+        if self._balances_experts and aux_weight is None:
+            aux_weight = aux_weight_of(config)
         if not 0 <= weight_warmup <= 1:
             raise ValueError(f"weight_warmup must be from 0 to 1, got {weight_warmup}")
         self.weight_warmup = weight_warmup
@@ -120,6 +128,7 @@ class LLMJEPATrainer(Trainer):
             "jepa_weight": jepa_weight,
             "stp_weight": stp_weight,
             "ntp_weight": ntp_weight,
+            "aux_weight": aux_weight,
             "metric": metric,
             "temperature": temperature,
             "detach_target": detach_target,
@@ -155,8 +164,8 @@ class LLMJEPATrainer(Trainer):
                 raise ValueError(f"LLMJEPATrainer does not support {name}, got {given!r}")
 
     def _reset_train_sums(self) -> None:
-        # ntp_loss, jepa_loss, cosine, stp_loss, pairs, tubes, tokens, sft
-        self._train_sums = torch.zeros(8)
+        # ntp_loss, jepa_loss, cosine, stp_loss, aux_loss, pairs, tubes, tokens, sft
+        self._train_sums = torch.zeros(9)
         self._updates = 0
         self._updates_with_pairs: Tensor | int = 0
         self._updates_with_tubes: Tensor | int = 0
@@ -265,6 +274,7 @@ class LLMJEPATrainer(Trainer):
             tokens = torch.full((), batch["input_ids"].numel(), device=loss.device)
             sft = tokens if sft_tokens is None else sft_tokens.sum()
             means = [outputs.ntp_loss, outputs.jepa_loss, outputs.cosine, outputs.stp_loss]
+            means.append(_aux_loss(outputs))
             shares = [scale * mean.detach() for mean in means]
             values = (*shares, outputs.num_pairs, outputs.num_tubes, tokens, sft)
             summands = torch.stack([value.to(loss.device) for value in values])
@@ -288,8 +298,9 @@ class LLMJEPATrainer(Trainer):
         """Adds what was summed up since the last log to the log of the loss."""
         if "loss" in logs and self._started is not None:
             sums = self.accelerator.reduce(self._train_sums, reduction="mean") / self._updates
-            ntp_loss, jepa_loss, cosine, stp_loss, pairs, tubes, tokens, sft_tokens = sums.tolist()
-            self._refuse_to_go_on_with(ntp_loss + jepa_loss + stp_loss)
+            ntp_loss, jepa_loss, cosine, stp_loss, aux_loss, *counts = sums.tolist()
+            pairs, tubes, tokens, sft_tokens = counts
+            self._refuse_to_go_on_with(ntp_loss + jepa_loss + stp_loss + aux_loss)
             with_pairs = int(self._updates_with_pairs) / self._updates
             with_tubes = int(self._updates_with_tubes) / self._updates
             tokens_per_step = tokens * self.accelerator.num_processes // self.get_tp_size()
@@ -303,6 +314,8 @@ class LLMJEPATrainer(Trainer):
             logs |= found
             if tubes:
                 logs["stp_loss"] = stp_loss / with_tubes
+            if self._balances_experts:
+                logs["aux_loss"] = aux_loss
             logs |= {
                 "tokens_per_step": tokens_per_step,
                 "tokens_per_second": tokens_per_step * self._updates / seconds,
@@ -370,7 +383,7 @@ class LLMJEPATrainer(Trainer):
             loss, outputs = self.compute_loss(model, batch, return_outputs=True)
         items, pairs, tubes = outputs.num_items, outputs.num_pairs, outputs.num_tubes
         sums = [outputs.ntp_loss * items, outputs.jepa_loss * pairs, outputs.cosine * pairs]
-        sums += [outputs.stp_loss * tubes, items, pairs, tubes]
+        sums += [outputs.stp_loss * tubes, _aux_loss(outputs) * items, items, pairs, tubes]
         self._eval_sums += torch.stack(sums).to(self._eval_sums)
         return loss, None, None
 
@@ -384,23 +397,27 @@ class LLMJEPATrainer(Trainer):
     ):
         """Evaluates; each loss is the mean over all tokens or pairs, however they are batched."""
         paused = time.perf_counter()
-        self._eval_sums = torch.zeros(7, device=self.args.device)
+        self._eval_sums = torch.zeros(8, device=self.args.device)
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
         sums = self.accelerator.reduce(self._eval_sums, reduction="sum")
-        ntp_loss, jepa_loss, cosine, stp_loss, items, pairs, tubes = sums.tolist()
+        ntp_loss, jepa_loss, cosine, stp_loss, aux_loss, items, pairs, tubes = sums.tolist()
         means = {
             "ntp": ntp_loss / max(items, 1),
             "jepa": jepa_loss / max(pairs, 1),
             "stp": stp_loss / max(tubes, 1),
         }
+        if self._balances_experts:
+            means["aux"] = aux_loss / max(items, 1)
         loss = sum(self.loss_options[f"{name}_weight"] * mean for name, mean in means.items())
         metrics = {"loss": loss, "ntp_loss": means["ntp"]}
         if pairs:
             metrics |= {"jepa_loss": means["jepa"], "cosine": cosine / pairs}
         if tubes:
             metrics["stp_loss"] = means["stp"]
+        if self._balances_experts:
+            metrics["aux_loss"] = means["aux"]
         named = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
         output = output._replace(metrics={**(output.metrics or {}), **named})
         if self._started is not None:
@@ -431,6 +448,10 @@ def _is_patched(model: torch.nn.Module) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def _aux_loss(outputs: Any) -> Tensor:
+    return torch.zeros_like(outputs.ntp_loss) if outputs.aux_loss is None else outputs.aux_loss
 
 
 class ProgressBar(ProgressCallback):

@@ -92,6 +92,15 @@ FAMILIES = {
         },
     ),
 }
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+# With a loss that balances the load of experts.
+MIXTURES = {
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": ("qwen3_moe", {**HEAD, **EXPERTS}),
+    "olmoe": ("olmoe", EXPERTS),
+    "granitemoe": ("granitemoe", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "gpt_oss": FAMILIES["gpt_oss"],
+}
 
 
 def tiny_model(
@@ -102,7 +111,7 @@ def tiny_model(
         special = {key: COMMON[key] for key in ("pad_token_id", "bos_token_id", "eos_token_id")}
         config = OpenELMConfig(**{**special, **options})
     else:
-        model_type, own = FAMILIES[family]
+        model_type, own = (FAMILIES | MIXTURES)[family]
         config = CONFIG_MAPPING[model_type](**{**COMMON, **own, **options})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(
