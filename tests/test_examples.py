@@ -11,13 +11,17 @@ import pytest
 ROOT = Path(__file__).parents[1]
 NEXT_TOKEN = r"next-token loss (\d+\.\d+)"
 DIFFERENCE = r"difference.*: (\d\.\de[-+]\d\d)$"
+NEEDS = {"trl_sft": "trl", "lightning_module": "lightning"}  # of the extra `stacks`
 EXAMPLES = {
     # Each with a number that it prints repeatedly, and what must hold of these.
+    "accelerate_loop": (NEXT_TOKEN, lambda losses: losses[-1] < losses[0] - 0.5),
     "hf_trainer": (r"'ntp_loss': '?(\d+\.\d+)", lambda losses: losses[-1] < losses[0] - 1),
+    "lightning_module": (NEXT_TOKEN, lambda losses: losses[-1] < losses[0] - 0.5),
     "lora": (NEXT_TOKEN, lambda losses: losses[-1] < losses[0] - 0.5),
     "preference_pairs": (DIFFERENCE, lambda errors: len(errors) == 1 and errors[0] < 1e-5),
     "pytorch_loop": (NEXT_TOKEN, lambda losses: losses[-1] < losses[0] - 0.5),
     "tree_attention": (DIFFERENCE, lambda errors: len(errors) == 2 and max(errors) < 1e-5),
+    "trl_sft": (r"'ntp_loss': '?(\d+\.\d+)", lambda losses: losses[-1] < losses[0] - 1),
 }
 
 
@@ -28,10 +32,25 @@ def test_every_example_is_run():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example(name):
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name])
+    check(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher", [["torch.distributed.run", "--nproc-per-node=2"], ["accelerate.commands.launch"]]
+)
+def test_accelerate_loop_is_launched(launcher):
+    check("accelerate_loop", "-m", *launcher)
+
+
+def check(name, *launcher):
     pattern, holds = EXAMPLES[name]
+    alone = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "1"}
     done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / f"{name}.py")],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        [sys.executable, *launcher, str(ROOT / "examples" / f"{name}.py")],
+        env=os.environ | alone | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )

@@ -165,6 +165,8 @@ def small_llama(tokenizer: Any, *, hidden_size: int = 192, num_layers: int = 4) 
         hidden_size: A multiple of 64; heads are 32 wide, twice as many for q as for k and v.
         num_layers: Decoder layers.
     """
+    if hidden_size < 64 or hidden_size % 64:
+        raise ValueError(f"hidden_size must be a multiple of 64, got {hidden_size}")
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,

@@ -110,7 +110,8 @@ class LLMJEPACollator:
         if not isinstance(feature, Mapping) or "messages" not in feature:
             found = sorted(feature) if isinstance(feature, Mapping) else type(feature).__name__
             raise ValueError(
-                f"features must be Examples or mappings with the key messages, got {found}"
+                f"features must be Examples or mappings with the key messages, got {found}; "
+                "Trainers but LLMJEPATrainer drop that key unless remove_unused_columns=False"
             )
         if self.tokenizer is None:
             raise ValueError("features with messages need a tokenizer, got tokenizer=None")

@@ -151,6 +151,11 @@ class LLMJEPATrainer(Trainer):
         self._eval_sums = torch.zeros(0)
         self._reset_train_sums()
 
+    def call_model_init(self, trial=None):
+        """A new model of ``model_init``, patched."""
+        model = super().call_model_init(trial)
+        return model if _is_patched(model) else patch_model(model)
+
     def _check_supported(self) -> None:
         unsupported = {
             "DataParallel (start one process per GPU with torchrun)": self.args.n_gpu > 1,
@@ -177,7 +182,14 @@ class LLMJEPATrainer(Trainer):
         Unlike Accelerate's own sampler it knows its epoch after a resume with several processes.
         """
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        base = super()._get_train_sampler(dataset)
+        try:
+            base = super()._get_train_sampler(dataset)
+        except ValueError as error:
+            raise ValueError(
+                f"train_sampling_strategy {self.args.train_sampling_strategy!r} needs a Dataset "
+                f"with the column {self.args.length_column_name!r}; packed rows have hardly any "
+                "padding that it could save: take 'random'"
+            ) from error
         per_step = isinstance(dataset, LossDropout) and dataset.per == "step"
         num_processes = self.accelerator.num_processes // self.get_tp_size()
         if num_processes == 1 and not per_step:

@@ -591,6 +591,32 @@ def test_trainer_patches_once_and_packs_by_default(tokenizer, tmp_path):
     assert patched_impl(model) == "reference"
 
 
+def test_models_of_model_init_are_patched(tokenizer, tmp_path):
+    given, collator = build(tokenizer)
+    args = arguments(tmp_path, train_sampling_strategy="sequential")
+    LLMJEPATrainer(given, args, collator, train_dataset=ROWS).train()
+    trainer = LLMJEPATrainer(
+        args=args,
+        data_collator=collator,
+        train_dataset=ROWS,
+        model_init=lambda: build(tokenizer)[0],
+    )
+    trainer.train()
+    assert torch.equal(parameters(trainer.model), parameters(given))
+
+
+@pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
+def test_grouping_by_length(tokenizer, tmp_path, strategy):
+    """It needs to know the lengths, and says so."""
+    model, collator = build(tokenizer)
+    args = arguments(tmp_path, train_sampling_strategy=strategy)
+    trainer = LLMJEPATrainer(model, args, collator, train_dataset=ROWS)
+    with pytest.raises(ValueError, match=f"{strategy}' needs a Dataset with the column 'length'"):
+        trainer.train()
+    rows = datasets.Dataset.from_list([row | {"length": len(str(row))} for row in ROWS])
+    LLMJEPATrainer(model, args, collator, train_dataset=rows).train()
+
+
 @pytest.mark.parametrize(
     ("name", "make"),
     [
