@@ -18,8 +18,11 @@ from llmjepa_kernels.ops.choice import BACKENDS
 
 # One of these at least a model supports besides eager attention if it calls the interface.
 OTHERS = ("sdpa", "flash_attn", "flex_attn", "attention_backend")
-# What models with attention of their own do, which the interface does not show.
-ALTERING = {"doge": "adds scores of its own to the mask"}
+# What some models do, which the interface does not show.
+DEVIATING = {
+    "doge": "adds scores of its own to the mask",
+    "stablelm": "hands no further arguments on to its attention",
+}
 
 NAME = "view_attention"  # of the attention implementation, as in `config._attn_implementation`
 
@@ -56,7 +59,7 @@ def check(model: PreTrainedModel) -> None:
                 f"{type(part).__name__} does not call attention through Transformers' "
                 "AttentionInterface, so its attention cannot be replaced"
             )
-        if reason := ALTERING.get(part.config.model_type):
+        if reason := DEVIATING.get(part.config.model_type):
             raise TypeError(f"{type(part).__name__} {reason}, so its attention cannot be replaced")
         for layer in part.modules():
             arguments = inspect.signature(layer.forward).parameters

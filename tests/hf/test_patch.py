@@ -18,6 +18,7 @@ from llmjepa_kernels.ops.block_mask import SCHEDULE_KEYS, BlockMask
 from llmjepa_kernels.ops.choice import BACKENDS
 from tests.support.helpers import random_examples
 from tests.support.models import FAMILIES, VOCAB, tiny_model
+from tests.support.sweep import Family
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -341,6 +342,13 @@ def test_models_without_the_attention_interface():
     bloom = BloomForCausalLM(BloomConfig(vocab_size=16, hidden_size=16, n_layer=1, n_head=2))
     with pytest.raises(TypeError, match="BloomModel does not call attention through"):
         patch_model(bloom)
+
+
+@pytest.mark.parametrize("model_type", interface.DEVIATING)
+def test_models_that_deviate_from_the_attention_interface(model_type):
+    model = Family(model_type).model()
+    with pytest.raises(TypeError, match=interface.DEVIATING[model_type]):
+        patch_model(model)
 
 
 def test_models_that_mix_tokens_in_other_ways():
