@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from typing import Any
 
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -84,6 +85,18 @@ def patch(model: PreTrainedModel, impl: str | None) -> None:
         previous = previous or model.get_correct_attn_implementation(None)
     model._before_view_attention = previous
     model.set_attn_implementation(_name(impl))
+    if hasattr(model, "generate_batch"):  # models with a head
+        vars(model)["generate_batch"] = functools.partial(_generate_batch, model)
+
+
+def _generate_batch(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Transformers' own, which takes none but its own implementations of attention."""
+    ours = model.config._attn_implementation
+    model.set_attn_implementation(model._before_view_attention)
+    try:
+        return type(model).generate_batch(model, *args, **kwargs)
+    finally:
+        model.set_attn_implementation(ours)
 
 
 def unpatch(model: PreTrainedModel) -> None:
@@ -91,6 +104,7 @@ def unpatch(model: PreTrainedModel) -> None:
     previous = vars(model).pop("_before_view_attention", None)
     if previous is not None:
         model.set_attn_implementation(previous)
+        vars(model).pop("generate_batch", None)
 
 
 def impl_of(model: PreTrainedModel) -> str | None:

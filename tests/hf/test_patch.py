@@ -7,8 +7,9 @@ import sys
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from llmjepa_kernels import pack
 from llmjepa_kernels.hf import interface, layer
@@ -102,6 +103,28 @@ def test_ordinary_forwards_are_as_before(family, inputs):
     expected = model(**arguments).logits[mask.bool()]
     actual = patch_model(model)(**arguments).logits[mask.bool()]
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_continuous_batching_is_as_before(copied):
+    model = tiny_model("llama").eval()
+    config = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=3, pad_token_id=0)
+    cache = ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=16)
+
+    def generated(model):
+        prompts = [[4, 5, 6], [7, 8, 9, 10]]
+        outputs = model.generate_batch(prompts, config, continuous_batching_config=cache)
+        return [outputs[name].generated_tokens for name in sorted(outputs)]
+
+    model.set_attn_implementation("sdpa")
+    expected = generated(model)
+    assert len(expected) == 2
+    patched = patch_model(model)
+    patched = copy.deepcopy(patched) if copied else patched
+    assert generated(patched) == expected
+    assert patched_impl(patched) is None
+    assert generated(unpatch_model(patched)) == expected
+    assert "generate_batch" not in vars(patched)
 
 
 def test_patching_twice_and_back(batch):
