@@ -45,6 +45,7 @@ SHIPPED = [(("sm_80", "sm_100"), (64,)), (("sm_90", "gfx942"), (128,))]
 if EVERYTHING:
     SHIPPED = [
         (("sm_80", "sm_86", "sm_90", "sm_100", "gfx942"), (64, 80, 96, 128, 256)),
+        (("sm_80", "sm_86"), (160, 192)),
         (("sm_89",), (64, 128)),  # the configurations of sm_86
     ]
 # Served by the configurations of their neighbours

@@ -141,9 +141,12 @@ def test_parts_of_lists():
     assert parts(1, 3, 2) == (triton_attention.MIN_PART, 0)
 
 
-@pytest.mark.parametrize(("head_dim", "pieces"), [(16, 1), (64, 2), (64, 4)])
-def test_tensor_descriptors_and_pieces(head_dim, pieces, monkeypatch):
-    use_tile(monkeypatch, block_m=32, block_n=16, tma=True, pieces=pieces)
+@pytest.mark.parametrize(
+    ("head_dim", "pieces", "tma"),
+    [(16, 1, True), (64, 2, True), (64, 4, True), (48, 4, False), (80, 8, False)],
+)
+def test_tensor_descriptors_and_pieces(head_dim, pieces, tma, monkeypatch):
+    use_tile(monkeypatch, block_m=32, block_n=16, tma=tma, pieces=pieces)
     case = AttentionCase.random(batch=2, heads=4, kv_heads=2, seq=71, head_dim=head_dim, seed=5)
     check(case, block_size=(32, 32))
 

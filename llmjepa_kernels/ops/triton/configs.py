@@ -43,7 +43,7 @@ class Config:
 
 # {(architecture, head dim): {direction: candidates}}, the best by the static model of
 # benchmarks/gpu_static.py first; the last of each direction reads through pointers and divides
-# 64 x 64 masks. A smaller head dim uses the entry of the next larger one. Where registers cannot
+# 64 x 64 masks. A head dim without an entry uses that of 64, 128 or 256. Where registers cannot
 # hold both of dK and dV, they are computed apart, at the price of one more product.
 TABLE: dict[tuple[str, int], dict[str, list[Config]]] = {
     ("sm_80", 64): {
@@ -59,6 +59,17 @@ TABLE: dict[tuple[str, int], dict[str, list[Config]]] = {
         ],
         "dkdv": [Config(64, 64, 4, 2)],
         "dq": [Config(128, 32, 4, 2), Config(64, 64, 4, 2)],
+    },
+    ("sm_80", 160): {
+        "forward": [Config(128, 32, 8, 2, pieces=8), Config(64, 32, 4, 1, pieces=8)],
+        "dk": [Config(64, 64, 4, 2, pieces=8)],
+        "dv": [Config(64, 64, 4, 2, pieces=8)],
+        "dq": [Config(64, 64, 4, 2, pieces=8)],
+    },
+    ("sm_80", 192): {
+        "forward": [Config(128, 64, 8, 2, pieces=8), Config(64, 64, 4, 2, pieces=8)],
+        "dkdv": [Config(64, 32, 4, 2, pieces=4)],
+        "dq": [Config(64, 32, 4, 2, pieces=8)],
     },
     ("sm_80", 256): {
         "forward": [Config(128, 64, 8, 2, pieces=4), Config(64, 32, 4, 2, pieces=4)],
@@ -78,6 +89,17 @@ TABLE: dict[tuple[str, int], dict[str, list[Config]]] = {
         ],
         "dkdv": [Config(64, 64, 4, 2)],
         "dq": [Config(128, 32, 4, 2), Config(64, 64, 4, 2)],
+    },
+    ("sm_86", 160): {
+        "forward": [Config(128, 64, 8, 2, pieces=8), Config(64, 64, 4, 2, pieces=8)],
+        "dk": [Config(64, 64, 4, 2, pieces=8)],
+        "dv": [Config(64, 64, 4, 2, pieces=8)],
+        "dq": [Config(64, 64, 4, 2, pieces=8)],
+    },
+    ("sm_86", 192): {
+        "forward": [Config(128, 64, 8, 2, pieces=8), Config(64, 64, 4, 2, pieces=8)],
+        "dkdv": [Config(64, 32, 4, 2, pieces=4)],
+        "dq": [Config(64, 32, 4, 2, pieces=8)],
     },
     ("sm_86", 256): {
         "forward": [Config(64, 32, 4, 2, pieces=4)],
@@ -337,7 +359,10 @@ def _table_entry(direction: str, arch: str, head_dim: int) -> list[Config]:
 
 
 def _table_key(arch: str, head_dim: int) -> tuple[str, int]:
-    return _family(arch) or arch, next(width for width in (64, 128, 256) if head_dim <= width)
+    family = _family(arch) or arch
+    if (family, head_dim) in TABLE:
+        return family, head_dim
+    return family, next(width for width in (64, 128, 256) if head_dim <= width)
 
 
 def _family(arch: str) -> str | None:
