@@ -33,6 +33,8 @@ COLUMNS = (
     ("note", "note", "{}"),
 )
 
+START_UP = 15.0  # seconds: a process has imported everything after some 7 s on the GPU's machine
+
 
 def run_part(name: str, args: argparse.Namespace) -> None:
     """In a process of its own: writes each row as soon as it is known."""
@@ -107,12 +109,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--device is cuda, and torch finds no GPU; see --device cpu --tiny")
 
     end, parts = time.monotonic() + 60 * args.minutes, []
+    start_up = min(START_UP, 60 * args.minutes / len(names) / 2)
     table = Table("What the GPU showed", COLUMNS)
     for index, name in enumerate(names):
         # What a part leaves of its share is for those after it.
-        share = PARTS[name].minutes / sum(PARTS[later].minutes for later in names[index:])
+        later = names[index:]
+        share = PARTS[name].minutes / sum(PARTS[one].minutes for one in later)
         start = time.monotonic()
-        ended = start_part(name, args, max((end - start) * share, 1.0))
+        seconds = start_up + (end - start - start_up * len(later)) * share
+        ended = start_part(name, args, max(seconds, 1.0))
         rows = rows_of(name, args.output)
         parts.append({"part": name, "ended": ended, "seconds": time.monotonic() - start})
         table.rows += rows

@@ -11,8 +11,6 @@ from statistics import median
 
 import torch
 
-FLUSHES = 8  # of 256 MB, about a millisecond on an H100
-
 
 def interleaved(
     steps: Mapping[str, Callable[[], object]],
@@ -91,12 +89,17 @@ def device_seconds(
     """
     if torch.device(device).type != "cuda":
         return median_of(function, device)
-    cold = torch.empty(1 << 28, dtype=torch.int8, device=device)
-    function()
+    cold = torch.empty(1 << 28, dtype=torch.int8, device=device)  # larger than any cache
+    for call in (function, cold.zero_):
+        call()
     once = measure(function, device)
+    start = time.perf_counter()
+    function()
+    launched = time.perf_counter() - start
+    flushes = 1 + math.ceil(1.5 * launched / measure(cold.zero_, device))
     events = []
     for _ in range(min(max(int(budget / once), 5), 100)):
-        for _ in range(FLUSHES):
+        for _ in range(flushes):
             cold.zero_()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
