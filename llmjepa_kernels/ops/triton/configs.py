@@ -41,10 +41,11 @@ class Config:
     maxnreg: int | None = None
 
 
-# {(architecture, head dim): {direction: candidates}}, the best by the static model of
-# benchmarks/gpu_static.py first; the last of each direction reads through pointers and divides
-# 64 x 64 masks. A head dim without an entry uses that of 64, 128 or 256. Where registers cannot
-# hold both of dK and dV, they are computed apart, at the price of one more product.
+# {(architecture, head dim): {direction: candidates}}, the best first: by the static model of
+# benchmarks/gpu_static.py, and for sm_90 by benchmarks/gpu_configs.py on an H100. The last of each
+# direction reads through pointers and divides 64 x 64 masks. A head dim without an entry uses that
+# of 64, 128 or 256. Where registers cannot hold both of dK and dV, they are computed apart, at the
+# price of one more product.
 TABLE: dict[tuple[str, int], dict[str, list[Config]]] = {
     ("sm_80", 64): {
         "forward": [Config(128, 64, 4, 3), Config(64, 64, 2, 2), Config(64, 64, 4, 3)],
@@ -112,11 +113,16 @@ TABLE: dict[tuple[str, int], dict[str, list[Config]]] = {
             Config(64, 64, 4, 2, tma=True, maxnreg=96),
             Config(64, 64, 4, 2),
         ],
-        "dkdv": [Config(64, 64, 4, 2, tma=True, eager_dp=True), Config(64, 64, 4, 2)],
+        "dkdv": [
+            Config(128, 64, 4, 2, tma=True, eager_dp=True),
+            Config(64, 64, 4, 2, tma=True, eager_dp=True),
+            Config(64, 64, 4, 2),
+        ],
         "dq": [Config(64, 64, 4, 2, tma=True, eager_dp=True), Config(64, 64, 4, 2)],
     },
     ("sm_90", 128): {
         "forward": [
+            Config(64, 128, 4, 1, tma=True),
             Config(128, 128, 8, 2, tma=True),
             Config(64, 64, 4, 2, tma=True),
             Config(64, 64, 4, 2),
@@ -206,7 +212,7 @@ def candidates(
     block_size: tuple[int, int],
     allow_tma: bool = True,
 ) -> tuple[Config, ...]:
-    """The configurations worth trying, the one that the static model prefers first.
+    """The configurations worth trying, the best first.
 
     Args:
         direction: "forward", "dq", and "dkdv" or "dk" and "dv".
