@@ -147,12 +147,12 @@ struct LaneQueries {
 template <class T>
 struct KeyMask {
   const int32_t *until, *position;
-  Int<T> window;
+  int64_t window;
 
   KeyMask(const LkAttention& a, int64_t row)
       : until(a.visible_until + row * a.seq),
         position(a.positions ? a.positions + row * a.seq : nullptr),
-        window(a.window < INT32_MAX ? static_cast<Int<T>>(a.window) : INT32_MAX) {}
+        window(a.window < UINT32_MAX ? a.window : UINT32_MAX) {}  // no difference is greater
 
   // All ones in the lanes that see key j.
   LK_INLINE IntVec<T> visible(int32_t j, IntVec<T> query, IntVec<T> query_position) const {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from llmjepa_kernels.ops.block_mask import BlockMask, choose_block_size
+from llmjepa_kernels.checks import check_whole
+from llmjepa_kernels.ops.block_mask import MAX_BLOCK, BlockMask, choose_block_size
 from llmjepa_kernels.ops.flash_plan import FlashPlan
 from llmjepa_kernels.ops.tubes import TUBE_SHAPE
 from llmjepa_kernels.tubes import Step, TokenPath, Tube, TubeSampler
@@ -208,14 +210,19 @@ def pack(
     Raises:
         ValueError: An example is malformed or longer than `max_length`; names it.
     """
+    if isinstance(examples, Example):
+        raise ValueError("examples must be a sequence of Examples, got one: put it in a list")
     examples = list(examples)
     if not examples:
         raise ValueError("examples must hold at least one example, got none")
     for option, value in (("max_length", max_length), ("pad_to_multiple_of", pad_to_multiple_of)):
-        if value is not None and value < 1:
-            raise ValueError(f"{option} must be at least 1, got {value}")
-    if block_size is not None and (block_size < 1 or block_size & (block_size - 1)):
-        raise ValueError(f"block_size must be None or a power of two, got {block_size}")
+        if value is not None:
+            check_whole(option, value, least=1)
+    check_whole("pad_token_id", pad_token_id, least=0)
+    if block_size is not None:
+        check_whole("block_size", block_size, least=1, most=MAX_BLOCK)
+        if block_size & (block_size - 1):
+            raise ValueError(f"block_size must be None or a power of two, got {block_size}")
     if max_length and pad_to_multiple_of and max_length % pad_to_multiple_of:
         raise ValueError(
             f"max_length must be a multiple of pad_to_multiple_of = {pad_to_multiple_of}, got "
@@ -303,6 +310,8 @@ class _Tree:
 
 def _prepare(example: Example, name: int) -> _Tree:
     """Checks an example and gives every supervised token its predecessor right before it."""
+    if not isinstance(example, Example):
+        raise ValueError(f"example {name}: must be an Example, got {type(example).__name__}")
     if not example.segments:
         raise ValueError(f"example {name}: segments must hold at least one segment, got none")
     runs: list[_Run] = []
@@ -338,10 +347,11 @@ def _prepare(example: Example, name: int) -> _Tree:
         last_run.append(len(runs) - 1)
 
     for pair in example.pairs:
-        if len(pair) != 2 or any(not 0 <= i < len(example.segments) for i in pair):
+        indices = pair if isinstance(pair, Sequence) else ()
+        if len(indices) != 2 or not all(_is_index(i, len(example.segments)) for i in indices):
             raise ValueError(
                 f"example {name}: pairs must be (predictor, target) indices of its "
-                f"{len(example.segments)} segments, got {tuple(pair)}"
+                f"{len(example.segments)} segments, got {pair!r}"
             )
     pairs = [(last_run[predictor], last_run[target]) for predictor, target in example.pairs]
     tubes = list(_check_tubes(example, last_run, name))
@@ -375,11 +385,9 @@ def _check_tubes(
 
 def _check_segment(segment: Segment, index: int, name: int) -> tuple[list[int], list[int]]:
     where = f"example {name}, segment {index}"
-    if segment.parent is not None and not 0 <= segment.parent < index:
-        raise ValueError(
-            f"{where}: parent must be None or an earlier segment (0 .. {index - 1}), "
-            f"got {segment.parent}"
-        )
+    if segment.parent is not None and not _is_index(segment.parent, index):
+        earlier = f" or an earlier segment (0 .. {index - 1})" if index else " for the first one"
+        raise ValueError(f"{where}: parent must be None{earlier}, got {segment.parent!r}")
     ids = _integers(segment.input_ids, f"{where}: input_ids")
     if not ids:
         raise ValueError(f"{where}: input_ids must hold at least one token, got none")
@@ -394,11 +402,25 @@ def _check_segment(segment: Segment, index: int, name: int) -> tuple[list[int], 
 
 
 def _integers(values: Sequence[int], name: str) -> list[int]:
+    if not isinstance(values, Iterable):
+        raise ValueError(f"{name} must be a flat sequence of integers, got {values!r}")
     values = values.tolist() if hasattr(values, "tolist") else list(values)
     if not set(map(type, values)) <= {int}:
-        wrong = next(x for x in values if type(x) is not int)
-        raise ValueError(f"{name} must be a flat sequence of integers, got {wrong!r} in it")
+        values = [int(x) if _is_integer(x) else x for x in values]
+        wrong = [x for x in values if type(x) is not int]
+        if wrong:
+            raise ValueError(f"{name} must be a flat sequence of integers, got {wrong[0]!r} in it")
+    if values and max(max(values), -min(values)) >= 2**63:
+        raise ValueError(f"{name} must fit in int64, got {max(values, key=abs)}")
     return values
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)  # numpy's too
+
+
+def _is_index(value: object, length: int) -> bool:
+    return type(value) is int and 0 <= value < length
 
 
 def _shareable(labels: list[int]) -> int:

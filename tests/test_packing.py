@@ -239,9 +239,11 @@ def test_bad_examples_are_named(segments, pairs, message):
 def test_bad_options():
     with pytest.raises(ValueError, match="at least one example"):
         pack([])
-    with pytest.raises(ValueError, match="max_length must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="max_length must be an integer, at least 1, got 0"):
         pack([Example([Segment([1])])], 0)
-    with pytest.raises(ValueError, match="pad_to_multiple_of must be at least 1, got 0"):
+    with pytest.raises(
+        ValueError, match=r"pad_to_multiple_of must be an integer.* got 0"
+    ):
         pack([Example([Segment([1])])], pad_to_multiple_of=0)
     with pytest.raises(ValueError, match="multiple of pad_to_multiple_of = 8, got 12"):
         pack([Example([Segment([1])])], 12, pad_to_multiple_of=8)

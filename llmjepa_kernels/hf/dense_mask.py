@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -14,6 +15,10 @@ MASK_TYPES = {"full_attention", "sliding_attention"}
 
 # Additive masks hide a pair by a score this low or lower.
 HIDDEN = -1e4
+# Beside a score this low, and finite, others vanish: if all are, softmax gives all keys one weight.
+UNIFORM = -1e30
+
+MUCH_PADDING = 0.2  # of the tokens
 
 
 def recognise(
@@ -29,7 +34,8 @@ def recognise(
 
     Returns:
         `visible_until`, and `position_ids` where the masks depend on them; or `ignore_window`
-        where layers with a window are given a mask that knows of none. None for any other mask.
+        where layers with a window are given a mask that knows of none, and `blind` where some
+        queries see nothing. None for any other mask.
     """
     per_layer_type = isinstance(given, dict) and given.keys() <= MASK_TYPES
     mask = given.get("full_attention") if per_layer_type else given
@@ -40,8 +46,11 @@ def recognise(
         return None
     visible_until = visible_until.expand(batch, -1).contiguous()
     if not per_layer_type:
+        _warn_of_padding(mask[:, 0])
         # Transformers applies one 4D mask as it is, also in layers with a sliding window.
-        return {"visible_until": visible_until, "ignore_window": True}
+        found = {"visible_until": visible_until, "ignore_window": True}
+        blind = blind_queries(mask[:, 0])
+        return found if blind is None else {**found, "blind": blind.expand(batch, -1)}
 
     if position_ids is None:
         position_ids = torch.arange(seq, device=mask.device)
@@ -72,6 +81,34 @@ def visible_until_of(mask: Tensor) -> Tensor | None:
     index = torch.arange(mask.shape[-1], device=mask.device)
     visible_until = (index + viewers + padding).clamp(max=mask.shape[-1]).int()
     return visible_until if _same(visible(visible_until), seen) else None
+
+
+def blind_queries(mask: Tensor) -> Tensor | None:
+    """(batch, seq) bool: the queries that an additive mask shows no key; None if there are none.
+
+    Softmax gives them the mean of all values, and whoever reads their states depends on that.
+    """
+    if mask.dtype == torch.bool:
+        return None
+    blind = ((mask <= UNIFORM) & mask.isfinite()).all(dim=-1)
+    return blind if blind.any() else None
+
+
+def _warn_of_padding(mask: Tensor) -> None:
+    """Says, once, what share of the tokens of a batch nobody sees."""
+    own = mask.diagonal(dim1=1, dim2=2)
+    hidden = ~own if mask.dtype == torch.bool else own <= HIDDEN
+    share = float(hidden.float().mean())
+    if share >= MUCH_PADDING and not _warned:
+        _warned.append(True)
+        warnings.warn(
+            f"{share:.0%} of the tokens of this batch are padding, which outside attention take as "
+            "long as any others: packed rows, as LLMJEPACollator makes them, have none",
+            stacklevel=2,
+        )
+
+
+_warned: list[bool] = []
 
 
 def seen_pairs(mask: Tensor) -> Tensor | None:

@@ -48,6 +48,7 @@ def attention(
     window_positions: Tensor | None = None,
     visible_until: Tensor | None = None,
     ignore_window: bool = False,
+    blind: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of one layer, with the arguments and result that Transformers expects."""
@@ -105,7 +106,14 @@ def attention(
         impl=impl,
         **masks_for(impl, visible_until, kwargs, window),
     )
-    return out[..., :width].transpose(1, 2), None
+    out = out[..., :width]
+    if blind is not None:
+        mean = value[..., :width].mean(dim=2, keepdim=True)
+        mean = mean.repeat_interleave(out.shape[1] // mean.shape[1], dim=1)
+        # A sink, which no mask lowers, would take the whole weight.
+        mean = mean if s_aux is None else torch.zeros_like(mean)
+        out = torch.where(blind[:, None, :, None], mean, out)
+    return out.transpose(1, 2), None
 
 
 def _of_one_width(*qkv: Tensor) -> list[Tensor]:

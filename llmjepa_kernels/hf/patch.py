@@ -28,8 +28,9 @@ def patch_model(model: Model, *, impl: str | None = None) -> Model:
 
     Afterwards the model takes a `PackedBatch` (``model(**batch)``), and a loop that passes a
     dense 4D mask, bool or additive, takes the block-sparse path whenever that mask has the form
-    ``j <= i < visible_until[j]``. Tokens that no token sees, itself included, count as padding,
-    whose outputs are arbitrary. Everything else, `generate` included, works as before.
+    ``j <= i < visible_until[j]``. Tokens that no token sees, itself included, count as padding:
+    under an additive mask of finite numbers their outputs are those of the dense path, under others
+    arbitrary. Everything else, `generate` included, works as before.
 
     Transformers keeps the implementation in the config. Of models that share one, each must be
     patched to take a `PackedBatch`; `unpatch_model` of one is felt by all.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from llmjepa_kernels.checks import check_finite
 from llmjepa_kernels.ops.block_mask import BlockMask, check_window, int32_positions
 from llmjepa_kernels.ops.choice import choose
 from llmjepa_kernels.ops.common import AttentionOptions, empty_seq_major
@@ -16,6 +17,7 @@ from llmjepa_kernels.ops.registry import (
     backward_operation,
     on_device_of,
     operation,
+    refuse_vmap,
     runs_eagerly,
 )
 
@@ -53,7 +55,8 @@ def view_attention(
         sinks: (num_heads,); a learnable score per head that takes part in the softmax but has
             no value (gpt-oss).
         block_mask: The tiles to visit. Default: built here from `visible_until`, which costs
-            about as much as a small kernel; pass it when several layers share one mask.
+            about as much as a small kernel; pass it when several layers share one mask, and to
+            torch.export and ``torch.compile(fullgraph=True)``.
         flash_plan: The calls of ``impl="flash"``. Default: made here where they are needed, which
             waits for the device; pass it when several layers share one mask.
         impl: "triton", "cpu", "reference" or "flash" (flash-attn's kernels; CUDA only, installed
@@ -74,12 +77,18 @@ def view_attention(
     _check_tensors(q, k, v, visible_until, sinks)
     if window is not None:
         check_window(window, position_ids, visible_until)
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive, got {softcap}")
+    if softcap is not None:
+        check_finite("softcap", softcap, positive=True)
+    if softmax_scale is not None:
+        check_finite("softmax_scale", softmax_scale)
     flash_plan = _fitting_plan(flash_plan, visible_until, position_ids, window, impl)
     if impl == "flash":
         block_mask = None
     elif block_mask is None:
+        if torch.compiler.is_exporting():
+            raise ValueError("block_mask must be given to export: its lists depend on data")
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break(msg="pass a block_mask to view_attention")
         block_mask = BlockMask.from_visible_until(
             visible_until, position_ids=position_ids, window=window
         )
@@ -90,6 +99,7 @@ def view_attention(
     if runs_eagerly(q, k, v, sinks):
         options = _options(position_ids, window, softcap, softmax_scale, sinks)
         return _EagerAttention.apply(q, k, v, sinks, block_mask, flash_plan, options, impl)
+    refuse_vmap(q, k, v, sinks)
     out, _ = torch.ops.llmjepa_kernels.attention_forward(
         *(q, k, v, *_flat(block_mask, flash_plan)),
         *(position_ids, window, softcap, softmax_scale, sinks, impl),

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from llmjepa_kernels.checks import check_whole
 from llmjepa_kernels.ops.common import refuse_if
 
 SCHEDULE_KEYS = (
@@ -19,6 +20,8 @@ SCHEDULE_KEYS = (
     "q_full_start",
     "q_indices",
 )
+
+MAX_BLOCK = 2**16  # a side beyond that of all but the longest rows
 
 WITHIN = "_within_"  # between such a key and the window, of a schedule that knows of one
 
@@ -93,9 +96,11 @@ class BlockMask:
         check_visible_until(visible_until)
         if block_size is None:
             block_size = (choose_block_size(visible_until),) * 2
+        if not isinstance(block_size, Sequence) or len(block_size) != 2:
+            raise ValueError(f"block_size must be (BLOCK_M, BLOCK_N), got {block_size!r}")
+        for side in block_size:
+            check_whole("block_size", side, least=1, most=MAX_BLOCK)
         block_m, block_n = block_size
-        if block_m < 1 or block_n < 1:
-            raise ValueError(f"block_size must be two positive integers, got {block_size}")
         batch, seq = visible_until.shape
         num_m, num_n = -(-seq // block_m), -(-seq // block_n)
 
@@ -353,8 +358,7 @@ def check_visible_until(visible_until: Tensor) -> None:
 
 def check_window(window: int, position_ids: Tensor | None, visible_until: Tensor) -> Tensor:
     """The positions; raises ValueError unless they match, and `window` is positive."""
-    if window < 1:
-        raise ValueError(f"window must be at least 1, got {window}")
+    check_whole("window", window, least=1)
     if position_ids is None:
         raise ValueError("window counts positions: position_ids must be given with it, got None")
     if position_ids.shape != visible_until.shape or position_ids.dtype.is_floating_point:
@@ -371,21 +375,22 @@ def check_window(window: int, position_ids: Tensor | None, visible_until: Tensor
 
 
 def int32_positions(position_ids: Tensor) -> Tensor:
-    """Positions as the kernels compare them; int32 ones cost nothing.
+    """Positions as the kernels compare them; int32 ones cost nothing, and are not checked.
 
     Raises:
-        ValueError: One does not fit (asserted, without waiting for the device, on a GPU).
+        ValueError: One, or the difference of two, does not fit (asserted, without waiting for the
+            device, on a GPU).
     """
     if position_ids.dtype == torch.int32:
         return position_ids
     narrow = position_ids.int()
-    if torch.compiler.is_compiling():  # the answer depends on data
-        return narrow
-    fits = narrow == position_ids
-    if position_ids.device.type != "cpu":
-        torch._assert_async(fits.all(), "position_ids must fit in int32")
-    elif not fits.all():
-        raise ValueError(f"position_ids must fit in int32, got {int(position_ids[~fits][0])}")
+    if not torch.compiler.is_compiling():  # the answer depends on data
+        low, high = position_ids.aminmax()
+        wrong = (narrow != position_ids).any() | (high - low > torch.iinfo(torch.int32).max)
+        message = "position_ids and their differences must fit in int32"
+        if position_ids.device.type == "cpu" and wrong:
+            message += f", got {int(low)} to {int(high)}"
+        refuse_if(wrong, message)
     return narrow
 
 

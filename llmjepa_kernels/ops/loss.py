@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, distributed
 from torch.nn import functional
 
+from llmjepa_kernels.checks import check_finite
 from llmjepa_kernels.ops.common import compute_dtype, count_pairs
 from llmjepa_kernels.ops.registry import (
     backward_operation,
@@ -297,5 +298,4 @@ def _check(hidden: Tensor, pairs: Tensor, metric: str, reduction: str, temperatu
         raise ValueError(f"metric must be one of {METRICS}, got {metric!r}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
+    check_finite("temperature", temperature, positive=True)

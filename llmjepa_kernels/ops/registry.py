@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from llmjepa_kernels.ops.common import AttentionOptions
 
@@ -45,6 +46,7 @@ class AttentionBackend(Protocol):
 
 # At every call of a small operation the import system's own look-up would show.
 _module = functools.cache(importlib.import_module)
+CONFIGS = "llmjepa_kernels.ops.triton.configs"
 
 
 def default_impl(device: torch.device) -> str:
@@ -80,6 +82,11 @@ def load_backend(backends: Mapping[str, str], impl: str | None, device: torch.de
         raise ValueError(f"impl must be one of {sorted(backends)}, got {impl!r}")
     if impl == "cpu" and device.type != "cpu":
         raise RuntimeError(f"impl='cpu' runs on CPU tensors, got tensors on {device}")
+    if impl == "triton" and device.type == "cpu" and not _module(CONFIGS).INTERPRETED:
+        raise RuntimeError(
+            "impl='triton' runs on GPU tensors, and on CPU tensors where Triton interprets "
+            "(TRITON_INTERPRET=1, set before it is imported), got tensors on cpu"
+        )
     return _module(backends[impl])
 
 
@@ -92,17 +99,44 @@ def runs_eagerly(*tensors: Tensor | None) -> bool:
     """Whether only autograd looks on: no compiler, tracer, mode, transform or kind of tensor.
 
     All of these see an operation of torch; a plain `torch.autograd.Function` costs less.
+
+    Raises:
+        RuntimeError: A transform or forward-mode differentiation looks on that neither supports.
     """
+    if torch.compiler.is_compiling():
+        return False
+    transformed = torch._C._are_functorch_transforms_active()
+    if transformed or forward_ad._current_level >= 0:
+        _refuse_derivatives([x for x in tensors if x is not None])
     return not (
-        torch.compiler.is_compiling()
+        transformed
         or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
         or any(x is not None and (type(x) not in _PLAIN or x.is_meta) for x in tensors)
     )
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def refuse_vmap(*tensors: Tensor | None) -> None:
+    """Raises RuntimeError for tensors that torch.vmap has taken a dimension from."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return
+    if any(x is not None and torch._C._functorch.is_batchedtensor(x) for x in tensors):
+        raise RuntimeError(
+            "torch.vmap cannot map view_attention: make the mapped dimension part of the batch"
+        )
+
+
+def _refuse_derivatives(tensors: list[Tensor]) -> None:
+    """Raises RuntimeError for tangents, which torch would drop, and for torch.func.grad."""
+    tangents = any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+    if tangents or any(map(torch._C._functorch.is_gradtrackingtensor, tensors)):
+        raise RuntimeError(
+            "view_attention and the losses have no forward-mode derivatives, and torch.func's "
+            "grad, vjp and jvp cannot see into them: use backward() or torch.autograd.grad"
+        )
 
 
 def operation(name: str) -> Callable[[Callable], Callable]:

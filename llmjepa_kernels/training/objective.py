@@ -11,6 +11,7 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional
 from transformers.utils.generic import ModelOutput
 
+from llmjepa_kernels.checks import check_finite, check_whole
 from llmjepa_kernels.hf.experts import aux_weight_of, returns_aux_loss
 from llmjepa_kernels.hf.patch import patched_impl, pretrained_model
 from llmjepa_kernels.ops.common import count_pairs, count_tubes
@@ -114,7 +115,7 @@ def llm_jepa_loss(
             and soft cap, that FSDP has sharded by themselves, and compiled losses keep all.
 
     Raises:
-        ValueError: The batch lacks a key, or `aux_weight` is needed.
+        ValueError: The batch lacks a key, an option is out of range, or `aux_weight` is needed.
         RuntimeError: The model is not patched, or does not return the logits or states asked for.
 
     Source: LLM-JEPA, arXiv:2509.14252; Semantic Tube Prediction, arXiv:2602.22617.
@@ -125,6 +126,18 @@ def llm_jepa_loss(
     missing = [key for key in REQUIRED_KEYS if batch.get(key) is None]
     if missing:
         raise ValueError(f"batch must have the keys of a PackedBatch, it lacks {missing}")
+
+    weights = {
+        "jepa_weight": jepa_weight,
+        "stp_weight": stp_weight,
+        "ntp_weight": ntp_weight,
+        "aux_weight": aux_weight,
+    }
+    for name, weight in weights.items():
+        if weight is not None and not isinstance(weight, Tensor):
+            check_finite(name, weight)
+    if max_logits is not None:
+        check_whole("max_logits", max_logits, least=1)
 
     positions, targets = _supervised(batch)
     tensors = {key: batch[key] for key in ("input_ids", "position_ids", "visible_until")}
@@ -245,4 +258,6 @@ def _divide(total: Tensor, given: int | Tensor | None, counted: Tensor) -> Tenso
         given = counted
     if isinstance(given, Tensor):
         return total / given.to(total.device).clamp(min=1)
+    if not isinstance(given, int | float) or not given >= 0:
+        raise ValueError(f"counts of a batch must be numbers of at least 0, got {given!r}")
     return total / max(given, 1)  # as a tensor it would be copied, which waits for the device

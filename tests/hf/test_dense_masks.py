@@ -1,6 +1,7 @@
 """Loops that pass a dense 4D mask: the block-sparse path where it is equivalent, else dense."""
 
 import functools
+import warnings
 
 import pytest
 import torch
@@ -93,6 +94,44 @@ def test_recognised_mask(family, form, counts):
     actual = run(model, {**inputs, "attention_mask": as_form(seen, form)})
     assert_same(actual, expected)
     assert counts == {"sparse": 2, "dense": 0, "read": 1}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "mistral_window"])
+def test_queries_that_see_nothing(family, counts):
+    """Padding, whose states a loop may read by mistake: they are those of the dense mask.
+
+    Gradients too, where nobody reads them; else the dense mask's reach queries and keys as well,
+    though scores beside the mask change nothing.
+    """
+    visible_until, position_ids = random_rows(2, 40, seed=0)
+    visible_until[:, 30:] = torch.arange(31, 41)
+    seen = visible(visible_until)
+    seen[0, :, 30:] = seen[0, 30:] = False
+    seen[1, :, 37:] = seen[1, 37:] = False
+    inputs = inputs_for(visible_until, position_ids)
+    inputs["attention_mask"] = as_form(seen, "lowest")
+    model = tiny_model(family)
+    read = seen.any(-1)[..., None]
+    expected = run(model, inputs, read)
+    assert_same(run(patch_model(model), inputs, read), expected)
+    assert counts == {"sparse": 2, "dense": 0, "read": 1}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_much_padding_is_said_once(form, monkeypatch):
+    monkeypatch.setattr(dense_mask, "_warned", [])
+    visible_until = torch.arange(1, 41)[None].int()
+    visible_until[:, :30] = 30
+    seen = visible(visible_until)
+    seen[0, :, 30:] = seen[0, 30:] = False
+    inputs = inputs_for(visible_until, torch.arange(40)[None])
+    inputs["attention_mask"] = as_form(seen, form)
+    model = patch_model(tiny_model("llama"))
+    with pytest.warns(UserWarning, match="25% of the tokens of this batch are padding"):
+        model(**inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**inputs)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -168,12 +168,15 @@ def change(**arguments):
         (change(visible_until=torch.full((1, 9), 9).int()), r"of shape \(1, 8\).*\(1, 9\)"),
         (change(visible_until=torch.full((1, 8), 7).int()), r"visible_until\[0, 7\] = 7"),
         (change(window=3), "position_ids must be given"),
-        (change(window=0, position_ids=torch.zeros(1, 8).int()), "window must be at least 1"),
+        (
+            change(window=0, position_ids=torch.zeros(1, 8).int()),
+            "window must be an integer, at least 1",
+        ),
         (
             change(window=3, position_ids=torch.arange(8)[None] + 2**31 - 5),
-            "position_ids must fit in int32, got 2147483648",
+            "and their differences must fit in int32, got 2147483643 to 2147483650",
         ),
-        (change(softcap=0.0), "softcap must be positive, got 0.0"),
+        (change(softcap=0.0), "softcap must be a number, positive and finite in float32, got 0.0"),
         (change(sinks=torch.zeros(3)), r"sinks must be floating point of shape \(2,\)"),
         (change(q=torch.zeros(1, 0, 8, 4)), "q must not be empty"),
         (change(impl="fast"), "impl must be one of .* got 'fast'"),

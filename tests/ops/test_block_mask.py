@@ -201,7 +201,7 @@ def test_bad_options():
         BlockMask.from_visible_until(visible_until, window=2)
     with pytest.raises(ValueError, match=r"position_ids must be integers of shape \(1, 4\)"):
         BlockMask.from_visible_until(visible_until, window=2, position_ids=torch.zeros(1, 3))
-    with pytest.raises(ValueError, match="window must be at least 1"):
+    with pytest.raises(ValueError, match="window must be an integer, at least 1"):
         BlockMask.from_visible_until(visible_until, window=0, position_ids=torch.zeros(1, 4).int())
 
 

@@ -202,7 +202,11 @@ def test_second_derivatives_are_refused(metric):
         ({"pairs": PAIRS.clamp(min=-1) - 1}, IndexError, r"pairs\[0, 0\] = \[-1, 2\]"),
         ({"metric": "dot"}, ValueError, "metric must be one of .* got 'dot'"),
         ({"reduction": "max"}, ValueError, "reduction must be one of .* got 'max'"),
-        ({"temperature": 0.0}, ValueError, "temperature must be positive, got 0.0"),
+        (
+            {"temperature": 0.0},
+            ValueError,
+            "temperature must be a number, positive and finite in float32, got 0.0",
+        ),
         ({"impl": "fast"}, ValueError, "impl must be one of .* got 'fast'"),
     ],
 )

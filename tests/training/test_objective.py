@@ -238,3 +238,24 @@ def test_tied_weights_and_final_softcap():
     uncapped = model.lm_head(hidden)[:, :-1].flatten(0, 1)
     labels = pack(examples)["labels"][:, 1:].flatten()
     assert abs(functional.cross_entropy(uncapped, labels) - output.ntp_loss) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *(
+            ({f"num_{kind}_in_batch": count}, "counts of a batch must be numbers of at least 0")
+            for kind in ("items", "pairs")
+            for count in (-3, float("nan"), "a")
+        ),
+        *(
+            ({f"{name}_weight": value}, f"{name}_weight must be a number, finite in float32")
+            for name in ("ntp", "jepa", "stp", "aux")
+            for value in (float("nan"), float("inf"), "a")
+        ),
+        *(({"max_logits": count}, "max_logits must be an integer") for count in (0, -1, 2.5)),
+    ],
+)
+def test_numbers_out_of_range(model, batch, options, message):
+    with pytest.raises(ValueError, match=message):
+        llm_jepa_loss(model, batch, **options)
