@@ -8,8 +8,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
-from llmjepa_kernels import Example, PackedBatch, Segment, llm_jepa_example, pack
+from llmjepa_kernels import (
+    Example,
+    PackedBatch,
+    Segment,
+    llm_jepa_example,
+    pack,
+    view_attention,
+)
 from llmjepa_kernels.packing import segment_ends, without_views
 from llmjepa_kernels.tubes import TokenPath
 from tests.support.helpers import random_examples
@@ -241,9 +249,7 @@ def test_bad_options():
         pack([])
     with pytest.raises(ValueError, match="max_length must be an integer, at least 1, got 0"):
         pack([Example([Segment([1])])], 0)
-    with pytest.raises(
-        ValueError, match=r"pad_to_multiple_of must be an integer.* got 0"
-    ):
+    with pytest.raises(ValueError, match=r"pad_to_multiple_of must be an integer.* got 0"):
         pack([Example([Segment([1])])], pad_to_multiple_of=0)
     with pytest.raises(ValueError, match="multiple of pad_to_multiple_of = 8, got 12"):
         pack([Example([Segment([1])])], 12, pad_to_multiple_of=8)
@@ -306,3 +312,17 @@ def test_segment_ends_count_what_the_last_token_sees():
     example = Example([Segment([1, 2]), Segment([3], parent=0), Segment([4, 5, 6], parent=1)])
     assert segment_ends(example) == [2, 3, 6]
     assert segment_ends(Example([Segment([1, 2]), Segment([3])])) == [2, 1]
+
+
+def test_forked_workers_pack_after_threads_were_used():
+    """Threads do not survive a fork: what waits for them hangs, as torch's own operations do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    q = torch.randn(1, 4, 512, 32)
+    view_attention(q, q, q, torch.full((1, 512), 512, dtype=torch.int32))
+    torch.set_num_threads(threads)
+    loader = DataLoader(
+        random_examples(8, seed=1), 4, collate_fn=pack, num_workers=2,
+        multiprocessing_context="fork", timeout=60,
+    )  # fmt: skip
+    assert [len(batch["view_pairs"][0]) for batch in loader] == [4, 4]

@@ -176,10 +176,28 @@ def _has_window(module: nn.Module) -> bool:
     return bool(window) and getattr(module.config, "use_sliding_window", True)
 
 
+_ATTENTION_DROPOUT = (
+    "attention_dropout",
+    "attn_pdrop",
+    "attn_dropout",
+    "attention_probs_dropout_prob",
+)
+_NOISE = ("dropout", "pdrop", "jitter")
+
+
 def dropout_field(config: Any) -> str | None:
     """Name of the config's field of attention dropout, if that is not 0."""
-    fields = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
-    return next((field for field in fields if getattr(config, field, None)), None)
+    return next((field for field in _ATTENTION_DROPOUT if getattr(config, field, None)), None)
+
+
+def noise_of(config: Any) -> dict[str, float]:
+    """The config's fields of other noise in training, by their names."""
+    return {
+        name: value
+        for name, value in config.to_dict().items()
+        if isinstance(value, float) and value > 0 and any(map(name.__contains__, _NOISE))
+        if name not in _ATTENTION_DROPOUT and not name.startswith(("summary_", "classifier_"))
+    }
 
 
 def _dense(

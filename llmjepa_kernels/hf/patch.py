@@ -8,6 +8,7 @@ scaled_dot_product_attention as if the model were not patched.
 
 from __future__ import annotations
 
+import warnings
 from typing import TypeVar
 
 from torch import nn
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 
 from llmjepa_kernels.hf.forward import adapter_of, add_hooks, has_hooks, remove_hooks
 from llmjepa_kernels.hf.interface import innermost
+from llmjepa_kernels.hf.layer import noise_of
 from llmjepa_kernels.ops.choice import BACKENDS
 
 # Layers that mix tokens by attention alone, under a causal mask with or without a window.
@@ -65,6 +67,12 @@ def patch_model(model: Model, *, impl: str | None = None) -> Model:
     adapter.check(pretrained)
     add_hooks(pretrained)
     adapter.patch(pretrained, impl)
+    if noise := noise_of(pretrained.config.get_text_config()):
+        warnings.warn(
+            f"{type(pretrained).__name__} adds noise in training ({noise}): a packed row draws "
+            "other numbers than separate passes, so their losses differ by chance",
+            stacklevel=2,
+        )
     return model
 
 

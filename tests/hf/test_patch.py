@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -365,6 +366,20 @@ def test_models_without_the_attention_interface():
     bloom = BloomForCausalLM(BloomConfig(vocab_size=16, hidden_size=16, n_layer=1, n_head=2))
     with pytest.raises(TypeError, match="BloomModel does not call attention through"):
         patch_model(bloom)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "field"), [("phimoe", "router_jitter_noise"), ("seed_oss", "residual_dropout")]
+)
+def test_noise_in_training_is_said(model_type, field):
+    family = Family(model_type)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patch_model(family.model())  # without any
+    model = family.model()
+    setattr(model.config, field, 0.125)
+    with pytest.warns(UserWarning, match=f"adds noise in training .*{field}': 0.125"):
+        patch_model(model)
 
 
 @pytest.mark.parametrize("model_type", interface.DEVIATING)
