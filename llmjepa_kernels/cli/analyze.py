@@ -58,7 +58,7 @@ def analyze(options: AnalyzeOptions) -> None:
     logging.disable_progress_bar()  # of reading weights
     names = short_names(checkpoints)
     for checkpoint in checkpoints:
-        check_model(checkpoint)
+        check_model(checkpoint, trust_remote_code=options.trust_remote_code)
     output_dir.mkdir(parents=True, exist_ok=True)
     analyses = []
     for name, checkpoint in zip(names, checkpoints, strict=True):
@@ -69,6 +69,7 @@ def analyze(options: AnalyzeOptions) -> None:
                 num_pred_tokens=options.num_pred_tokens,
                 layout=options.layout,
                 progress=name,
+                trust_remote_code=options.trust_remote_code,
             )
         except ValueError as error:
             raise ValueError(f"{checkpoint}: {error}") from error
@@ -86,6 +87,7 @@ def analyze(options: AnalyzeOptions) -> None:
     write_whole(output_dir / "analysis.png", picture.getvalue())
     table = format_table([(analysis["name"], analysis) for analysis in analyses], COLUMNS)
     print(f"\n{table}\nanalysis.json and analysis.png: {output_dir}/")
+    print("next: llmjepa evaluate", *checkpoints)
 
 
 def analyze_checkpoint(
@@ -95,6 +97,7 @@ def analyze_checkpoint(
     num_pred_tokens: int | None = None,
     layout: str | None = None,
     progress: str | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """The numbers of one checkpoint: those of `view_geometry`, and t-SNE of both views.
 
@@ -105,6 +108,7 @@ def analyze_checkpoint(
         checkpoint: As `load_pretrained` takes it.
         chats: Samples as `read_chats` yields them, at least two.
         num_pred_tokens, layout: As in `ExampleFormat.load`.
+        trust_remote_code: As in `load_pretrained`.
         progress: Shown in front of a progress bar. Default: none.
 
     Raises:
@@ -115,7 +119,7 @@ def analyze_checkpoint(
     from rich.progress import track
 
     console = Console(quiet=progress is None)
-    model, tokenizer = load_pretrained(checkpoint)
+    model, tokenizer = load_pretrained(checkpoint, trust_remote_code=trust_remote_code)
     if torch.cuda.is_available() or torch.xpu.is_available():
         model.to(torch.accelerator.current_accelerator())
     patch_model(model)

@@ -13,6 +13,7 @@ from llmjepa_kernels.cli.shared_options import (
     data_option,
     needs_gguf,
     recipe_option,
+    trust_option,
 )
 from llmjepa_kernels.data.chat import LAYOUTS
 
@@ -21,7 +22,7 @@ from llmjepa_kernels.data.chat import LAYOUTS
 class AnalyzeOptions(Options):
     """What ``llmjepa analyze`` is asked for; see `Options`."""
 
-    when_interrupted: ClassVar[str] = "interrupted: nothing is kept"
+    when_interrupted: ClassVar[str] = "interrupted: nothing is kept, start it again"
     arguments: ClassVar[str] = " CHECKPOINT [CHECKPOINT ...]"
     summary: ClassVar[str] = "see where checkpoints put Text and Code"
     description: ClassVar[str] = """\
@@ -53,6 +54,7 @@ examples:
         choices=LAYOUTS,
         default_is="shared",
     )
+    trust_remote_code: bool = trust_option()
     output_dir: Path = option(  # noqa: RUF009
         Path("outputs/analyze"),
         "gets analysis.json and analysis.png",

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from transformers.utils import logging
 
+from llmjepa_kernels.cli.device import chosen_device
 from llmjepa_kernels.cli.evaluate_options import EvaluateOptions
 from llmjepa_kernels.cli.fingerprints import data_fingerprint, weights_fingerprint
 from llmjepa_kernels.cli.held_out import check_answers, chosen_rule, held_out_samples
@@ -40,12 +41,13 @@ def evaluate(options: EvaluateOptions) -> None:
     logging.disable_progress_bar()  # of reading weights
     with evaluation.file or nullcontext():
         for name in options.checkpoints[1:]:  # the first one is loaded next
-            check_model(name)
+            check_model(name, trust_remote_code=options.trust_remote_code)
         results = {name: evaluation.run(name) for name in options.checkpoints}
     print(format_accuracies(results, evaluation.split), end="")
     if evaluation.file is not None:
         file = evaluation.file
         print(f"Predictions: {file.path}, settings and results: {file.report_path}")
+    print(f"next: llmjepa generate {options.checkpoints[-1]}")
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Evaluation:
     @classmethod
     def prepare(cls, options: EvaluateOptions) -> Evaluation:
         """Reads the data and checks all of it; raises as `evaluate` does."""
-        device = _device(options.device)
+        device = chosen_device(options.device)
         rule = chosen_rule(
             options.rule,
             recipe=options.recipe,
@@ -93,7 +95,7 @@ class Evaluation:
 
     def run(self, name: str) -> dict[str, Accuracy]:
         """Has one checkpoint answer what it has not answered yet."""
-        model, tokenizer = load_pretrained(name)
+        model, tokenizer = load_pretrained(name, trust_remote_code=self.options.trust_remote_code)
         model.to(self.device, torch.bfloat16 if self.options.bf16 else torch.float32)
         example_format = ExampleFormat.load(name)
         done: dict[int, Prediction] = {}
@@ -194,16 +196,3 @@ def _template(checkpoints: Sequence[str]) -> str:
     formats = [ExampleFormat.load(name) for name in checkpoints if Path(name).is_dir()]
     templates = {found.template for found in formats}
     return templates.pop() if len(formats) == len(checkpoints) and len(templates) == 1 else "chat"
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        return accelerator or torch.device("cpu")
-    try:
-        probe = torch.ones(1, device=name)
-        probe.add(1).item()  # the meta device can be named but computes nothing
-        return probe.device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name} cannot be used: {reason}") from error

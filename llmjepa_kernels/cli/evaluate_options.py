@@ -5,17 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from llmjepa_kernels.cli.option_parser import COUNT, Options, option
+from llmjepa_kernels.cli.option_parser import COUNT, NOT_NEGATIVE, Options, option
 from llmjepa_kernels.cli.shared_options import (
     BUILT_IN_SEED,
     EVAL_SAMPLES,
     checkpoints_option,
     data_option,
     databases_option,
+    device_option,
     needs_gguf,
     recipe_option,
     rule_option,
     split_option,
+    trust_option,
 )
 from llmjepa_kernels.evaluation.predict import BATCH_SIZE
 
@@ -73,14 +75,10 @@ examples:
         "FILE.report.json gets settings and results",
         metavar="FILE.jsonl",
     )
-    device: str | None = option(
-        None,
-        "such as cuda:1",
-        metavar="DEVICE",
-        default_is="a GPU if there is one",
-    )
+    device: str | None = device_option()
     bf16: bool = option(False, "weights in bfloat16, not float32")
-    seed: int = option(BUILT_IN_SEED, "of the built-in data", metavar="SEED")
+    trust_remote_code: bool = trust_option()
+    seed: int = option(BUILT_IN_SEED, "of the built-in data", metavar="SEED", range=NOT_NEGATIVE)
 
     def check(self) -> None:
         if self.output is not None and not self.output.endswith(".jsonl"):

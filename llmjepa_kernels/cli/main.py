@@ -8,12 +8,14 @@ import io
 import os
 import sys
 import time
+import warnings
 
 import torch
 
 from llmjepa_kernels import __version__
 from llmjepa_kernels.cli.analyze_options import AnalyzeOptions
 from llmjepa_kernels.cli.evaluate_options import EvaluateOptions
+from llmjepa_kernels.cli.generate_options import GenerateOptions
 from llmjepa_kernels.cli.option_parser import Options, Parser
 from llmjepa_kernels.cli.train_options import TrainOptions
 
@@ -23,6 +25,7 @@ COMMANDS: dict[str, type[Options]] = {
     "train": TrainOptions,
     "evaluate": EvaluateOptions,
     "analyze": AnalyzeOptions,
+    "generate": GenerateOptions,
 }
 # What a user or the machine is at fault for; all others are our own, and show a traceback.
 FAULTS = (ValueError, OSError, ImportError, RecursionError, torch.OutOfMemoryError)
@@ -42,6 +45,8 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     parsed, unknown = _parser().parse_known_args(argv)
     command = COMMANDS[parsed.command]
+    if not parsed.traceback:
+        warnings.formatwarning = _warning
     try:
         options = command.of(parsed, unknown)
         _require(options.packages())
@@ -56,6 +61,17 @@ def main(argv: list[str] | None = None) -> int:
         _complain(f"llmjepa {parsed.command}: error: {error}")
         return 1 if isinstance(error, FloatingPointError) else 2
     return 0
+
+
+def _warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    """A warning in one line, without the place in the code that it comes from."""
+    return f"warning: {message}\n"
 
 
 def _complain(message: str) -> None:

@@ -12,6 +12,7 @@ from llmjepa_kernels.files import write_whole
 from llmjepa_kernels.training.checkpoints import checkpoints, why_incomplete
 
 RECORD = "run.json"
+LENGTHS = ("epochs", "max_steps")
 
 
 @dataclass
@@ -39,9 +40,12 @@ class RunRecord:
     def check(self, *, resume: bool, overwrite: bool = False) -> None:
         """Reads the result of a finished run, or makes sure that nothing is overwritten.
 
+        A run that is asked for more epochs or updates than before goes on from its last checkpoint.
+
         Raises:
             ValueError: Without `resume` and `overwrite`, there is an earlier run; with `resume`,
-                that run had other options, or its record is corrupt.
+                that run had other options, or is to be longer and has no checkpoint, or its record
+                is corrupt.
         """
         if not resume:
             if not overwrite and (found := self._leftovers()):
@@ -60,6 +64,14 @@ class RunRecord:
             raise ValueError(f"{path} is no record of a run: {error!r}") from error
         now = json.loads(json.dumps(self.options, default=str))
         changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
+        if changed and all(_is_longer(k, before.get(k), now.get(k)) for k in changed):
+            if self.checkpoint()[0] is None:
+                raise ValueError(
+                    f"--resume: the run in {self.directory} has no checkpoint to go on from to "
+                    f"{changed[0]} {now[changed[0]]!r}: --save-steps or --save-strategy would have "
+                    "made some"
+                )
+            return
         if changed:
             raise ValueError(
                 f"--resume: the run in {self.directory} had other options: "
@@ -100,3 +112,9 @@ class RunRecord:
     def _write(self, result: dict[str, Any] | None) -> None:
         record = {"options": self.options, "result": result}
         write_whole(self.directory / RECORD, json.dumps(record, indent=1, default=str))
+
+
+def _is_longer(name: str, before: Any, now: Any) -> bool:
+    """Whether an option asks for more of the same training."""
+    both = isinstance(before, int | float) and isinstance(now, int | float)
+    return name in LENGTHS and both and now > before

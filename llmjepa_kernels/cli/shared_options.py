@@ -69,6 +69,20 @@ def split_option(what_it_does: str, group: str | None = None) -> Any:
     )
 
 
+def device_option(group: str | None = None) -> Any:
+    return option(
+        None,
+        "such as cuda:1",
+        group=group,
+        metavar="DEVICE",
+        default_is="a GPU if there is one",
+    )
+
+
+def trust_option(group: str | None = None) -> Any:
+    return option(False, "run the Python code that comes with some models", group=group)
+
+
 def needs_gguf(*names: str) -> list[str]:
     """The package that reads .gguf files, if one of the models is one."""
     return ["gguf"] if any(name.endswith(".gguf") for name in names) else []

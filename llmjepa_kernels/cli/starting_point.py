@@ -61,7 +61,9 @@ def starting_point(
     if options.random_weights:
         model, tokenizer = _random(options, samples)
     else:
-        model, tokenizer = models.load_pretrained(str(options.model))
+        model, tokenizer = models.load_pretrained(
+            str(options.model), trust_remote_code=options.trust_remote_code
+        )
         weights = weights_fingerprint(model)
     if options.template == "chat" and not tokenizer.chat_template:
         raise ValueError(
@@ -103,13 +105,14 @@ class StartingPoints:
 
 def _random(options: TrainOptions, samples: Sequence[Mapping[str, Any]]) -> tuple[Any, Any]:
     """A model with random weights, and a tokenizer."""
+    trust = {"trust_remote_code": options.trust_remote_code}
     if options.model is None or options.vocab_size is not None:
         size = {} if options.vocab_size is None else {"vocab_size": options.vocab_size}
         tokenizer = train_tokenizer(samples, **size)
     else:
-        tokenizer = models.load_tokenizer(options.model)
+        tokenizer = models.load_tokenizer(options.model, **trust)
     if options.model is not None:
-        return models.from_scratch(options.model, tokenizer), tokenizer
+        return models.from_scratch(options.model, tokenizer, **trust), tokenizer
     given = {name: getattr(options, name) for name in SMALL_LLAMA}
     size = SMALL_LLAMA | {name: n for name, n in given.items() if n is not None}
     return models.small_llama(tokenizer, **size), tokenizer

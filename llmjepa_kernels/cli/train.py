@@ -51,6 +51,7 @@ def train(options: TrainOptions) -> None:
         "stream": source_fingerprint(str(options.data)) if options.streaming else None,
         "weights": first.weights,
         "processes": arguments.world_size,
+        "epochs": arguments.num_train_epochs,
     }
     records = [
         _record(options, depends_on, objective, seed)

@@ -23,6 +23,7 @@ from llmjepa_kernels.cli.shared_options import (
     recipe_option,
     rule_option,
     split_option,
+    trust_option,
 )
 from llmjepa_kernels.data.chat import DIRECTIONS, LAYOUTS, PRED_POSITIONS, SUPERVISE
 from llmjepa_kernels.data.example_format import TEMPLATES
@@ -122,8 +123,9 @@ examples:
         'JSONL, a line being {"messages": [{"role": "system", "content": …}, user, assistant]}; '
         '"text" and "code" may give other views, "views": {"name": "content", …} further ones, '
         'which Text predicts too unless "pairs": [["text", "name"], …] says which view predicts '
-        "which. Also a directory of src.txt and targ.txt or saved by the datasets library, or "
-        "hub:NAME:SPLIT, see --recipe",
+        "which. Also CSV, TSV or Parquet, - for standard input, a directory of src.txt and "
+        "targ.txt or saved by the datasets library, or hub:NAME:SPLIT, see --recipe; .gz is "
+        "unpacked",
         group=MAIN,
         metavar="SOURCE",
         default_is="built-in pairs of English and regular expressions",
@@ -193,7 +195,7 @@ examples:
     resume: bool = option(
         False,
         "go on from the last checkpoints in --output-dir, if there are any, and keep the results "
-        "of runs that are finished",
+        "of runs that are finished, unless --epochs or --max-steps has grown",
         group=MAIN,
         recorded=False,
     )
@@ -230,6 +232,8 @@ examples:
         range=COUNT,
         default_is="the one of --model, else 512",
     )
+
+    trust_remote_code: bool = trust_option(MODEL)
 
     recipe: str | None = recipe_option(DATA)
     rule: str | None = rule_option(DATA)

@@ -20,6 +20,7 @@ from llmjepa_kernels.evaluation.geometry import view_states
 from llmjepa_kernels.evaluation.predict import Accuracy, evaluate
 from llmjepa_kernels.evaluation.rules import Rule
 from llmjepa_kernels.files import share_as_umask_says
+from llmjepa_kernels.packing import pack
 from llmjepa_kernels.training.checkpoints import saving
 from llmjepa_kernels.training.collator import LLMJEPACollator, chat_tokens
 from llmjepa_kernels.training.loss_dropout import LossDropout
@@ -200,8 +201,9 @@ class TrainingRun:
         samples = self.data.held_out.samples
         if not samples:
             return []
-        collator = LLMJEPACollator(self.start.tokenizer, example_format)
-        batches = (collator(chunk) for chunk in _chunks(samples, VIEW_BATCH_SIZE))
+        tokenizer = self.start.tokenizer
+        examples = [example_format.example(sample, tokenizer) for sample in samples]
+        batches = (pack(chunk) for chunk in _chunks(examples, VIEW_BATCH_SIZE))
         return cosine_similarity(*view_states(model, batches)).tolist()
 
     def _accuracies(self, model: Any) -> dict[str, float]:

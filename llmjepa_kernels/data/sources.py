@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import csv
+import gzip
+import io
 import json
+import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from contextlib import contextmanager
+from functools import cache, partial
 from itertools import zip_longest
 from os import PathLike, fspath
 from pathlib import Path
@@ -15,6 +20,8 @@ from typing import Any
 Source = str | PathLike[str] | Iterable["str | PathLike[str] | Mapping[str, Any]"]
 Rows = Iterator[tuple[str, Callable[[], Any]]]
 HUB = "hub:"
+STDIN = "-"
+GZIP = ".gz"
 
 
 def open_rows(source: Source) -> Rows:
@@ -24,7 +31,8 @@ def open_rows(source: Source) -> Rows:
         source: One of
 
             - the path of a JSONL file, or by its ending of a CSV, TSV or Parquet file; every value
-              of a CSV file is a string;
+              of a CSV file is a string; all but Parquet may be compressed (``.gz``);
+            - ``-``, JSONL from standard input, which is kept and so can be read again;
             - a directory with ``src.txt`` and ``targ.txt``, as NL-RX is distributed: row i has
               line i of each, as ``src`` and ``targ``;
             - a directory that ``Dataset.save_to_disk`` wrote;
@@ -45,7 +53,7 @@ def open_rows(source: Source) -> Rows:
     if name.startswith(HUB):
         return _hub(name)
     path = Path(name)
-    if path.is_file():
+    if path.is_file() or name == STDIN:
         return _items([name])
     if not path.is_dir():
         raise FileNotFoundError(f"no file {name!r}")
@@ -64,8 +72,8 @@ def open_rows(source: Source) -> Rows:
 def _items(source: Iterable[Any]) -> Rows:
     for index, item in enumerate(source):
         if isinstance(item, (str, PathLike)):
-            reader = _READERS.get(Path(item).suffix.lower(), _json_lines)
-            yield from reader(fspath(item))
+            path = Path(fspath(item).lower().removesuffix(GZIP))
+            yield from _READERS.get(path.suffix, _json_lines)(fspath(item))
         else:
             yield f"row {index}", partial(_given, item)
 
@@ -74,8 +82,29 @@ def _given(item: Any) -> Any:
     return item
 
 
+@contextmanager
+def _opened(name: str) -> Iterator[Any]:
+    """The bytes of a file, what was compressed in it."""
+    if name == STDIN:
+        yield io.BytesIO(_standard_input())
+    elif not name.lower().endswith(GZIP):
+        with open(name, "rb") as file:
+            yield file
+    else:
+        try:
+            with gzip.open(name) as unpacked:
+                yield unpacked
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ValueError(f"{name} is no complete gzip file: {error}") from error
+
+
+@cache
+def _standard_input() -> bytes:
+    return sys.stdin.buffer.read()
+
+
 def _json_lines(name: str) -> Rows:
-    with open(name, "rb") as file:
+    with _opened(name) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 yield f"{name}:{number}", partial(_parsed, line)
@@ -87,9 +116,10 @@ def _parsed(line: bytes) -> Any:
 
 def _separated(name: str, delimiter: str) -> Rows:
     csv.field_size_limit(2**31 - 1)  # a text may be longer than the default of 128 KiB
-    with open(name, encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file, delimiter=delimiter, strict=True)
+    with _opened(name) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
         try:
+            rows = csv.DictReader(text, delimiter=delimiter, strict=True)
             for row in rows:
                 yield f"{name}:{rows.line_num}", partial(_complete, row)
         except (csv.Error, UnicodeDecodeError) as error:

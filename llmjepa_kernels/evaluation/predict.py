@@ -275,7 +275,7 @@ def _generate(
     padding = [width - len(prompt) for prompt in prompts]
     ids = [[pad_token_id] * n + list(prompt) for n, prompt in zip(padding, prompts, strict=True)]
     mask = [[0] * n + [1] * (width - n) for n in padding]
-    options: dict[str, Any] = {"logits_processor": [_refuse_nan]}
+    options: dict[str, Any] = {"logits_processor": [refuse_nan]}
     if allowed_ids:
         options["prefix_allowed_tokens_fn"] = lambda batch_id, sent: allowed_ids
     was_training = model.training
@@ -301,7 +301,7 @@ def _generate(
     return answers
 
 
-def _refuse_nan(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+def refuse_nan(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
     """A logits processor: the most likely of NaNs would be a token like any other."""
     if scores.isnan().any():
         raise ValueError("the model's logits are NaN: it cannot be evaluated")

@@ -23,12 +23,13 @@ from transformers import (
 from transformers.utils.peft_utils import find_adapter_config_file
 
 
-def load_pretrained(name: str) -> tuple[Any, Any]:
+def load_pretrained(name: str, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
     """A causal language model in float32, and its tokenizer.
 
     Args:
         name: A model of the Hugging Face hub, a directory, or a ``.gguf`` file, which holds the
             tokenizer as well and is dequantised. A LoRA adapter is merged into its base model.
+        trust_remote_code: Run the Python code that comes with some models.
 
     Returns:
         model, tokenizer; the tokenizer has a padding token.
@@ -38,15 +39,16 @@ def load_pretrained(name: str) -> tuple[Any, Any]:
             it is corrupt; it lacks weights, or embeddings of its tokenizer's tokens.
     """
     path, options = _location(name)
+    trust = {"trust_remote_code": trust_remote_code}
     if _is_adapter(path, options):
-        return _load_adapter(name)
-    tokenizer = load_tokenizer(name)
+        return _load_adapter(name, **trust)
+    tokenizer = load_tokenizer(name, **trust)
     if options and hasattr(transformers, "GgufConfig"):
         # Quantised weights cannot be trained; Transformers without this option never keeps them.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with _loading(name):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, output_loading_info=True, **options
+            path, dtype=torch.float32, output_loading_info=True, **options, **trust
         )
         model, found = loaded
         # Transformers would draw them at random.
@@ -59,43 +61,48 @@ def load_pretrained(name: str) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def check_model(name: str) -> None:
+def check_model(name: str, *, trust_remote_code: bool = False) -> None:
     """Raises an OSError that `load_pretrained` would raise, as far as the weights need no look."""
     path, options = _location(name)
-    load_tokenizer(name)
+    trust = {"trust_remote_code": trust_remote_code}
+    load_tokenizer(name, **trust)
     with _loading(name):
         if _is_adapter(path, options):
             from peft import PeftConfig
 
-            check_model(PeftConfig.from_pretrained(path).base_model_name_or_path)
+            check_model(PeftConfig.from_pretrained(path).base_model_name_or_path, **trust)
         else:
-            AutoConfig.from_pretrained(path, **options)
+            AutoConfig.from_pretrained(path, **options, **trust)
 
 
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a model, with a padding token; `name` as in `load_pretrained`."""
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model, with a padding token; arguments as in `load_pretrained`."""
     path, options = _location(name)
     with _loading(name):
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, **options, trust_remote_code=trust_remote_code
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def from_scratch(name: str, tokenizer: Any) -> Any:
+def from_scratch(name: str, tokenizer: Any, *, trust_remote_code: bool = False) -> Any:
     """A model of a given architecture, with random weights from torch's global generator.
 
     Args:
         name: As in `load_pretrained`, or a ``config.json``; only the configuration is read.
         tokenizer: Gives the vocabulary and the special tokens.
+        trust_remote_code: As in `load_pretrained`.
     """
     path, options = _location(name)
+    trust = {"trust_remote_code": trust_remote_code}
     with _loading(name):
-        config = AutoConfig.from_pretrained(path, **options)
+        config = AutoConfig.from_pretrained(path, **options, **trust)
         config.vocab_size = len(tokenizer)
         for role in ("bos", "eos", "pad"):
             setattr(config, f"{role}_token_id", getattr(tokenizer, f"{role}_token_id"))
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, **trust)
 
 
 @contextmanager
@@ -107,6 +114,11 @@ def _loading(name: str) -> Iterator[None]:
         raise  # says what to install
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
+        if "trust_remote_code" in reason:
+            reason = (
+                "it comes with Python code, which runs only if you trust its authors: "
+                "trust_remote_code=True, or --trust-remote-code"
+            )
         raise OSError(f"{name!r} cannot be loaded: {reason}") from error
 
 
@@ -143,13 +155,13 @@ def _location(name: str) -> tuple[str, dict[str, Any]]:
     return name, {}
 
 
-def _load_adapter(directory: str) -> tuple[Any, Any]:
+def _load_adapter(directory: str, **trust: bool) -> tuple[Any, Any]:
     from peft import PeftConfig, PeftModel
 
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory, **trust)
     with _loading(directory):
         base = PeftConfig.from_pretrained(directory).base_model_name_or_path
-    model, _ = load_pretrained(base)
+    model, _ = load_pretrained(base, **trust)
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:  # it has [PRED] tokens
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     with _loading(directory), warnings.catch_warnings():

@@ -329,6 +329,29 @@ def test_resume_refuses_other_options(miniature, capsys):
     assert "data_seed 42, now 3" in capsys.readouterr().err
 
 
+def test_a_finished_run_is_extended(tmp_path, capsys):
+    options = [*MINIATURE, "--no-compare", "--hidden-size", 64, "--num-layers", 1]
+    options += ["--output-dir", tmp_path, "--save-steps", 4]
+    assert run(*options, "--epochs", 1) == 0
+    first = report(tmp_path)["LLM-JEPA"]
+    assert len(losses(first)) == 5
+    assert run(*options, "--epochs", 0.5, "--resume") == 2
+    assert "had other options: epochs 1.0, now 0.5" in capsys.readouterr().err
+    assert run(*options, "--epochs", 2, "--resume") == 0
+    assert "checkpoint-5" in capsys.readouterr().out
+    longer = report(tmp_path)["LLM-JEPA"]
+    assert losses(longer)[:5] == losses(first)
+    assert len(losses(longer)) == 10
+    assert run(*options, "--epochs", 2, "--resume") == 0  # and is kept
+    assert "finished before, kept" in capsys.readouterr().out
+
+
+def test_a_run_without_checkpoints_cannot_be_extended(miniature, capsys):
+    options = [*MINIATURE, "--max-steps", 4, "--output-dir", miniature, "--resume"]
+    assert run(*options) == 2
+    assert "has no checkpoint to go on from to max_steps 4" in capsys.readouterr().err
+
+
 def test_plain_format_with_loss_on_all_tokens(tmp_path):
     options = [*MINIATURE, "--format", "plain", "--supervise", "all", "--max-steps", 2]
     options += ["--no-compare", "--vocab-size", 300, "--output-dir", tmp_path]

@@ -1,11 +1,15 @@
 """Readers on good and bad files and data sets."""
 
+import gzip
+import io
 import json
+import sys
 
 import datasets
 import pytest
 
 from llmjepa_kernels.data import grammar
+from llmjepa_kernels.data import sources as sources_module
 from llmjepa_kernels.data.samples import read_chats
 
 
@@ -196,9 +200,28 @@ def test_tables(tmp_path):
     ]
 
 
+def test_compressed_files_and_standard_input(tmp_path, monkeypatch):
+    lines = "".join(json.dumps(chat(user)) + "\n" for user in "ab").encode()
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
+    (tmp_path / "B.CSV.GZ").write_bytes(gzip.compress(b"prompt,completion\nq,1\n"))
+    table = [{"messages": chat("q", "1")["messages"][1:]}]
+    sources = [tmp_path / "a.jsonl.gz", tmp_path / "B.CSV.GZ"]
+    assert list(read_chats(sources)) == [chat("a"), chat("b"), *table]
+
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
+    sources_module._standard_input.cache_clear()
+    for _ in range(2):  # it is kept
+        assert list(read_chats("-")) == [chat("a"), chat("b")]
+    with pytest.raises(ValueError, match="-:1: expected"):
+        next(read_chats("-", recipe="nl_rx"))
+    sources_module._standard_input.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("a.jsonl.gz", b"{}", r"a\.jsonl\.gz is no complete gzip file"),
+        ("a.jsonl.gz", gzip.compress(b"x" * 99)[:-9], "is no complete gzip file"),
         ("a.csv", b"prompt,completion\na\n", r"a\.csv:2: expected 2 values, for .*, got 1"),
         ("a.csv", b"prompt,completion\na,b,c\n", r"a\.csv:2: expected 2 values, for .*, got 3"),
         ("a.csv", b'prompt,completion\n"a"b,c\n', r"a\.csv: not CSV in UTF-8 after line \d"),

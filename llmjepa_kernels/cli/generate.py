@@ -1,0 +1,65 @@
+"""`llmjepa generate`: a checkpoint answers a prompt, or chats."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from transformers import TextStreamer, set_seed
+from transformers.utils import logging
+
+from llmjepa_kernels.cli.device import chosen_device
+from llmjepa_kernels.cli.generate_options import GenerateOptions
+from llmjepa_kernels.data.example_format import ExampleFormat
+from llmjepa_kernels.evaluation.answer import answer
+from llmjepa_kernels.hf.load import load_pretrained
+
+
+def generate(options: GenerateOptions) -> None:
+    """Prints answers as they are made.
+
+    Raises:
+        ValueError: An option is wrong, or a prompt does not fit the checkpoint.
+        OSError: The model is not there.
+    """
+    device = chosen_device(options.device)
+    logging.disable_progress_bar()  # of reading weights
+    model, tokenizer = load_pretrained(
+        options.checkpoint, trust_remote_code=options.trust_remote_code
+    )
+    model.to(device, torch.bfloat16 if options.bf16 else torch.float32)
+    example_format = ExampleFormat.load(options.checkpoint)
+    set_seed(options.seed)
+
+    def say(messages: list[dict[str, str]]) -> str:
+        return answer(
+            model,
+            tokenizer,
+            messages,
+            example_format,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        )
+
+    begin = [] if options.system is None else [{"role": "system", "content": options.system}]
+    if options.prompt is not None or not sys.stdin.isatty():
+        prompt = sys.stdin.read().strip() if options.prompt is None else options.prompt
+        if not prompt:
+            raise ValueError("expected a prompt, from --prompt or standard input, got none")
+        say([*begin, {"role": "user", "content": prompt}])
+        return
+    messages = list(begin)
+    while prompt := _line():
+        messages.append({"role": "user", "content": prompt})
+        messages.append({"role": "assistant", "content": say(messages)})
+        if example_format.template == "plain":  # which has no turns
+            messages = list(begin)
+
+
+def _line() -> str:
+    """What the user types; empty at the end."""
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""

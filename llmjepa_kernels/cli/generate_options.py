@@ -1,0 +1,54 @@
+"""The options of `llmjepa generate`."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass
+from typing import ClassVar
+
+from llmjepa_kernels.cli.option_parser import COUNT, NOT_NEGATIVE, Options, option
+from llmjepa_kernels.cli.shared_options import device_option, needs_gguf, trust_option
+
+
+@dataclass(frozen=True)
+class GenerateOptions(Options):
+    """What ``llmjepa generate`` is asked for; see `Options`."""
+
+    arguments: ClassVar[str] = " CHECKPOINT"
+    summary: ClassVar[str] = "ask a checkpoint"
+    description: ClassVar[str] = """\
+Answers a prompt in the format that the checkpoint was trained with. Without --prompt it chats in a
+terminal, until an empty line or Ctrl-D; elsewhere standard input is the prompt.
+"""
+    epilog: ClassVar[str] = """\
+examples:
+  llmjepa generate outputs/train/llm-jepa --prompt "lines with a vowel"
+  llmjepa generate Qwen/Qwen3-1.7B --bf16 --temperature 0.7 --system "Answer in one word."
+"""
+
+    checkpoint: str = option(
+        MISSING,
+        "directory of a model or LoRA adapter, model of the Hugging Face hub, or .gguf file",
+        metavar="CHECKPOINT",
+    )
+    prompt: str | None = option(
+        None,
+        "what the user says",
+        metavar="TEXT",
+        default_is="a chat, or standard input",
+    )
+    system: str | None = option(None, "the system prompt", metavar="TEXT", default_is="none")
+    max_new_tokens: int = option(256, "longest answer", metavar="N", range=COUNT)
+    temperature: float = option(
+        0.0,
+        "of the tokens that are drawn; 0 takes the most likely",
+        metavar="T",
+        range=NOT_NEGATIVE,
+    )
+    seed: int = option(0, "of the draws", metavar="SEED", range=NOT_NEGATIVE)
+    device: str | None = device_option()
+    bf16: bool = option(False, "weights in bfloat16, not float32")
+    trust_remote_code: bool = trust_option()
+
+    def packages(self) -> dict[str, list[str]]:
+        packages = ["transformers", "tokenizers", "peft", *needs_gguf(self.checkpoint)]
+        return {"train": packages}

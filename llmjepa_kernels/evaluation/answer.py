@@ -1,0 +1,71 @@
+"""One answer of a model, as long as it likes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from llmjepa_kernels.data.example_format import ExampleFormat
+from llmjepa_kernels.evaluation.predict import max_positions, refuse_nan, stop_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, str]],
+    example_format: ExampleFormat,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    streamer: Any = None,
+) -> str:
+    """What a model says next.
+
+    Args:
+        model: A causal language model of Transformers, patched or not.
+        tokenizer: Its tokenizer.
+        messages: The turns so far, the last one the user's.
+        example_format: How turns become tokens.
+        max_new_tokens: Longest answer; the model's positions may end it before.
+        temperature: Of the tokens that are drawn, from torch's global generator; 0 takes the most
+            likely one.
+        streamer: Gets the tokens as they come, as in ``generate`` of Transformers.
+
+    Raises:
+        ValueError: The turns do not fit the format or the model, or its logits are NaN.
+    """
+    ids = example_format.prompt({"messages": list(messages)}, tokenizer)
+    positions = max_positions(model)
+    if positions and len(ids) >= positions:
+        raise ValueError(
+            f"the prompt is {len(ids)} tokens long, and the model has {positions} positions"
+        )
+    plain = replace(example_format, pred_ids=(), layout="shared", supervise="assistant")
+    stops = stop_ids(tokenizer, [plain.example({"messages": TURNS}, tokenizer)])
+    if example_format.end_id is not None:
+        stops.add(example_format.end_id)
+    options: dict[str, Any] = {"do_sample": False}
+    if temperature:
+        options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    prompt = torch.tensor([ids], device=model.device)
+    generated = cast(Any, model.eval()).generate(
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=min(max_new_tokens, (positions or len(ids) + max_new_tokens) - len(ids)),
+        repetition_penalty=1.0,
+        eos_token_id=sorted(stops) or None,
+        pad_token_id=tokenizer.pad_token_id,
+        logits_processor=[refuse_nan],
+        streamer=streamer,
+        **options,
+    )
+    new = [token for token in generated[0, len(ids) :].tolist() if token not in stops]
+    return str(tokenizer.decode(new))
