@@ -85,7 +85,7 @@ def test_a_whole_graph_needs_a_block_mask():
 def test_triton_needs_a_gpu_or_its_interpreter(name, monkeypatch):
     function, x = OPERATIONS[name]
     configs = pytest.importorskip(registry.CONFIGS)
-    monkeypatch.setattr(configs, "INTERPRETED", False)
+    monkeypatch.setattr(configs, "can_launch", lambda: False)
     refuses("impl='triton' runs on GPU tensors", function, x, impl="triton", error=RuntimeError)
 
 

@@ -82,7 +82,7 @@ def load_backend(backends: Mapping[str, str], impl: str | None, device: torch.de
         raise ValueError(f"impl must be one of {sorted(backends)}, got {impl!r}")
     if impl == "cpu" and device.type != "cpu":
         raise RuntimeError(f"impl='cpu' runs on CPU tensors, got tensors on {device}")
-    if impl == "triton" and device.type == "cpu" and not _module(CONFIGS).INTERPRETED:
+    if impl == "triton" and device.type == "cpu" and not _module(CONFIGS).can_launch():
         raise RuntimeError(
             "impl='triton' runs on GPU tensors, and on CPU tensors where Triton interprets "
             "(TRITON_INTERPRET=1, set before it is imported), got tensors on cpu"

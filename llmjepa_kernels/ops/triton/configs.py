@@ -341,6 +341,15 @@ def dot_precision(dtype: torch.dtype, arch: str, head_dim: int) -> str:
 INTERPRETED = triton.knobs.runtime.interpret  # as it was when the kernels were defined
 
 
+@cache
+def can_launch() -> bool:
+    """Whether Triton has a device, or interprets."""
+    try:
+        return INTERPRETED or triton.runtime.driver.active is not None
+    except RuntimeError:  # there is no driver
+        return False
+
+
 def current_arch() -> str:
     """`sm_90`, `gfx942`, … of the current device; `interpreter` where Triton interprets."""
     if INTERPRETED:
