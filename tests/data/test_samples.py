@@ -221,7 +221,7 @@ def test_compressed_files_and_standard_input(tmp_path, monkeypatch):
     ("name", "content", "message"),
     [
         ("a.jsonl.gz", b"{}", r"a\.jsonl\.gz is no complete gzip file"),
-        ("a.jsonl.gz", gzip.compress(b"x" * 99)[:-9], "is no complete gzip file"),
+        ("a.jsonl.gz", gzip.compress(b"x" * 99, mtime=0)[:-9], "is no complete gzip file"),
         ("a.csv", b"prompt,completion\na\n", r"a\.csv:2: expected 2 values, for .*, got 1"),
         ("a.csv", b"prompt,completion\na,b,c\n", r"a\.csv:2: expected 2 values, for .*, got 3"),
         ("a.csv", b'prompt,completion\n"a"b,c\n', r"a\.csv: not CSV in UTF-8 after line \d"),
