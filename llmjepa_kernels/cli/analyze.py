@@ -16,6 +16,7 @@ from transformers.utils import logging
 from llmjepa_kernels.cli.analysis_figure import analysis_figure
 from llmjepa_kernels.cli.analyze_options import AnalyzeOptions
 from llmjepa_kernels.cli.held_out import held_out_samples
+from llmjepa_kernels.cli.progress import say
 from llmjepa_kernels.cli.report import format_table
 from llmjepa_kernels.cli.shared_options import BUILT_IN_SEED
 from llmjepa_kernels.data.example_format import ExampleFormat
@@ -49,6 +50,7 @@ def analyze(options: AnalyzeOptions) -> None:
         OSError: A file or a model is not there.
     """
     checkpoints, output_dir = options.checkpoints, options.output_dir
+    say(f"reading {options.data or 'the built-in held-out pairs'}")
     located = held_out_samples(
         options.data, recipe=options.recipe, count=options.samples, seed=BUILT_IN_SEED, split=None
     )
@@ -62,6 +64,7 @@ def analyze(options: AnalyzeOptions) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     analyses = []
     for name, checkpoint in zip(names, checkpoints, strict=True):
+        say(f"loading {checkpoint}")
         try:
             numbers = analyze_checkpoint(
                 checkpoint,
@@ -118,7 +121,7 @@ def analyze_checkpoint(
     from rich.console import Console
     from rich.progress import track
 
-    console = Console(quiet=progress is None)
+    console = Console(quiet=progress is None, stderr=True)
     model, tokenizer = load_pretrained(checkpoint, trust_remote_code=trust_remote_code)
     if torch.cuda.is_available() or torch.xpu.is_available():
         model.to(torch.accelerator.current_accelerator())

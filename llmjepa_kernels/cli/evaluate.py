@@ -11,8 +11,6 @@ from typing import Any, NoReturn
 
 import torch
 from rich import box
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers.utils import logging
 
@@ -21,6 +19,7 @@ from llmjepa_kernels.cli.evaluate_options import EvaluateOptions
 from llmjepa_kernels.cli.fingerprints import data_fingerprint, weights_fingerprint
 from llmjepa_kernels.cli.held_out import check_answers, chosen_rule, held_out_samples
 from llmjepa_kernels.cli.prediction_file import PredictionFile
+from llmjepa_kernels.cli.progress import bars, say
 from llmjepa_kernels.cli.report import plain_text
 from llmjepa_kernels.cli.shared_options import EVAL_SAMPLES
 from llmjepa_kernels.data.example_format import ExampleFormat
@@ -72,6 +71,7 @@ class Evaluation:
             databases=options.databases,
         )
         split = None if options.split is None else Split.parse(options.split)
+        say(f"reading {options.data or 'the built-in held-out pairs'}")
         located = held_out_samples(
             options.data,
             recipe=options.recipe,
@@ -95,6 +95,7 @@ class Evaluation:
 
     def run(self, name: str) -> dict[str, Accuracy]:
         """Has one checkpoint answer what it has not answered yet."""
+        say(f"loading {name}")
         model, tokenizer = load_pretrained(name, trust_remote_code=self.options.trust_remote_code)
         model.to(self.device, torch.bfloat16 if self.options.bf16 else torch.float32)
         example_format = ExampleFormat.load(name)
@@ -115,12 +116,12 @@ class Evaluation:
             batch_size=self.options.batch_size,
             done=frozenset(done),
         )
-        with _progress() as progress:
-            task = progress.add_task(name, total=len(self.samples), correct="")
+        with bars() as progress:
+            task = progress.add_task(name, total=len(self.samples), note="")
             try:
                 while True:
                     correct = f"{accuracies(done.values(), self.samples)['all'].value:.1%}"
-                    progress.update(task, completed=len(done), correct=correct if done else "")
+                    progress.update(task, completed=len(done), note=correct if done else "")
                     batch = next(batches, None)
                     if batch is None:
                         break
@@ -161,17 +162,6 @@ def format_accuracies(results: dict[str, dict[str, Accuracy]], split: Split | No
                 f"{accuracy.correct} / {accuracy.total}",
             )
     return plain_text(table)
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[correct]}"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
 
 
 def _as_json(found: dict[str, Accuracy]) -> dict[str, dict[str, Any]]:

@@ -67,7 +67,8 @@ examples:
         "longest completion",
         metavar="N",
         range=COUNT,
-        default_is="one more than the longest answer of the data",
+        default_is="one more than the longest answer of the data, or of a batch where the rule "
+        "looks at no more",
     )
     output: str | None = option(
         None,

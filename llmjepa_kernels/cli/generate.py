@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from llmjepa_kernels.cli.device import chosen_device
 from llmjepa_kernels.cli.generate_options import GenerateOptions
+from llmjepa_kernels.cli.progress import say
 from llmjepa_kernels.data.example_format import ExampleFormat
 from llmjepa_kernels.evaluation.answer import answer
 from llmjepa_kernels.hf.load import load_pretrained
@@ -24,6 +25,7 @@ def generate(options: GenerateOptions) -> None:
     """
     device = chosen_device(options.device)
     logging.disable_progress_bar()  # of reading weights
+    say(f"loading {options.checkpoint}")
     model, tokenizer = load_pretrained(
         options.checkpoint, trust_remote_code=options.trust_remote_code
     )
@@ -31,7 +33,7 @@ def generate(options: GenerateOptions) -> None:
     example_format = ExampleFormat.load(options.checkpoint)
     set_seed(options.seed)
 
-    def say(messages: list[dict[str, str]]) -> str:
+    def reply(messages: list[dict[str, str]]) -> str:
         return answer(
             model,
             tokenizer,
@@ -47,12 +49,12 @@ def generate(options: GenerateOptions) -> None:
         prompt = sys.stdin.read().strip() if options.prompt is None else options.prompt
         if not prompt:
             raise ValueError("expected a prompt, from --prompt or standard input, got none")
-        say([*begin, {"role": "user", "content": prompt}])
+        reply([*begin, {"role": "user", "content": prompt}])
         return
     messages = list(begin)
     while prompt := _line():
         messages.append({"role": "user", "content": prompt})
-        messages.append({"role": "assistant", "content": say(messages)})
+        messages.append({"role": "assistant", "content": reply(messages)})
         if example_format.template == "plain":  # which has no turns
             messages = list(begin)
 

@@ -50,6 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         options = command.of(parsed, unknown)
         _require(options.packages())
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"llmjepa {parsed.command}: importing Transformers", file=sys.stderr, flush=True)
         module = importlib.import_module(f"llmjepa_kernels.cli.{parsed.command}")
         getattr(module, parsed.command)(options)
     except KeyboardInterrupt as stop:
@@ -71,7 +73,8 @@ def _warning(
     line: str | None = None,
 ) -> str:
     """A warning in one line, without the place in the code that it comes from."""
-    return f"warning: {message}\n"
+    clear = "\r\033[K" if sys.stderr.isatty() else ""  # a bar, which is drawn again
+    return f"{clear}warning: {message}\n"
 
 
 def _complain(message: str) -> None:

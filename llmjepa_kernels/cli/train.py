@@ -14,6 +14,7 @@ from transformers.utils import logging
 import llmjepa_kernels
 from llmjepa_kernels.cli.fingerprints import source_fingerprint
 from llmjepa_kernels.cli.held_out import check_answers, chosen_rule
+from llmjepa_kernels.cli.progress import say
 from llmjepa_kernels.cli.report import write_report
 from llmjepa_kernels.cli.run_record import RunRecord
 from llmjepa_kernels.cli.starting_point import StartingPoints, starting_point
@@ -39,9 +40,11 @@ def train(options: TrainOptions) -> None:
     is_main = arguments.process_index == 0
     if is_main and options.data is not None and options.data == options.eval_data:
         print("warning: --eval-data is --data: this measures what is remembered", file=sys.stderr)
+    say(f"reading {options.data or 'the built-in pairs of English and regular expressions'}")
     reader = SampleReader(options, LeftOut())
     samples, held_out = reader.first(), reader.held_out()
     chats = [each.sample for each in samples]
+    say(f"loading {options.model or 'a small Llama of random weights'}")
     first = starting_point(options, chats, seeds[0])
     data = TrainingData(options, samples, held_out, first, reader.left_out)
     rule = _rule(options, data)

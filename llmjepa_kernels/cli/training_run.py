@@ -11,20 +11,21 @@ from typing import Any
 from torch.nn.functional import cosine_similarity
 from transformers.trainer_callback import ProgressCallback
 
+from llmjepa_kernels.cli.progress import TrainingBar, counted
 from llmjepa_kernels.cli.run_record import RunRecord
 from llmjepa_kernels.cli.starting_point import StartingPoint
 from llmjepa_kernels.cli.train_options import TrainOptions
 from llmjepa_kernels.cli.training_arguments import training_arguments
 from llmjepa_kernels.cli.training_data import LeftOut, TrainingData
 from llmjepa_kernels.evaluation.geometry import view_states
-from llmjepa_kernels.evaluation.predict import Accuracy, evaluate
+from llmjepa_kernels.evaluation.predict import Accuracy, predict
 from llmjepa_kernels.evaluation.rules import Rule
 from llmjepa_kernels.files import share_as_umask_says
 from llmjepa_kernels.packing import pack
 from llmjepa_kernels.training.checkpoints import saving
 from llmjepa_kernels.training.collator import LLMJEPACollator, chat_tokens
 from llmjepa_kernels.training.loss_dropout import LossDropout
-from llmjepa_kernels.training.trainer import LLMJEPATrainer, ProgressBar
+from llmjepa_kernels.training.trainer import LLMJEPATrainer
 from llmjepa_kernels.tubes import TubeSampler
 
 VIEW_BATCH_SIZE = 64  # samples whose views are encoded at once
@@ -58,7 +59,7 @@ class TrainingRun:
         """
         checkpoint, faults = self.record.checkpoint() if self.options.resume else (None, [])
         left_out = LeftOut()
-        trainer, bar = self._trainer(left_out), ProgressBar()
+        trainer, bar = self._trainer(left_out), TrainingBar()
         if trainer.pop_callback(ProgressCallback):
             trainer.add_callback(bar)
         is_main = trainer.is_world_process_zero()
@@ -79,11 +80,11 @@ class TrainingRun:
             return {}
         history = trainer.state.log_history
         metrics |= self._last_losses_and_cost(trainer)
-        cosines = self._pair_cosines(model, self.start.example_format)
+        cosines = self._pair_cosines(model, self.start.example_format, "cosines of pairs")
         if cosines:
             metrics["pair_cosine"] = mean(cosines)
             views = replace(self.start.example_format, pred_ids=())
-            metrics["view_cosine"] = mean(self._pair_cosines(model, views))
+            metrics["view_cosine"] = mean(self._pair_cosines(model, views, "cosines of views"))
         metrics |= self._accuracies(model)
         result = {"metrics": metrics, "history": history, "cosines": cosines}
         if "accuracy" in metrics:
@@ -196,14 +197,15 @@ class TrainingRun:
             "seconds_per_example": tokens_per_example * seconds / tokens,
         }
 
-    def _pair_cosines(self, model: Any, example_format: Any) -> list[float]:
+    def _pair_cosines(self, model: Any, example_format: Any, name: str) -> list[float]:
         """The cosine of every held-out pair of views, in a format."""
         samples = self.data.held_out.samples
         if not samples:
             return []
         tokenizer = self.start.tokenizer
         examples = [example_format.example(sample, tokenizer) for sample in samples]
-        batches = (pack(chunk) for chunk in _chunks(examples, VIEW_BATCH_SIZE))
+        chunks = counted(_chunks(examples, VIEW_BATCH_SIZE), name, len(examples))
+        batches = (pack(chunk) for chunk in chunks)
         return cosine_similarity(*view_states(model, batches)).tolist()
 
     def _accuracies(self, model: Any) -> dict[str, float]:
@@ -212,8 +214,9 @@ class TrainingRun:
         parts = {"accuracy": self.data.held_out, "ood_accuracy": self.data.out_of_distribution}
         for key, part in parts.items():
             if part.samples:
-                found = evaluate(model, tokenizer, part.samples, example_format, self.rule)
-                metrics[key] = mean(prediction.correct for prediction in found)
+                batches = predict(model, tokenizer, part.samples, example_format, self.rule)
+                found = counted(batches, key.replace("_", " "), len(part.samples))
+                metrics[key] = mean(each.correct for batch in found for each in batch)
         return metrics
 
 

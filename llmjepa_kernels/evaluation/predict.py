@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BATCH_SIZE = 64
+# Rules that judge what a completion begins with, and how much longer than the sample's own answer
+# it may be for them: enough to see that it goes on.
+BEGINNINGS = ("exact", "startswith")
+ROOM = 16
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,8 @@ def predict(
         samples: With ``messages``, the last of which is the assistant's turn, the answer.
         example_format: How a sample becomes a prompt. Default: by the tokenizer's chat template.
         rule: Which answers are correct, from `answers.rule`. Default: exactly the sample's.
-        max_new_tokens: Longest completion. Default: one more than the longest answer.
+        max_new_tokens: Longest completion. Default: one more than the longest answer; by the rules
+            exact and startswith, `ROOM` more than the longest of its batch, if that is less.
         batch_size: Prompts generated from at once.
         done: Indices of samples to leave out.
 
@@ -158,13 +163,15 @@ def predict(
                 [batch] if longest <= min(room[i] for i in batch) else [[i] for i in batch]
             )
         ]
+    by_batch = max_new_tokens is None and rule.name in BEGINNINGS
     for batch in batches:
+        needed = max(lengths[i] for i in batch) + ROOM if by_batch else longest
         generated = _generate(
             model,
             tokenizer,
             [prompts[i] for i in batch],
             stop_ids=stops,
-            max_new_tokens=min([longest, *(room[i] for i in batch if positions)]),
+            max_new_tokens=min([longest, needed, *(room[i] for i in batch if positions)]),
             allowed_ids=list(choice_ids),
         )
         predictions = []

@@ -13,7 +13,6 @@ from accelerate.data_loader import SeedableRandomSampler
 from torch import Tensor
 from torch.utils.data import RandomSampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from llmjepa_kernels.data.predictor_tokens import warn_if_frozen
@@ -464,20 +463,3 @@ def _is_patched(model: torch.nn.Module) -> bool:
 
 def _aux_loss(outputs: Any) -> Tensor:
     return torch.zeros_like(outputs.ntp_loss) if outputs.aux_loss is None else outputs.aux_loss
-
-
-class ProgressBar(ProgressCallback):
-    """Trainer's progress bar, with the latest losses on it instead of a line for each log."""
-
-    SHOWN = ("loss", "ntp_loss", "jepa_loss", "cosine", "stp_loss", "tokens_per_second")
-
-    def close(self) -> None:
-        """Ends the line of a bar that an error has cut off."""
-        if self.training_bar is not None:
-            self.training_bar.close()
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero and self.training_bar is not None:
-            shown = {key: f"{logs[key]:.4g}" for key in self.SHOWN if key in logs}
-            if shown:
-                self.training_bar.set_postfix(shown, refresh=False)

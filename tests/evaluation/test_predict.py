@@ -14,6 +14,7 @@ from llmjepa_kernels.data.example_format import ExampleFormat
 from llmjepa_kernels.data.splits import Split
 from llmjepa_kernels.data.tokenizer import train_tokenizer
 from llmjepa_kernels.evaluation.predict import (
+    ROOM,
     Accuracy,
     Prediction,
     accuracies,
@@ -138,6 +139,21 @@ def test_batches_hold_answers_of_similar_length_and_leave_out_what_is_done(token
     lengths = [len(tokenizer(samples[i]["messages"][-1]["content"])["input_ids"]) for i in found]
     assert lengths == sorted(lengths, reverse=True)
     assert list(predict(parrot, tokenizer, [])) == []
+
+
+@pytest.mark.parametrize(("rule", "short"), [("exact", True), ("any", False)])
+def test_short_answers_need_not_wait_for_the_longest(tokenizer, samples, rule, short):
+    answers = ["x", "x y z w " * 20]
+    lengths = [len(tokenizer(answer)["input_ids"]) + 1 for answer in answers]
+    asked = with_answers(samples[:2], answers)
+    parrot = Parrot(tokenizer, "x")
+    evaluate(parrot, tokenizer, asked, rule=answer_rule(rule), batch_size=1)
+    longest = lengths[1] + 1
+    assert longest > lengths[0] + ROOM
+    assert parrot.calls == [(1, longest), (1, lengths[0] + ROOM if short else longest)]
+    parrot.calls.clear()
+    evaluate(parrot, tokenizer, asked, batch_size=1, max_new_tokens=50)
+    assert parrot.calls == [(1, 50), (1, 50)]
 
 
 def test_choice_takes_the_most_likely_letter(model, tokenizer, samples):
