@@ -51,7 +51,7 @@ class TrainingBar(ProgressCallback):
     """Trainer's bar with the latest losses on it; in a file, a line with them now and then."""
 
     NAMES = (("ntp_loss", "ntp"), ("jepa_loss", "jepa"), ("stp_loss", "stp"), ("cosine", "cos"))
-    FORMAT = "{n_fmt}/{total_fmt} {bar:8} {remaining}{postfix}"
+    FORMAT = "{n_fmt}/{total_fmt} {bar:5} {remaining}{postfix}"
 
     def __init__(self) -> None:
         super().__init__()

@@ -85,10 +85,10 @@ def view_attention(
     if impl == "flash":
         block_mask = None
     elif block_mask is None:
-        if torch.compiler.is_exporting():
+        if torch.compiler.is_dynamo_compiling():
+            torch._dynamo.graph_break("pass a block_mask to view_attention")
+        elif torch.compiler.is_compiling():
             raise ValueError("block_mask must be given to export: its lists depend on data")
-        if torch.compiler.is_compiling():
-            torch._dynamo.graph_break(msg="pass a block_mask to view_attention")
         block_mask = BlockMask.from_visible_until(
             visible_until, position_ids=position_ids, window=window
         )

@@ -54,12 +54,11 @@ def attention_backward(
     scores, dcap = masked_scores(q, k, seen, options.softcap, options.softmax_scale)
     lse = lse.reshape(batch, k.shape[1], -1, seq)
     p = (scores - lse[..., None]).exp()
-    dout, q = dout.reshape(grouped), q.reshape(grouped)
+    dout, out, q = dout.reshape(grouped), out.reshape(grouped), q.reshape(grouped)
 
     dp = (dout @ v[:, :, None].mT).to(p.dtype)
-    # dout · out, from what dp is compared with: rounded apart, the two would not cancel where the
-    # softmax is peaked.
-    delta = (p * dp).sum(dim=-1)
+    # In low precision, out and dp are rounded apart: they would not cancel in a peaked softmax.
+    delta = (dout * out if out.dtype == p.dtype else p * dp).sum(dim=-1)
     ds = p * (dp - delta[..., None]) * dcap * options.softmax_scale
     ds, p = ds.to(q.dtype), p.to(q.dtype)
     dq = (ds @ k[:, :, None]).reshape(batch, num_heads, seq, head_dim)

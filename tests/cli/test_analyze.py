@@ -282,7 +282,7 @@ def test_mistakes_are_named(checkpoints, monkeypatch, capsys, options, message):
     monkeypatch.chdir(checkpoints)
     assert analyze("--data", "data.jsonl", "--output-dir", "never", *options) == 2
     error = capsys.readouterr().err
-    assert error.startswith("llmjepa analyze: error: ")
+    assert error.splitlines()[-1].startswith("llmjepa analyze: error: ")
     assert message in error
     assert not (checkpoints / "never").exists()
 

@@ -90,7 +90,8 @@ def test_table_and_files(command, checkpoint, monkeypatch):
     name = checkpoint.name
     status, printed, output = command("--split", "length:1000", checkpoints=[name])
     assert status == 0
-    rows = [line.split() for line in printed.out.splitlines() if name in line.split()]
+    rows = [line.split() for line in printed.out.splitlines()[:-1] if name in line.split()]
+    assert printed.out.splitlines()[-1] == f"next: llmjepa generate {name}"
     assert [row[-4:] for row in rows] == [["76.3%", "5", "/", "10"]] * 2 + [["-", "0", "/", "0"]]
     found = sorted(lines(output), key=lambda line: line["index"])
     assert [line["index"] for line in found] == list(range(COUNT))
@@ -114,7 +115,7 @@ def test_built_in_data_reach_what_a_split_asks_for(checkpoint, monkeypatch, caps
     monkeypatch.chdir(checkpoint.parent)
     options = ["--split", "depth:2", "--samples", "30", "--max-new-tokens", "1"]
     assert cli.main(["evaluate", checkpoint.name, *options]) == 0
-    counts = [int(line.split()[-1]) for line in capsys.readouterr().out.splitlines()[2:]]
+    counts = [int(line.split()[-1]) for line in capsys.readouterr().out.splitlines()[2:-1]]
     assert counts[0] == 30 == counts[1] + counts[2]
     assert min(counts) > 5
 

@@ -113,7 +113,7 @@ def test_mistakes(generate, options, message):
     status, out, error = generate(*options)
     assert status == 2
     assert out == ""
-    assert error.startswith("llmjepa generate: error: ")
+    assert error.splitlines()[-1].startswith("llmjepa generate: error: ")
     assert message in error
 
 

@@ -282,7 +282,7 @@ def test_overlong_example_is_named_by_line(tmp_path, capsys):
 def test_mistakes_are_named_before_training(tmp_path, capsys, options, message):
     assert run(*options, "--train-samples", 3, "--output-dir", tmp_path / "out") == 2
     error = capsys.readouterr().err
-    assert error.startswith("llmjepa train: error: ")
+    assert error.splitlines()[-1].startswith("llmjepa train: error: ")
     assert message in error
     assert not (tmp_path / "out").exists()
 

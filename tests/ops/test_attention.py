@@ -259,3 +259,17 @@ def test_eager_calls_and_the_operation_of_torch_give_the_same_bits(monkeypatch, 
     monkeypatch.setattr(attention, "runs_eagerly", lambda *tensors: False)
     for name, value in case.run("reference", torch.float32).items():
         assert torch.equal(value, eager[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_reference_is_exact_where_the_softmax_is_peaked(dtype):
+    """The yardstick of all tolerances must not be worse than plain autograd."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        (scale * torch.randn(1, 1, 16, 16, generator=generator)).to(dtype).requires_grad_()
+        for scale in (50, 50, 1)
+    )
+    until = torch.full((1, 16), 16, dtype=torch.int32)
+    view_attention(q, k, v, until, impl="reference").sum().backward()
+    assert q.grad.abs().max() < 1e-6
+    assert k.grad.abs().max() < 1e-6
