@@ -150,8 +150,14 @@ def _location(name: str) -> tuple[str, dict[str, Any]]:
                 f"no directory {name!r}, which cannot be a model of the hub either"
             ) from None
         if not isinstance(try_to_load_from_cache(name, "config.json"), str):
-            with _loading(name):  # at once, where Transformers would try again for minutes
+            try:  # at once, where Transformers would try again for minutes
                 model_info(name, timeout=10)
+            except Exception as error:
+                reason = " ".join(str(error).split()) or type(error).__name__
+                raise OSError(
+                    f"{name!r} is no directory and not in the cache, and the hub did not give it "
+                    f"({reason}): give a directory, or check its name, the network and your login"
+                ) from error
     return name, {}
 
 

@@ -234,7 +234,7 @@ def test_a_model_that_the_hub_does_not_give_is_named(monkeypatch, capsys):
 
     monkeypatch.setattr(models, "model_info", refuse)
     assert cli.main(["evaluate", "some/model"]) == 2
-    assert "'some/model' cannot be loaded: no connection" in capsys.readouterr().err
+    assert "the hub did not give it (no connection): give a directory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -327,6 +327,12 @@ def test_resume_refuses_other_options(miniature, capsys):
     assert "had other options: jepa_weight 1.0, now 2.0" in capsys.readouterr().err
     assert run(*options, "--seed", 3) == 2
     assert "data_seed 42, now 3" in capsys.readouterr().err
+    record = miniature / "ntp-only" / "run.json"
+    before = record.read_text()
+    record.write_text(before.replace('"processes": 1', '"processes": 2'))
+    assert run(*options) == 2
+    assert "processes 2, now 1" in capsys.readouterr().err
+    record.write_text(before)
 
 
 def test_a_finished_run_is_extended(tmp_path, capsys):
