@@ -102,6 +102,14 @@ def test_softmax_scale(value):
     refuses(message, OPERATIONS["attention"][0], Q, softmax_scale=value)
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_sinks(value):
+    function, q = OPERATIONS["attention"]
+    refuses("sinks must be numbers below infinity", function, q, sinks=torch.tensor([0, value]))
+    none = torch.full((2,), -torch.inf)
+    torch.testing.assert_close(function(q, sinks=none), function(q))
+
+
 @pytest.mark.parametrize("value", [2.5, 2**63, 0, -1, True, "a"])
 def test_window(value):
     message = "window must be an integer, at least 1, got"

@@ -10,7 +10,7 @@ from torch import Tensor
 from llmjepa_kernels.checks import check_finite
 from llmjepa_kernels.ops.block_mask import BlockMask, check_window, int32_positions
 from llmjepa_kernels.ops.choice import choose
-from llmjepa_kernels.ops.common import AttentionOptions, empty_seq_major
+from llmjepa_kernels.ops.common import AttentionOptions, empty_seq_major, refuse_if
 from llmjepa_kernels.ops.flash_plan import FlashPlan
 from llmjepa_kernels.ops.registry import (
     AttentionBackend,
@@ -97,6 +97,8 @@ def view_attention(
     softmax_scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     position_ids = position_ids if window is not None else None
     if runs_eagerly(q, k, v, sinks):
+        if sinks is not None and sinks.device.type == "cpu":  # a GPU would wait, in every layer
+            refuse_if(~(sinks < torch.inf).all(), "sinks must be numbers below infinity")
         options = _options(position_ids, window, softcap, softmax_scale, sinks)
         return _EagerAttention.apply(q, k, v, sinks, block_mask, flash_plan, options, impl)
     refuse_vmap(q, k, v, sinks)
