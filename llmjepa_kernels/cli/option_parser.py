@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from types import UnionType
 from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar, Union, get_args, get_origin
@@ -98,6 +98,7 @@ class Options:
     Attributes:
         arguments, summary, description, epilog: Of the command's help.
         when_interrupted: What to say then.
+        presets: Defaults instead of the fields' own, by the value of the field ``preset``.
         other: Options that the parser does not know; only of subclasses that have this field.
 
     Raises:
@@ -109,6 +110,7 @@ class Options:
     description: ClassVar[str]
     epilog: ClassVar[str] = ""
     when_interrupted: ClassVar[str] = "interrupted"
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     def __post_init__(self) -> None:
         for each, spec in _specs(type(self)):
@@ -151,7 +153,10 @@ class Options:
             raise ValueError(
                 f"unknown options {' '.join(unknown)}: see llmjepa {parsed.command} --help"
             )
-        return cls(**values)
+        preset = dict(cls.presets.get(values.get("preset", ""), {}))
+        if "other" in preset:  # of what is given twice, the last counts
+            values["other"] = (*preset.pop("other"), *values["other"])
+        return cls(**(preset | values))
 
     def recorded(self) -> dict[str, Any]:
         """Those that the result of a run depends on."""

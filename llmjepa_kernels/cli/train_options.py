@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -58,6 +59,22 @@ FINE_TUNE = {
     "warmup_steps": 0.03,
     "save_steps": 500,
 }
+# The recipe that the authors' finetune.py has by default, as far as options tell: three separate
+# sequences, and the labels that its collator makes. What else differs is in the documentation.
+AUTHORS = {
+    "layout": "official",
+    "supervise": "released",
+    "num_pred_tokens": 0,
+    "jepa_weight": 0.1,
+    "learning_rate": 2e-5,
+    "epochs": 3.0,
+    "batch_size": 4,
+    "gradient_accumulation_steps": 4,
+    "other": (
+        *("--lr-scheduler-type", "linear", "--warmup-steps", "0"),
+        *("--dataloader-drop-last", "True"),
+    ),
+}
 # What is added to the next-token loss, and what a run with it is called.
 OBJECTIVES = {"ntp": "NTP only", "jepa": "LLM-JEPA", "stp": "STP", "jepa+stp": "LLM-JEPA + STP"}
 # Headings of the help. The first has what most runs are about.
@@ -84,6 +101,7 @@ def _by_start(key: str) -> str:
 class TrainOptions(Options):
     """What ``llmjepa train`` is asked for; see `Options`."""
 
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"authors": AUTHORS}
     summary: ClassVar[str] = "train with LLM-JEPA"
     description: ClassVar[str] = """\
 Trains a language model with next-token loss + λ · JEPA loss, or that of Semantic Tube Prediction
@@ -131,11 +149,30 @@ examples:
         default_is="built-in pairs of English and regular expressions",
     )
     eval_data: str | None = option(None, "the same, held out", group=MAIN, metavar="SOURCE")
+    eval_split: float | None = option(
+        None,
+        "hold this fraction of --data out, the one that train_test_split of the datasets library "
+        "draws, as the authors' scripts do",
+        group=DATA,
+        metavar="F",
+        range=Range(above=0, at_most=0.99),
+    )
+    eval_split_seed: int = option(
+        42, "of that draw", group=DATA, metavar="SEED", range=NOT_NEGATIVE
+    )
     output_dir: Path = option(  # noqa: RUF009
         Path("outputs/train"),
         "gets a checkpoint per run, report.txt, report.png and report.json",
         group=MAIN,
         metavar="DIR",
+        recorded=False,
+    )
+    preset: str | None = option(
+        None,
+        "defaults of another recipe; authors: that of their finetune.py, see the documentation",
+        group=OBJECTIVE,
+        choices=tuple(presets),
+        default_is="those of this page",
         recorded=False,
     )
     objective: tuple[str, ...] = option(
@@ -348,6 +385,9 @@ examples:
     detach_target: bool = option(
         False, "let no gradient flow into the predicted view", group=OBJECTIVE
     )
+    gather_negatives: bool = option(
+        True, "infonce contrasts with the targets of all processes", group=OBJECTIVE
+    )
     loss_dropout: float = option(
         0.0,
         "fraction of the examples, drawn anew every epoch, that go without views and so without "
@@ -471,6 +511,11 @@ examples:
                 raise ValueError("--train-samples does not go with --streaming: see --max-steps")
             if self.loss_dropout_per == "step":
                 raise ValueError("--loss-dropout-per step does not go with --streaming")
+        if self.eval_split is not None:
+            if self.data is None or self.streaming:
+                raise ValueError("--eval-split needs --data that is read as a whole")
+            if self.eval_data is not None:
+                raise ValueError("--eval-split holds out a part of --data: --eval-data is another")
         if self.resume and self.overwrite:
             raise ValueError("--resume goes on with what --overwrite deletes: give one of them")
         if self.seeds and len(set(self.seeds)) < len(self.seeds):
@@ -479,7 +524,7 @@ examples:
     def packages(self) -> dict[str, list[str]]:
         packages = ["transformers", "accelerate", "tokenizers", "matplotlib", "rich", "scipy"]
         packages += ["peft"] * (self.lora_rank is not None) + needs_gguf(self.model or "")
-        return {"train": packages}
+        return {"train": packages, "data": ["datasets"] * (self.eval_split is not None)}
 
     def recorded(self) -> dict[str, Any]:
         return {**super().recorded(), "other": list(self.other)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -77,6 +77,8 @@ class SampleReader:
         options = self.options
         if options.data is None:
             located = built_in_samples("train", seed=options.seed, split=self.split)
+        elif options.eval_split is not None:
+            located = iter(self._parts[0])
         else:
             located = self._read(options.data, shard)
         for place, sample in located:
@@ -114,6 +116,8 @@ class SampleReader:
             stream = self._read(options.eval_data)
         elif options.data is None:
             stream = built_in_samples("heldout", seed=options.seed, split=split)
+        elif options.eval_split is not None:
+            stream = iter(self._parts[1])
         else:
             return [], []
         if split is None:
@@ -133,6 +137,20 @@ class SampleReader:
             if not part:
                 raise ValueError(f"--split {split}: no held-out sample is {name} distribution")
         return inside, outside
+
+    @cached_property
+    def _parts(self) -> tuple[list[tuple[str, dict[str, Any]]], list[tuple[str, dict[str, Any]]]]:
+        """The samples of ``--data`` to train on, and those held out by ``--eval-split``."""
+        from datasets import Dataset
+
+        located = list(self._read(str(self.options.data)))
+        if len(located) < 2:
+            raise ValueError(f"--eval-split needs two samples of --data, got {len(located)}")
+        parts = Dataset.from_dict({"index": range(len(located))}).train_test_split(
+            self.options.eval_split, seed=self.options.eval_split_seed
+        )
+        train, held_out = ([located[i] for i in parts[part]["index"]] for part in ("train", "test"))
+        return train, held_out
 
     def _is_out(self, place: str, sample: dict[str, Any]) -> bool:
         assert self.split is not None

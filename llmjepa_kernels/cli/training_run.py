@@ -131,6 +131,7 @@ class TrainingRun:
             metric=options.metric,
             temperature=options.temperature,
             detach_target=options.detach_target,
+            gather_negatives=options.gather_negatives,
         )
 
     def _announce(self, checkpoint: Path | None, faults: list[str]) -> None:
