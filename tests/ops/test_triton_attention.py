@@ -109,19 +109,18 @@ def test_nothing_past_the_statistics_of_a_row_is_read(seq, block, monkeypatch):
     check(case, torch.float32, block_size=(block, block))
 
 
-@pytest.mark.parametrize("part_size", [1, 7])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 1), (3, 3)])
+@pytest.mark.parametrize(("part_size", "heads", "kv_heads"), [(1, 2, 2), (7, 4, 1)])
 def test_long_lists_are_divided(part_size, heads, kv_heads, monkeypatch):
     """Rows of one segment, of a prefix of all, and of many segments, in parts or whole."""
     monkeypatch.setattr(triton_attention, "MIN_PART", part_size)
     monkeypatch.setattr(triton_attention, "_multiprocessors", lambda _: 1000)
     case = AttentionCase.random(
-        batch=3, heads=heads, kv_heads=kv_heads, seq=75, head_dim=16, mean_length=20.0, seed=11
+        batch=3, heads=heads, kv_heads=kv_heads, seq=43, head_dim=16, mean_length=12.0, seed=11
     )
-    case.visible_until[0] = 75
-    case.visible_until[1, :5] = 75
-    for block_size in (16, 16), (32, 64), (64, 16):
-        check(case, block_size=block_size)
+    case.visible_until[0] = 43
+    case.visible_until[1, :5] = 43
+    check(case, torch.float16, block_size=(16, 16))
+    check(case, torch.float32, block_size=(16, 32))
     first, second = (case.run("triton", torch.float16, DEVICE, (16, 16)) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 

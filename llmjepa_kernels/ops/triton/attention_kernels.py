@@ -132,7 +132,7 @@ def _attention_forward_kernel(
         )  # fmt: skip
 
     acc, m_i, l_i = state
-    acc = rescale(acc, 1.0 / l_i[:, None], D)
+    acc = rescale(acc, tl.div_rn(1.0, l_i)[:, None], D)
     store_rows(out, acc, b, head, m0, seq_len, BLOCK_M, D)
     lse += (b * num_heads + head).to(tl.int64) * seq_len
     tl.store(lse + queries.index, (m_i + tl.log2(l_i)) * LN2, mask=queries.index < seq_len)

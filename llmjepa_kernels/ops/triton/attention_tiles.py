@@ -201,8 +201,11 @@ def rescale_and_accumulate(acc, factor, weights, rows, D: tl.constexpr):
 @triton.jit
 def tanh(x, PRECISE: tl.constexpr):
     """tanh(x), with PRECISE to the precision of float32."""
-    y = 1.0 - 2.0 / (1.0 + tl.exp2(x * (2 * LOG2E)))
-    if PRECISE:  # the line above cancels near zero (polynomial: Cephes, tanhf)
+    e = 1.0 + tl.exp2(x * (2 * LOG2E))
+    if not PRECISE:
+        y = 1.0 - 2.0 / e
+    else:  # the same cancels near zero (polynomial: Cephes, tanhf)
+        y = 1.0 - tl.div_rn(2.0, e)
         z = x * x
         series = -5.70498872745e-3 * z + 2.06390887954e-2
         series = series * z - 5.37397155531e-2

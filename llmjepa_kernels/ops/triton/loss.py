@@ -168,12 +168,12 @@ def _distance_forward_kernel(
 
     first, second, third = tl.sum(xy), tl.sum(xx), tl.sum(yy)
     if METRIC == "cosine":
-        norms = tl.maximum(tl.sqrt(second), EPS) * tl.maximum(tl.sqrt(third), EPS)
-        value = 1.0 - first / norms
+        norms = tl.maximum(tl.sqrt_rn(second), EPS) * tl.maximum(tl.sqrt_rn(third), EPS)
+        value = 1.0 - tl.div_rn(first, norms)
     elif METRIC == "l2":
-        value = tl.sqrt(first)
+        value = tl.sqrt_rn(first)
     else:
-        value = first / hidden_size
+        value = tl.div_rn(first, hidden_size * 1.0)
     tl.store(distance + pair, tl.where(real, value, 0.0))
     tl.store(stats + pair * 3, first)
     tl.store(stats + pair * 3 + 1, second)
@@ -206,17 +206,17 @@ def _coefficients(stats, pair, side, hidden_size, METRIC: tl.constexpr):
     """The gradient of the distance by the row on one side is a * that row - c * the other row."""
     first = tl.load(stats + pair * 3)
     if METRIC == "cosine":
-        own_norm = tl.sqrt(tl.load(stats + pair * 3 + 1 + side))
+        own_norm = tl.sqrt_rn(tl.load(stats + pair * 3 + 1 + side))
         own = tl.maximum(own_norm, EPS)
-        other = tl.maximum(tl.sqrt(tl.load(stats + pair * 3 + 2 - side)), EPS)
-        c = 1.0 / (own * other)
+        other = tl.maximum(tl.sqrt_rn(tl.load(stats + pair * 3 + 2 - side)), EPS)
+        c = tl.div_rn(1.0, own * other)
         # Below the clamp the norm is a constant; NaN is not.
-        a = tl.where(own_norm <= EPS, 0.0, first * c / (own * own))
+        a = tl.where(own_norm <= EPS, 0.0, tl.div_rn(first * c, own * own))
     elif METRIC == "l2":
-        c = tl.where(first == 0, 0.0, 1.0 / tl.sqrt(first))
+        c = tl.where(first == 0, 0.0, tl.div_rn(1.0, tl.sqrt_rn(first)))
         a = c
     else:
-        c = 2.0 / hidden_size
+        c = tl.div_rn(2.0, hidden_size * 1.0)
         a = c
     return a, c
 
@@ -274,11 +274,11 @@ def _views_forward_kernel(
         x = tl.load(row + offs_d, mask=offs_d < size, other=0.0).to(tl.float32)
         xx += x * x
     square = tl.sum(xx)
-    norm = tl.maximum(tl.sqrt(square), EPS)
+    norm = tl.maximum(tl.sqrt_rn(square), EPS)
     for d0 in tl.range(0, hidden_size, BLOCK_D):
         offs_d = d0 + tl.arange(0, BLOCK_D)
         x = tl.load(row + offs_d, mask=offs_d < size, other=0.0).to(tl.float32)
-        tl.store(views + view * hidden_size + offs_d, x / norm, mask=offs_d < hidden_size)
+        tl.store(views + view * hidden_size + offs_d, tl.div_rn(x, norm), mask=offs_d < hidden_size)
     tl.store(squares + view, square)
 
 
@@ -314,12 +314,12 @@ def _views_backward_kernel(
         while occurrences > 0:
             if _slot_indices(pairs, slot, num_slots) == index:
                 view = (slot % 2 * batch + b) * num_pairs + slot // 2
-                norm = tl.sqrt(tl.load(squares + view))
+                norm = tl.sqrt_rn(tl.load(squares + view))
                 # Below the clamp the norm is a constant; NaN is not.
                 along = tl.where(norm <= EPS, 0.0, tl.load(dots + view))
                 x = tl.load(views + view * hidden_size + offs_d, mask=inside, other=0.0)
                 dx = tl.load(dviews + view * hidden_size + offs_d, mask=inside, other=0.0)
-                gradient += (dx - along * x) / tl.maximum(norm, EPS)
+                gradient += tl.div_rn(dx - along * x, tl.maximum(norm, EPS))
                 occurrences -= 1
             slot += 1
         row = dhidden + (b * seq_len + index) * hidden_size
