@@ -6,6 +6,7 @@ import numbers
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -347,7 +348,7 @@ def _prepare(example: Example, name: int) -> _Tree:
         last_run.append(len(runs) - 1)
 
     for pair in example.pairs:
-        indices = pair if isinstance(pair, Sequence) else ()
+        indices = tuple(pair) if isinstance(pair, Iterable) else ()
         if len(indices) != 2 or not all(_is_index(i, len(example.segments)) for i in indices):
             raise ValueError(
                 f"example {name}: pairs must be (predictor, target) indices of its "
@@ -420,7 +421,7 @@ def _is_integer(value: object) -> bool:
 
 
 def _is_index(value: object, length: int) -> bool:
-    return type(value) is int and 0 <= value < length
+    return _is_integer(value) and 0 <= cast(int, value) < length
 
 
 def _shareable(labels: list[int]) -> int:

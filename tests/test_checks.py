@@ -201,5 +201,7 @@ def test_examples(examples, message):
 
 
 def test_integers_of_numpy_are_integers():
-    given = pack([Example([Segment(list(np.arange(3))), Segment(np.arange(4), 0)])])
+    segments = [Segment(list(np.arange(3))), Segment(np.arange(4), np.int64(0))]
+    given = pack([Example(segments, pairs=np.array([[0, 1]]))])
     assert given["input_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3]]
+    assert given["view_pairs"].tolist() == [[[2, 6]]]

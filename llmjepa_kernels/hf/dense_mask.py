@@ -96,10 +96,12 @@ def blind_queries(mask: Tensor) -> Tensor | None:
 
 def _warn_of_padding(mask: Tensor) -> None:
     """Says, once, what share of the tokens of a batch nobody sees."""
+    if _warned:
+        return
     own = mask.diagonal(dim1=1, dim2=2)
     hidden = ~own if mask.dtype == torch.bool else own <= HIDDEN
     share = float(hidden.float().mean())
-    if share >= MUCH_PADDING and not _warned:
+    if share >= MUCH_PADDING:
         _warned.append(True)
         warnings.warn(
             f"{share:.0%} of the tokens of this batch are padding, which outside attention take as "

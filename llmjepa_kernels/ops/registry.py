@@ -106,7 +106,7 @@ def runs_eagerly(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling():
         return False
     transformed = torch._C._are_functorch_transforms_active()
-    if transformed or forward_ad._current_level >= 0:
+    if transformed or getattr(forward_ad, "_current_level", 0) >= 0:
         _refuse_derivatives([x for x in tensors if x is not None])
     return not (
         transformed
