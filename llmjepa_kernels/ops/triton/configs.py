@@ -113,11 +113,7 @@ TABLE: dict[tuple[str, int], dict[str, list[Config]]] = {
             Config(64, 64, 4, 2, tma=True, maxnreg=96),
             Config(64, 64, 4, 2),
         ],
-        "dkdv": [
-            Config(128, 64, 4, 2, tma=True, eager_dp=True),
-            Config(64, 64, 4, 2, tma=True, eager_dp=True),
-            Config(64, 64, 4, 2),
-        ],
+        "dkdv": [Config(64, 64, 4, 2, tma=True, eager_dp=True), Config(64, 64, 4, 2)],
         "dq": [Config(64, 64, 4, 2, tma=True, eager_dp=True), Config(64, 64, 4, 2)],
     },
     ("sm_90", 128): {
