@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import numbers
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
-from torch import Tensor
-from torch.nn import functional
 
 from llmjepa_kernels.checks import check_whole
 from llmjepa_kernels.ops.block_mask import MAX_BLOCK, BlockMask, choose_block_size
@@ -267,21 +265,6 @@ def pack(
         batch.update(plan.schedule())
     batch["attention_mask"] = torch.empty(len(rows), 1, 0, 0, dtype=torch.bool)
     return batch
-
-
-def real_tokens(batch: Mapping[str, Tensor]) -> Tensor:
-    """(batch, seq) bool: which tokens of packed rows are no padding, without a wait for a GPU.
-
-    A lone token that is in no pair and under no other passes for padding: nothing depends on it.
-    """
-    visible_until = batch["visible_until"]
-    own_end = torch.arange(1, visible_until.shape[1] + 1, device=visible_until.device)
-    alone = (visible_until == own_end) & (batch["position_ids"] == 0)
-    ends = batch["view_pairs"].flatten(1)
-    # One column more takes the padding of the pairs.
-    paired = torch.zeros_like(functional.pad(alone, (0, 1)))
-    paired.scatter_(1, torch.where(ends < 0, visible_until.shape[1], ends), True)
-    return ~alone | paired[:, :-1]
 
 
 # From examples to trees of token runs

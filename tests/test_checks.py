@@ -139,9 +139,16 @@ def test_windows_and_positions_at_the_edge_of_int32(positions, window, impl):
     torch.testing.assert_close(out, scores.softmax(-1) @ Q)
 
 
-@pytest.mark.parametrize("positions", [[*range(7), 2**31], [-(2**31), *range(7)]])
-def test_positions_beyond_int32(positions):
-    positions = torch.tensor([positions])
+@pytest.mark.parametrize(
+    ("positions", "dtype"),
+    [
+        ([*range(7), 2**31], torch.int64),
+        ([-(2**31), *range(7)], torch.int64),
+        ([-(2**31), *range(7)], torch.int32),
+    ],
+)
+def test_positions_beyond_int32(positions, dtype):
+    positions = torch.tensor([positions], dtype=dtype)
     message = "position_ids and their differences must fit in int32, got"
     refuses(message, OPERATIONS["attention"][0], Q, window=4, position_ids=positions)
 

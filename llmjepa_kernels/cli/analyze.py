@@ -16,8 +16,8 @@ from transformers.utils import logging
 from llmjepa_kernels.cli.analysis_figure import analysis_figure
 from llmjepa_kernels.cli.analyze_options import AnalyzeOptions
 from llmjepa_kernels.cli.held_out import held_out_samples
-from llmjepa_kernels.cli.progress import say
 from llmjepa_kernels.cli.report import format_table
+from llmjepa_kernels.cli.say import say
 from llmjepa_kernels.cli.shared_options import BUILT_IN_SEED
 from llmjepa_kernels.data.example_format import ExampleFormat
 from llmjepa_kernels.evaluation.geometry import DEFINITIONS, embed_views, view_geometry, view_states

@@ -19,8 +19,9 @@ from llmjepa_kernels.cli.evaluate_options import EvaluateOptions
 from llmjepa_kernels.cli.fingerprints import data_fingerprint, weights_fingerprint
 from llmjepa_kernels.cli.held_out import check_answers, chosen_rule, held_out_samples
 from llmjepa_kernels.cli.prediction_file import PredictionFile
-from llmjepa_kernels.cli.progress import bars, say
+from llmjepa_kernels.cli.progress import bars
 from llmjepa_kernels.cli.report import plain_text
+from llmjepa_kernels.cli.say import say
 from llmjepa_kernels.cli.shared_options import EVAL_SAMPLES
 from llmjepa_kernels.data.example_format import ExampleFormat
 from llmjepa_kernels.data.splits import Split

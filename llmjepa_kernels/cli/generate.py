@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from llmjepa_kernels.cli.device import chosen_device
 from llmjepa_kernels.cli.generate_options import GenerateOptions
-from llmjepa_kernels.cli.progress import say
+from llmjepa_kernels.cli.say import say
 from llmjepa_kernels.data.example_format import ExampleFormat
 from llmjepa_kernels.evaluation.answer import answer
 from llmjepa_kernels.hf.load import load_pretrained

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import io
-import os
 import sys
 import time
 import warnings
@@ -17,6 +16,7 @@ from llmjepa_kernels.cli.analyze_options import AnalyzeOptions
 from llmjepa_kernels.cli.evaluate_options import EvaluateOptions
 from llmjepa_kernels.cli.generate_options import GenerateOptions
 from llmjepa_kernels.cli.option_parser import Options, Parser
+from llmjepa_kernels.cli.say import is_first_process, say
 from llmjepa_kernels.cli.train_options import TrainOptions
 
 # A subcommand's module has a function of its name, which takes its options. It is imported when it
@@ -50,8 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         options = command.of(parsed, unknown)
         _require(options.packages())
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"llmjepa {parsed.command}: importing Transformers", file=sys.stderr, flush=True)
+        say(f"llmjepa {parsed.command}: importing Transformers")
         module = importlib.import_module(f"llmjepa_kernels.cli.{parsed.command}")
         getattr(module, parsed.command)(options)
     except KeyboardInterrupt as stop:
@@ -79,7 +78,7 @@ def _warning(
 
 def _complain(message: str) -> None:
     """Says it once, though torchrun may have started many processes."""
-    if int(os.environ.get("RANK", "0")):
+    if not is_first_process():
         time.sleep(ALONE_AFTER)  # by then torchrun has ended this one, if the first has failed too
     print(message, file=sys.stderr)
 

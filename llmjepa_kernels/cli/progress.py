@@ -5,7 +5,6 @@ In a terminal of 80 columns all of it can be read; in a file it is lines.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,14 +15,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tqdm.auto import tqdm
 from transformers.trainer_callback import ProgressCallback
 
+from llmjepa_kernels.cli.say import say
+
 T = TypeVar("T")
 SECONDS_PER_LINE = 10.0  # in a file
-
-
-def say(text: str) -> None:
-    """A line about what begins; from the first of several processes."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(text, file=sys.stderr, flush=True)
 
 
 def bars() -> Progress:

@@ -375,18 +375,18 @@ def check_window(window: int, position_ids: Tensor | None, visible_until: Tensor
 
 
 def int32_positions(position_ids: Tensor) -> Tensor:
-    """Positions as the kernels compare them; int32 ones cost nothing, and are not checked.
+    """Positions as the kernels compare them; on a GPU int32 ones cost nothing, unchecked.
 
     Raises:
         ValueError: One, or the difference of two, does not fit (asserted, without waiting for the
             device, on a GPU).
     """
-    if position_ids.dtype == torch.int32:
+    if position_ids.dtype == torch.int32 and position_ids.device.type != "cpu":
         return position_ids
     narrow = position_ids.int()
     if not torch.compiler.is_compiling():  # the answer depends on data
         low, high = position_ids.aminmax()
-        wrong = (narrow != position_ids).any() | (high - low > torch.iinfo(torch.int32).max)
+        wrong = (narrow != position_ids).any() | (high.long() - low > torch.iinfo(torch.int32).max)
         message = "position_ids and their differences must fit in int32"
         if position_ids.device.type == "cpu" and wrong:
             message += f", got {int(low)} to {int(high)}"

@@ -19,7 +19,7 @@ from llmjepa_kernels.ops.loss import BACKENDS as LOSS_BACKENDS
 from llmjepa_kernels.ops.loss import last_token_loss, pair_views
 from llmjepa_kernels.ops.schedule import schedule_of
 from llmjepa_kernels.ops.tubes import semantic_tube_loss
-from llmjepa_kernels.packing import IGNORE, real_tokens
+from llmjepa_kernels.packing import IGNORE
 from llmjepa_kernels.training.next_token_loss import MAX_LOGITS, is_distributed, next_token_loss
 
 if TYPE_CHECKING:  # builds of torch without distributed lack it
@@ -225,6 +225,21 @@ def supervised_positions(labels: Tensor) -> Tensor:
     order = functional.pad(order, (0, most), value=-1)[:, :most]
     slot = torch.arange(most, device=labels.device)
     return order.masked_fill(slot >= count[:, None], -1)
+
+
+def real_tokens(batch: Mapping[str, Tensor]) -> Tensor:
+    """(batch, seq) bool: which tokens of packed rows are no padding, without a wait for a GPU.
+
+    A lone token that is in no pair and under no other passes for padding: nothing depends on it.
+    """
+    visible_until = batch["visible_until"]
+    own_end = torch.arange(1, visible_until.shape[1] + 1, device=visible_until.device)
+    alone = (visible_until == own_end) & (batch["position_ids"] == 0)
+    ends = batch["view_pairs"].flatten(1)
+    # One column more takes the padding of the pairs.
+    paired = torch.zeros_like(functional.pad(alone, (0, 1)))
+    paired.scatter_(1, torch.where(ends < 0, visible_until.shape[1], ends), True)
+    return ~alone | paired[:, :-1]
 
 
 def _supervised(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
