@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, cast
 
+from llmjepa_kernels.checks import check_whole
 from llmjepa_kernels.data.messages import (
     Turn,
     check_content,
@@ -15,7 +17,7 @@ from llmjepa_kernels.data.messages import (
     last_user,
     with_placeholder_answer,
 )
-from llmjepa_kernels.data.template import Rendering, render, token_span
+from llmjepa_kernels.data.template import Rendering, Tokens, render, token_span
 from llmjepa_kernels.packing import IGNORE, Example, Segment
 from llmjepa_kernels.tubes import TokenPath
 
@@ -42,6 +44,9 @@ def chat_example(
     direction: str = "text_to_code",
     pred_position: str = "append",
     supervise: str = "assistant",
+    embedding_token: str | int = "content",
+    max_length: int | None = None,
+    add_special_tokens: bool = False,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> Example:
     """The segments and view pairs of one chat.
@@ -51,8 +56,8 @@ def chat_example(
     alone and the last assistant turn alone are three separate sequences, each through the template.
     In both, Code is the last assistant turn alone through the template, including whatever header
     or default system prompt the template then writes; every further view likewise is a turn alone.
-    Views stop at their last content token: in a causal model the tokens after it cannot change its
-    hidden state. The chat's segments come first. The contents of the last user and the last
+    Views stop at the token that is compared, as the tokens after it cannot change its state in a
+    causal model. The chat's segments come first. The contents of the last user and the last
     assistant turn are the example's path.
 
     A template without a system role (Gemma) gets the system text, a blank line and the user text
@@ -77,48 +82,65 @@ def chat_example(
         direction: ``"text_to_code"``: the pairs as they are; ``"code_to_text"``: each the other
             way round; ``"both"``: each in both ways.
         pred_position: ``"append"`` puts [PRED] behind a predicting view, ``"prepend"`` in front of
-            the content of a copy of it, whose last content token then predicts.
+            the content of a copy of it, whose last content token then predicts; there the order of
+            the tokens is the reverse, so that the same one stands next to the content.
         supervise: ``"assistant"``: the next-token loss is on the content of every assistant turn
             and on the end of the turn, where the template ends it as it does the last one;
             ``"content"``: on the content alone, so the end of a turn is not learnt; ``"all"``: on
             every token of the chat but the first; ``"released"``: on those of them that are not
             the pad token, as in the authors' code, where that is the EOS token if the tokenizer
             has none: no end of a turn is learnt that is this token.
+        embedding_token: The token of a view that is compared: ``"content"``, its last content token
+            or the last [PRED]; or, in the official layout, an offset below 0 from the end of the
+            whole turn, as ``last_token`` in the authors' code.
+        max_length: The chat and every view are cut to so many tokens. [PRED] follow what is left of
+            a content, but are cut off where an offset chooses the token, as in the authors' code.
+        add_special_tokens: Let the tokenizer add its special tokens to what the template writes, as
+            the authors' code does: with Llama's, a second begin-of-sequence token.
         template_kwargs: Passed to ``apply_chat_template``, such as ``enable_thinking``.
     Raises:
         ValueError: The messages are malformed, an option is unknown, the tokenizer is not fast or
-            has no chat template, or the template does not keep each content in one piece.
+            has no chat template, the template does not keep each content in one piece, or a view
+            would end before its content.
     """
     _check_options(
         layout=layout, direction=direction, pred_position=pred_position, supervise=supervise
     )
+    check_embedding_token(embedding_token, layout)
+    check_max_length(max_length)
     if supervise == "text":
         raise ValueError("supervise='text' is for the plain format, see plain_example")
     turns = checked_messages(messages)
     check_views(views, pairs)
     view_turns = _view_turns(turns, text, code, views or {})
     directed = _directed(pairs, view_turns, direction)
-    pred_ids = list(pred_ids)
-    chat = _render(tokenizer, turns, template_kwargs)
+    chat = _render(tokenizer, turns, template_kwargs, add_special_tokens)
     asked = last_user(turns)
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
-    labels = _labels(tokenizer, chat, answers, supervise)
+    ids = chat.tokens.cut(chat.input_ids, max_length)
+    labels = chat.tokens.cut(_labels(tokenizer, chat, answers, supervise), max_length)
+    limit = None if max_length is None else max_length - chat.tokens.num_behind
+    preds = _Preds(list(pred_ids), pred_position, limit)
 
-    segments = [Segment(chat.input_ids, labels=labels)]
+    segments = [Segment(ids, labels=labels)]
     end = _text_end(chat, asked, text) if layout == "shared" else None
     if end is not None:
-        segments = _split(chat.input_ids, labels, end)
-    path = TokenPath(len(segments) - 1, [chat.spans[asked], chat.spans[-1]])
-    appended = len(pred_ids) > 0 and pred_position == "append"
+        end = preds.room(end)
+        segments = _split(ids, labels, end)
+    path = _path(segments, [chat.spans[asked], chat.spans[-1]], limit)
 
     def view(name: str) -> _View:
         if name == "text" and end is not None:
-            return _View(chat.input_ids[:end], chat.spans[asked][0], segment=0)
+            return _View(ids[:end], chat.spans[asked][0], segment=0)
         role, content = view_turns[name]
-        turn = render(tokenizer, (role,), [content], template_kwargs)
-        return _lone_view(tokenizer, turn, appended)
+        turn = render(tokenizer, (role,), [content], template_kwargs, add_special_tokens)
+        if isinstance(embedding_token, str):
+            return _up_to_content(tokenizer, turn, preds, add_special_tokens)
+        return _up_to_offset(
+            tokenizer, turn, preds, add_special_tokens, embedding_token, max_length
+        )
 
-    return _link(segments, path, view, directed, pred_position, pred_ids)
+    return _link(segments, path, view, directed, preds)
 
 
 def plain_example(
@@ -134,6 +156,7 @@ def plain_example(
     direction: str = "text_to_code",
     pred_position: str = "append",
     supervise: str = "assistant",
+    max_length: int | None = None,
     end_id: int | None = None,
 ) -> Example:
     """``chat_example`` without a chat template: BOS, user content, separator, assistant's, end.
@@ -143,9 +166,9 @@ def plain_example(
 
     Args:
         separator_id: The token between Text and Code.
-        messages, tokenizer, pred_ids, text, code, views, pairs, direction, pred_position: As in
-            ``chat_example``; the tokenizer needs no chat template, and the role of a view does not
-            matter.
+        messages, tokenizer, pred_ids, text, code, views, pairs, direction, pred_position,
+            max_length: As in ``chat_example``; the tokenizer needs no chat template, and the role
+            of a view does not matter.
         supervise: As in ``chat_example``; or ``"text"``: the end token follows the user content,
             and the next-token loss is on all of this but its first token. So the paper pretrains
             on paraphrases, each of which is a Text once and the Code of another.
@@ -154,6 +177,7 @@ def plain_example(
         ValueError: As in ``chat_example``, or there is no end token.
     """
     _check_options(direction=direction, pred_position=pred_position, supervise=supervise)
+    check_max_length(max_length)
     turns = _one_question(checked_messages(messages))
     check_views(views, pairs)
     view_turns = _view_turns(turns, text, code, views or {})
@@ -178,21 +202,24 @@ def plain_example(
     else:
         labels = _labels_of_all(tokenizer, sequence, supervise)
 
+    preds = _Preds(list(pred_ids), pred_position, max_length)
+    end = preds.room(end)
+
     def view(name: str) -> _View:
         if name == "text" and text is None:
             return _View(prompt[:end], len(bos), segment=0)
-        _, content = view_turns[name]
-        return _View(bos + _encode(tokenizer, content), len(bos))
+        ids = bos + _encode(tokenizer, view_turns[name][1])
+        return _View(ids[: preds.room(len(ids))], len(bos))
 
-    segments = _split(sequence, labels, end)
-    path = TokenPath(1, contents)
-    return _link(segments, path, view, directed, pred_position, list(pred_ids))
+    segments = _split(sequence[:max_length], labels[:max_length], end)
+    return _link(segments, _path(segments, contents, max_length), view, directed, preds)
 
 
 def chat_prompt(
     messages: Sequence[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     *,
+    add_special_tokens: bool = False,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """The tokens before the assistant content, as ``chat_example`` trains on them.
@@ -203,11 +230,12 @@ def chat_prompt(
 
     Args:
         messages: Turns up to an assistant's; an assistant turn at their end is ignored.
-        tokenizer, template_kwargs: As in ``chat_example``.
+        tokenizer, add_special_tokens, template_kwargs: As in ``chat_example``.
     Raises:
         ValueError: As in ``chat_example``.
     """
-    chat = _render(tokenizer, with_placeholder_answer(messages), template_kwargs)
+    turns = with_placeholder_answer(messages)
+    chat = _render(tokenizer, turns, template_kwargs, add_special_tokens)
     return chat.input_ids[: chat.spans[-1][0]]
 
 
@@ -223,9 +251,11 @@ def _render(
     tokenizer: PreTrainedTokenizerBase,
     turns: Sequence[Turn],
     template_kwargs: Mapping[str, Any] | None,
+    add_special_tokens: bool,
 ) -> Rendering:
     roles = tuple(turn["role"] for turn in turns)
-    return render(tokenizer, roles, [turn["content"] for turn in turns], template_kwargs)
+    contents = [turn["content"] for turn in turns]
+    return render(tokenizer, roles, contents, template_kwargs, add_special_tokens)
 
 
 def _one_question(turns: list[Turn]) -> list[Turn]:
@@ -250,22 +280,84 @@ def _check_options(**options: str) -> None:
             raise ValueError(f"{name} must be one of {allowed[name]}, got {value!r}")
 
 
+def check_embedding_token(embedding_token: Any, layout: str) -> None:
+    """Raises a ValueError unless `chat_example` can take it in this layout."""
+    if embedding_token == "content":
+        return
+    if isinstance(embedding_token, (str, bool)) or not isinstance(embedding_token, Integral):
+        raise ValueError(f"embedding_token must be 'content' or an int, got {embedding_token!r}")
+    if embedding_token >= 0:
+        raise ValueError(f"embedding_token must be below 0, got {embedding_token}")
+    if layout != "official":
+        raise ValueError(
+            f"embedding_token={embedding_token} needs layout='official', where views are turns of "
+            f"their own, got layout={layout!r}"
+        )
+
+
+def check_max_length(max_length: Any) -> None:
+    """Raises a ValueError unless `chat_example` can take it."""
+    if max_length is not None:
+        check_whole("max_length", max_length, least=1)
+
+
 @dataclass
 class _View:
-    """A view's tokens, where its content begins, and its segment if one already ends with it."""
+    """A view up to the token that is compared.
+
+    Attributes:
+        input_ids: Its tokens.
+        content_start: Where its content begins.
+        segment: One that already ends with it, if any.
+        with_preds: Its tokens with [PRED], if those cannot just be added.
+    """
 
     input_ids: list[int]
     content_start: int
     segment: int | None = None
+    with_preds: list[int] | None = None
+
+
+@dataclass
+class _Preds:
+    """The [PRED] tokens of an example, their place, and the tokens of a view at most."""
+
+    ids: list[int]
+    position: str
+    max_length: int | None
+
+    @property
+    def appended(self) -> bool:
+        return len(self.ids) > 0 and self.position == "append"
+
+    def room(self, end: int) -> int:
+        """Where a content that ends there is cut to leave them room."""
+        if self.max_length is None:
+            return end
+        return min(end, max(self.max_length - self.appended * len(self.ids), 0))
+
+    def in_front(self, view: _View) -> list[int]:
+        """The tokens of a view with these in front of its content."""
+        ids, start = view.input_ids, view.content_start
+        return [*ids[:start], *reversed(self.ids), *ids[start:]][: self.max_length]
 
 
 def _split(input_ids: list[int], labels: list[int], end: int) -> list[Segment]:
-    """A prompt of ``end`` tokens and what continues it."""
+    """A prompt of ``end`` tokens and what continues it, if anything does."""
     supervised = any(label != IGNORE for label in labels[:end])
-    return [
-        Segment(input_ids[:end], labels=labels[:end] if supervised else None),
-        Segment(input_ids[end:], parent=0, labels=labels[end:]),
-    ]
+    segments = [Segment(input_ids[:end], labels=labels[:end] if supervised else None)]
+    if end < len(input_ids):
+        segments.append(Segment(input_ids[end:], parent=0, labels=labels[end:]))
+    return segments
+
+
+def _path(
+    segments: Sequence[Segment], spans: Sequence[tuple[int, int]], max_length: int | None
+) -> TokenPath:
+    """What is left of the spans, in the sequence that ends with the last of the segments."""
+    limit = max_length or spans[-1][1]
+    kept = [(start, min(stop, limit)) for start, stop in spans if start < limit]
+    return TokenPath(len(segments) - 1, kept)
 
 
 def _view_turns(
@@ -304,11 +396,16 @@ def _link(
     path: TokenPath,
     view: Callable[[str], _View],
     pairs: Sequence[tuple[str, str]],
-    pred_position: str,
-    pred_ids: list[int],
+    preds: _Preds,
 ) -> Example:
     """Adds the views and [PRED] segments that the pairs need, each once, to those of the chat."""
-    view = cache(view)
+
+    @cache
+    def found(name: str) -> _View:
+        one = view(name)
+        if len(one.input_ids) <= one.content_start:
+            raise ValueError(f"the view {name!r} would end before its content")
+        return one
 
     def add(input_ids: Sequence[int], parent: int | None = None) -> int:
         segments.append(Segment(input_ids, parent))
@@ -316,17 +413,17 @@ def _link(
 
     @cache
     def target(name: str) -> int:
-        found = view(name)
-        return add(found.input_ids) if found.segment is None else found.segment
+        segment = found(name).segment
+        return add(found(name).input_ids) if segment is None else segment
 
     @cache
     def predictor(name: str) -> int:
-        if not pred_ids:
+        if not preds.ids:
             return target(name)
-        if pred_position == "append":
-            return add(pred_ids, target(name))
-        ids, start = view(name).input_ids, view(name).content_start
-        return add([*ids[:start], *pred_ids, *ids[start:]])
+        whole = found(name).with_preds
+        if whole is None and preds.appended:
+            return add(preds.ids, target(name))
+        return add(whole or preds.in_front(found(name)))
 
     linked = [(predictor(source), target(name)) for source, name in pairs]
     return Example(segments, linked, path)
@@ -373,16 +470,48 @@ def _text_end(chat: Rendering, asked: int, text: str | None) -> int | None:
     return last if chat.text[start:end] == text.strip() and not beyond.strip() else None
 
 
-def _lone_view(tokenizer: PreTrainedTokenizerBase, turn: Rendering, pred_follows: bool) -> _View:
+def _up_to_content(
+    tokenizer: PreTrainedTokenizerBase, turn: Rendering, preds: _Preds, add_special_tokens: bool
+) -> _View:
     """A turn alone, up to its last content token.
 
     A [PRED] written right behind the content would keep what the template writes there out of the
     content's last token, so it is kept out here too.
     """
-    (start, stop), end = turn.spans[0], turn.char_spans[0][1]
-    if pred_follows and turn.offsets[stop - 1][1] > end:
-        return _View(_encode(tokenizer, turn.text[:end]), start)
-    return _View(turn.input_ids[:stop], start)
+    (start, stop), (_, end) = turn.spans[0], turn.char_spans[0]
+    ids = turn.input_ids
+    if preds.appended and turn.offsets[stop - 1][1] > end:
+        tokens = Tokens.of(tokenizer, turn.text[:end], add_special_tokens)
+        ids, stop = tokens.input_ids, len(tokens.input_ids) - tokens.num_behind
+    return _View(ids[: preds.room(stop)], start)
+
+
+def _up_to_offset(
+    tokenizer: PreTrainedTokenizerBase,
+    turn: Rendering,
+    preds: _Preds,
+    add_special_tokens: bool,
+    offset: int,
+    max_length: int | None,
+) -> _View:
+    """A turn alone, up to the token at an offset from its end; [PRED] are written as content."""
+
+    def cut(tokens: Tokens) -> list[int]:
+        ids = tokens.cut(tokens.input_ids, max_length)
+        return ids[: max(len(ids) + offset + 1, 0)]
+
+    view = _View(cut(turn.tokens), content_start=0)
+    if preds.ids:
+        start, end = turn.char_spans[0]
+        ids, at = (preds.ids, end) if preds.appended else (preds.ids[::-1], start)
+        written = "".join(cast(list[str], tokenizer.convert_ids_to_tokens(ids)))
+        text = turn.text[:at] + written + turn.text[at:]
+        tokens = Tokens.of(tokenizer, text, add_special_tokens)
+        first, stop = token_span(tokens.offsets, at, at + len(written))
+        if tokens.input_ids[first:stop] != ids:
+            raise ValueError(f"pred_ids must be tokens wherever they are written, got {ids}")
+        view.with_preds = cut(tokens)
+    return view
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -17,6 +17,7 @@ from llmjepa_kernels.data.chat import (
     SUPERVISE,
     chat_example,
     chat_prompt,
+    check_embedding_token,
     plain_example,
     plain_prompt,
 )
@@ -41,7 +42,7 @@ class ExampleFormat:
         pred_ids: The [PRED] tokens, from `add_predictor_tokens`.
         separator_id: The token between Text and Code; of "plain" only.
         end_id: The token at the end, EOS if None; of "plain" only.
-        template_kwargs: Passed to ``apply_chat_template``; of "chat" only.
+        embedding_token, add_special_tokens, template_kwargs: See `chat_example`; of "chat" only.
 
     Raises:
         ValueError: A value is unknown, or not one of the chosen template's.
@@ -55,6 +56,8 @@ class ExampleFormat:
     separator_id: int | None = None
     end_id: int | None = None
     supervise: str = "assistant"
+    embedding_token: str | int = "content"
+    add_special_tokens: bool = False
     template_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
@@ -74,6 +77,7 @@ class ExampleFormat:
         if not isinstance(self.template_kwargs, Mapping):
             raise ValueError(f"template_kwargs must be a mapping, got {self.template_kwargs!r}")
         if self.template == "chat":
+            check_embedding_token(self.embedding_token, self.layout)
             for name in ("separator_id", "end_id"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name} needs template='plain', got {getattr(self, name)}")
@@ -85,22 +89,31 @@ class ExampleFormat:
             )
         elif self.end_id is not None and not _is_id(self.end_id):
             raise ValueError(f"end_id must be a token id, got {self.end_id!r}")
-        elif self.layout != "shared" or self.template_kwargs:
-            raise ValueError(
-                "template='plain' has the shared layout and no template_kwargs, got "
-                f"layout={self.layout!r}, template_kwargs={dict(self.template_kwargs)}"
-            )
+        else:
+            for name in ("layout", "embedding_token", "add_special_tokens", "template_kwargs"):
+                value, expected = getattr(self, name), _DEFAULTS[name]
+                if value != expected:
+                    raise ValueError(
+                        f"template='plain' needs {name}={expected!r}, got {name}={value!r}"
+                    )
 
-    def example(self, sample: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Example:
+    def example(
+        self,
+        sample: Mapping[str, Any],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int | None = None,
+    ) -> Example:
         """The segments and pairs of a sample.
 
         Args:
             sample: With ``messages`` and maybe ``text``, ``code``, ``views`` and ``pairs``, as
                 `read_chats` yields them.
             tokenizer: A fast tokenizer; with a chat template for "chat".
+            max_length: See `chat_example`.
 
         Raises:
-            ValueError: The sample is malformed, or does not fit the tokenizer.
+            ValueError: The sample is malformed, or does not fit the tokenizer or `max_length`.
         """
         options: dict[str, Any] = {
             "pred_ids": self.pred_ids,
@@ -111,6 +124,7 @@ class ExampleFormat:
             "direction": self.direction,
             "pred_position": self.pred_position,
             "supervise": self.supervise,
+            "max_length": max_length,
         }
         messages = sample["messages"]
         if self.separator_id is not None:
@@ -125,6 +139,8 @@ class ExampleFormat:
             messages,
             tokenizer,
             layout=self.layout,
+            embedding_token=self.embedding_token,
+            add_special_tokens=self.add_special_tokens,
             template_kwargs=self.template_kwargs,
             **options,
         )
@@ -133,7 +149,12 @@ class ExampleFormat:
         """The tokens before the answer, as `example` trains on them; an answer is ignored."""
         if self.separator_id is not None:
             return plain_prompt(sample["messages"], tokenizer, separator_id=self.separator_id)
-        return chat_prompt(sample["messages"], tokenizer, template_kwargs=self.template_kwargs)
+        return chat_prompt(
+            sample["messages"],
+            tokenizer,
+            add_special_tokens=self.add_special_tokens,
+            template_kwargs=self.template_kwargs,
+        )
 
     def save(self, directory: str | PathLike[str]) -> None:
         """Writes ``llm_jepa.json`` into a directory that exists."""
@@ -190,6 +211,15 @@ class ExampleFormat:
             return cls(**values)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path} is no example format: {error}") from error
+
+
+# Of the fields of "chat" only.
+_DEFAULTS: dict[str, Any] = {
+    "layout": "shared",
+    "embedding_token": "content",
+    "add_special_tokens": False,
+    "template_kwargs": {},
+}
 
 
 def _of_hub(name: str) -> Path | None:

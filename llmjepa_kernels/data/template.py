@@ -16,21 +16,70 @@ import weakref
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A tokenized text.
+
+    Attributes:
+        input_ids: Its tokens.
+        offsets: The characters of each.
+        num_behind: Tokens that the tokenizer has added behind the text.
+    """
+
+    input_ids: list[int]
+    offsets: list[tuple[int, int]]
+    num_behind: int
+
+    @classmethod
+    def of(
+        cls, tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool = False
+    ) -> Tokens:
+        encoded = tokenizer(
+            text,
+            add_special_tokens=add_special_tokens,
+            return_offsets_mapping=True,
+            return_special_tokens_mask=add_special_tokens,
+        )
+        offsets, behind = encoded["offset_mapping"], 0
+        if add_special_tokens:  # those behind the text are said to be at its beginning, too
+            mask = encoded["special_tokens_mask"]
+            behind = next((n for n, own in enumerate(reversed(mask)) if not own), 0)
+            offsets[len(offsets) - behind :] = [(len(text), len(text))] * behind
+        return cls(encoded["input_ids"], offsets, behind)
+
+    def cut(self, items: list[T], length: int | None) -> list[T]:
+        """Items of each token, without those at the end of a text that is too long."""
+        if length is None or len(items) <= length:
+            return items
+        behind = len(items) - self.num_behind
+        return [*items[: max(length - self.num_behind, 0)], *items[behind:]]
 
 
 @dataclass(frozen=True)
 class Rendering:
     """A tokenized rendering: its tokens, and the tokens and characters of each content."""
 
-    input_ids: list[int]
-    offsets: list[tuple[int, int]]
+    tokens: Tokens
     spans: list[tuple[int, int]]
     text: str
     char_spans: list[tuple[int, int]]
+
+    @property
+    def input_ids(self) -> list[int]:
+        return self.tokens.input_ids
+
+    @property
+    def offsets(self) -> list[tuple[int, int]]:
+        return self.tokens.offsets
 
 
 def render(
@@ -38,6 +87,7 @@ def render(
     roles: tuple[str, ...],
     contents: Sequence[str],
     template_kwargs: Mapping[str, Any] | None,
+    add_special_tokens: bool = False,
 ) -> Rendering:
     """Renders and tokenizes one conversation."""
     if not getattr(tokenizer, "is_fast", False):
@@ -64,10 +114,9 @@ def render(
             "the chat template does not keep a content in one piece: expected "
             f"{list(contents)} between {list(frame.literals)}, got {text!r}"
         )
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    offsets = encoded["offset_mapping"]
-    spans = [token_span(offsets, *span) for span in char_spans]
-    return Rendering(encoded["input_ids"], offsets, spans, text, char_spans)
+    tokens = Tokens.of(tokenizer, text, add_special_tokens)
+    spans = [token_span(tokens.offsets, *span) for span in char_spans]
+    return Rendering(tokens, spans, text, char_spans)
 
 
 def token_span(offsets: list[tuple[int, int]], start: int, end: int) -> tuple[int, int]:

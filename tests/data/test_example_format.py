@@ -110,6 +110,11 @@ def test_every_field_is_saved(tmp_path):
         ({"template": "plain", "separator_id": 3, "end_id": "x"}, "end_id must be a token id"),
         ({"template": "plain", "separator_id": 3, "layout": "official"}, "layout='official'"),
         ({"template": "plain", "separator_id": 3, "template_kwargs": {"a": 1}}, "{'a': 1}"),
+        ({"template": "plain", "separator_id": 3, "embedding_token": -1}, "embedding_token=-1"),
+        ({"template": "plain", "separator_id": 3, "add_special_tokens": True}, "=True"),
+        ({"embedding_token": -1}, "embedding_token=-1 needs layout='official'"),
+        ({"embedding_token": 0, "layout": "official"}, "below 0, got 0"),
+        ({"embedding_token": "-2", "layout": "official"}, "'content' or an int, got '-2'"),
     ],
 )
 def test_options_that_do_not_go_together(options, message):

@@ -42,6 +42,7 @@ HEADERS = {
 }
 HEADERS["official"] = {**HEADERS["shared"], "text": "<|bos|><|user|>"}
 PRED = predictor_token(1) + predictor_token(2)
+IN_FRONT = "<|predictor_2|><|predictor_1|>"  # the nearest to the content is the same
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def test_pairs(tokenizer, kind, pred_position):
         def predictor(name):
             if pred_position == "append":
                 return HEADERS[kind][name] + CONTENTS[name] + PRED
-            return HEADERS[kind][name] + PRED + CONTENTS[name]
+            return HEADERS[kind][name] + IN_FRONT + CONTENTS[name]
 
         return [(predictor(p), HEADERS[kind][t] + CONTENTS[t]) for p, t in names]
 
