@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, pad, scaled_dot_product_attention
 
 from llmjepa_kernels import Example
+from llmjepa_kernels.hf.patch import patch_model
 
 IGNORE = -100
 DOCUMENTS = "benchmark_documents"
@@ -83,12 +84,12 @@ class Baseline:
 
     Attributes:
         micro_batches: Gradients accumulate over them.
-        attention: Implementation to set on the model.
+        attention: Implementation to set on the model; None patches it instead.
         supervised_head: Run the LM head on supervised tokens only.
     """
 
     micro_batches: list[MicroBatch]
-    attention: str = "sdpa"
+    attention: str | None = "sdpa"
     supervised_head: bool = False
     num_labels: int = field(init=False)
     num_pairs: int = field(init=False)
@@ -113,7 +114,10 @@ class Baseline:
 
     def prepare(self, model) -> None:
         """Sets the model's attention; not part of a step."""
-        model.set_attn_implementation(self.attention)
+        if self.attention is None:
+            patch_model(model)
+        else:
+            model.set_attn_implementation(self.attention)
 
     def step(
         self, model, jepa_weight: float = 1.0, *, backward: bool = True

@@ -194,13 +194,16 @@ class Comparison:
             Row("three rows, unpadded", lambda: self._documents(official), official),
             Row("three rows, padded to longest", lambda: self._padded("three_rows"), official),
             self._official("additive_mask", "official additive mask"),
+            self._official("additive_mask", "official additive mask + patch_model", None),
             self._official("three_rows", "official three rows"),
         ]
 
-    def _official(self, kind: str, name: str) -> Row:
+    def _official(self, kind: str, name: str, attention: str | None = "sdpa") -> Row:
         length = self.official_length
         official = self.layouts["official"]
-        return Row(f"{name}, padded {length}", lambda: self._padded(kind, length), official)
+        return Row(
+            f"{name}, padded {length}", lambda: self._padded(kind, length, attention), official
+        )
 
     def _ours(self, name: str, examples: Sequence[Example], *, share: bool = True) -> Row:
         return Row(name, lambda: Packed(pack(examples, share_prefixes=share)), examples)
@@ -230,11 +233,13 @@ class Comparison:
         micro_batches = self._micro_batches(baselines.documents, examples)
         return Baseline(micro_batches, baselines.DOCUMENTS, supervised_head)
 
-    def _padded(self, kind: str, length: int | None = None) -> Baseline:
+    def _padded(
+        self, kind: str, length: int | None = None, attention: str | None = "sdpa"
+    ) -> Baseline:
         def build(sequences: Sequence[Sequences]) -> baselines.MicroBatch:
             return getattr(baselines, kind)(sequences, self.pad, length=length)
 
-        return Baseline(self._micro_batches(build, self.layouts["official"]))
+        return Baseline(self._micro_batches(build, self.layouts["official"]), attention)
 
     def _micro_batches(self, build, examples: Sequence[Example]) -> list[baselines.MicroBatch]:
         """As few as keep the logits of each in bounds."""

@@ -7,15 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.utils import logging
 
 from llmjepa_kernels.cli.analysis_figure import analysis_figure
 from llmjepa_kernels.cli.analyze_options import AnalyzeOptions
+from llmjepa_kernels.cli.device import chosen_device
 from llmjepa_kernels.cli.held_out import held_out_samples
+from llmjepa_kernels.cli.prediction_file import read_verdicts
 from llmjepa_kernels.cli.report import format_table
 from llmjepa_kernels.cli.say import say
 from llmjepa_kernels.cli.shared_options import BUILT_IN_SEED
@@ -38,6 +40,15 @@ COLUMNS = (
     ("code_rank", "effective\nrank Code", ".1f"),
     ("linear_residual", "linear\nresidual", ".3f"),
 )
+OF_ANSWERS = (
+    ("right_text_code_cosine", "of right\nanswers", ".4f"),
+    ("wrong_text_code_cosine", "of wrong\nanswers", ".4f"),
+)
+ANSWER_DEFINITIONS = {
+    "right": "whether the checkpoint's answer to each example is right; null where there is none",
+    "right_text_code_cosine": "mean of text_code_cosines where it is right; null without such",
+    "wrong_text_code_cosine": "mean of text_code_cosines where it is wrong; null without such",
+}
 BATCH_SIZE = 32
 
 
@@ -50,6 +61,7 @@ def analyze(options: AnalyzeOptions) -> None:
         OSError: A file or a model is not there.
     """
     checkpoints, output_dir = options.checkpoints, options.output_dir
+    device = chosen_device(options.device)
     say(f"reading {options.data or 'the built-in held-out pairs'}")
     located = held_out_samples(
         options.data, recipe=options.recipe, count=options.samples, seed=BUILT_IN_SEED, split=None
@@ -66,21 +78,42 @@ def analyze(options: AnalyzeOptions) -> None:
     for name, checkpoint in zip(names, checkpoints, strict=True):
         say(f"loading {checkpoint}")
         try:
-            numbers = analyze_checkpoint(
+            verdicts = None
+            if options.answers is not None:
+                verdicts = read_verdicts(options.answers, checkpoint, chats)
+            model, tokenizer = load_pretrained(
                 checkpoint,
-                chats,
-                num_pred_tokens=options.num_pred_tokens,
-                layout=options.layout,
-                progress=name,
+                options.dtype,
+                load_in=options.load_in,
+                device=device,
                 trust_remote_code=options.trust_remote_code,
             )
+            trained = ExampleFormat.load(
+                checkpoint,
+                tokenizer,
+                num_pred_tokens=options.num_pred_tokens,
+                layout=options.layout,
+            )
+            numbers = analyze_model(
+                model,
+                tokenizer,
+                trained,
+                chats,
+                layer=options.layer,
+                pooling=options.pooling,
+                progress=name,
+            )
+            if verdicts is not None:
+                numbers |= _of_answers(numbers["text_code_cosines"], verdicts)
         except ValueError as error:
             raise ValueError(f"{checkpoint}: {error}") from error
         analyses.append({"name": name, "checkpoint": checkpoint, **numbers})
     content = {
         "data": options.data or "built-in held-out pairs",
         "samples": len(chats),
-        "definitions": DEFINITIONS,
+        "layer": options.layer,
+        "pooling": options.pooling,
+        "definitions": DEFINITIONS | (ANSWER_DEFINITIONS if options.answers else {}),
         "checkpoints": analyses,
     }
     text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
@@ -88,47 +121,44 @@ def analyze(options: AnalyzeOptions) -> None:
     picture = BytesIO()
     analysis_figure(analyses).savefig(picture, dpi=200)
     write_whole(output_dir / "analysis.png", picture.getvalue())
-    table = format_table([(analysis["name"], analysis) for analysis in analyses], COLUMNS)
+    columns = COLUMNS + (OF_ANSWERS if options.answers else ())
+    table = format_table([(analysis["name"], analysis) for analysis in analyses], columns)
     print(f"\n{table}\nanalysis.json and analysis.png: {output_dir}/")
     print("next: llmjepa evaluate", *checkpoints)
 
 
-def analyze_checkpoint(
-    checkpoint: str,
+def analyze_model(
+    model: Any,
+    tokenizer: Any,
+    trained: ExampleFormat,
     chats: Sequence[Mapping[str, Any]],
     *,
-    num_pred_tokens: int | None = None,
-    layout: str | None = None,
+    layer: int = -1,
+    pooling: str = "last",
     progress: str | None = None,
-    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """The numbers of one checkpoint: those of `view_geometry`, and t-SNE of both views.
+    """The numbers of one model: those of `view_geometry`, and t-SNE of both views.
 
-    Text and Code are the views alone, in the layout that the checkpoint was trained with; its
-    [PRED] tokens, if it has any, predict as they did in training.
+    Text and Code are the views alone, in the layout that the model was trained with; its [PRED]
+    tokens, if it has any, predict as they did in training.
 
     Args:
-        checkpoint: As `load_pretrained` takes it.
+        model: A causal language model; is patched.
+        tokenizer: Its tokenizer.
+        trained: The format that it was trained with.
         chats: Samples as `read_chats` yields them, at least two.
-        num_pred_tokens, layout: As in `ExampleFormat.load`.
-        trust_remote_code: As in `load_pretrained`.
+        layer, pooling: As in `view_states`.
         progress: Shown in front of a progress bar. Default: none.
 
     Raises:
-        ValueError: A sample does not fit the checkpoint, or its states are not finite.
-        OSError: The checkpoint is not there.
+        ValueError: A sample does not fit the model, its states are not finite, or it has no such
+            layer.
     """
     from rich.console import Console
     from rich.progress import track
 
     console = Console(quiet=progress is None, stderr=True)
-    model, tokenizer = load_pretrained(checkpoint, trust_remote_code=trust_remote_code)
-    if torch.cuda.is_available() or torch.xpu.is_available():
-        model.to(torch.accelerator.current_accelerator())
     patch_model(model)
-    trained = ExampleFormat.load(
-        checkpoint, tokenizer, num_pred_tokens=num_pred_tokens, layout=layout
-    )
     views = replace(trained, pred_ids=(), direction="text_to_code")
 
     def states(
@@ -149,6 +179,8 @@ def analyze_checkpoint(
                 pack(examples[start : start + BATCH_SIZE])
                 for start in track(starts, f"{progress}: {name}", console=console)
             ),
+            layer=layer,
+            pooling=pooling,
         )
 
     # Without the further views that a sample may have.
@@ -159,6 +191,15 @@ def analyze_checkpoint(
     with console.status(f"{progress}: t-SNE"):
         places = dict(zip(("text", "code"), embed_views(text, code), strict=True))
     return {**numbers, "tsne": {view: place.tolist() for view, place in places.items()}}
+
+
+def _of_answers(cosines: list[float], verdicts: list[bool | None]) -> dict[str, Any]:
+    """The numbers of `ANSWER_DEFINITIONS`."""
+    found: dict[str, Any] = {"right": verdicts}
+    for name, wanted in (("right", True), ("wrong", False)):
+        some = [cosine for cosine, right in zip(cosines, verdicts, strict=True) if right is wanted]
+        found[f"{name}_text_code_cosine"] = mean(some) if some else None
+    return found
 
 
 def short_names(checkpoints: Sequence[str]) -> list[str]:

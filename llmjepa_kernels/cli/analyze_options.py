@@ -11,11 +11,16 @@ from llmjepa_kernels.cli.report import COLORS
 from llmjepa_kernels.cli.shared_options import (
     checkpoints_option,
     data_option,
+    device_option,
+    dtype_option,
+    load_in_option,
     needs_gguf,
     recipe_option,
     trust_option,
 )
 from llmjepa_kernels.data.chat import LAYOUTS
+from llmjepa_kernels.evaluation.geometry import POOLINGS
+from llmjepa_kernels.hf.dtypes import DTYPES
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,25 @@ examples:
         choices=LAYOUTS,
         default_is="shared",
     )
+    layer: int = option(
+        -1,
+        "whose states are compared: 0 is the embeddings, -1 the last layer after the final norm, "
+        "which training compares",
+        metavar="I",
+    )
+    pooling: str = option(
+        "last",
+        "last: the state of the token that training compares; mean: of all tokens that it sees",
+        choices=POOLINGS,
+    )
+    answers: str | None = option(
+        None,
+        "the --output of llmjepa evaluate on the same data: cosines of right and of wrong answers",
+        metavar="FILE.jsonl",
+    )
+    device: str | None = device_option()
+    dtype: str = dtype_option(DTYPES)
+    load_in: str | None = load_in_option()
     trust_remote_code: bool = trust_option()
     output_dir: Path = option(  # noqa: RUF009
         Path("outputs/analyze"),

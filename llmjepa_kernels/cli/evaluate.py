@@ -89,7 +89,8 @@ class Evaluation:
                 "samples": len(samples),
                 "rule": rule.name,
                 "max_new_tokens": options.max_new_tokens,
-                "dtype": "bfloat16" if options.bf16 else "float32",
+                "dtype": options.dtype,
+                "load_in": options.load_in,
             }
             file = PredictionFile(options.output, settings, samples, rule)
         return cls(options, device, samples, rule, split, file)
@@ -97,8 +98,13 @@ class Evaluation:
     def run(self, name: str) -> dict[str, Accuracy]:
         """Has one checkpoint answer what it has not answered yet."""
         say(f"loading {name}")
-        model, tokenizer = load_pretrained(name, trust_remote_code=self.options.trust_remote_code)
-        model.to(self.device, torch.bfloat16 if self.options.bf16 else torch.float32)
+        model, tokenizer = load_pretrained(
+            name,
+            self.options.dtype,
+            load_in=self.options.load_in,
+            device=self.device,
+            trust_remote_code=self.options.trust_remote_code,
+        )
         example_format = ExampleFormat.load(name)
         done: dict[int, Prediction] = {}
         if self.file is not None:

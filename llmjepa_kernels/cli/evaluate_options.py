@@ -13,6 +13,8 @@ from llmjepa_kernels.cli.shared_options import (
     data_option,
     databases_option,
     device_option,
+    dtype_option,
+    load_in_option,
     needs_gguf,
     recipe_option,
     rule_option,
@@ -20,6 +22,7 @@ from llmjepa_kernels.cli.shared_options import (
     trust_option,
 )
 from llmjepa_kernels.evaluation.predict import BATCH_SIZE
+from llmjepa_kernels.hf.dtypes import DTYPES
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ rules for what is correct:
 examples:
   llmjepa evaluate outputs/train/ntp-only outputs/train/llm-jepa
   llmjepa evaluate outputs/train/llm-jepa --data test.jsonl --split depth:2 --output p.jsonl
-  llmjepa evaluate Qwen/Qwen3-1.7B --data gsm8k.jsonl --rule number --bf16
+  llmjepa evaluate Qwen/Qwen3-1.7B --data gsm8k.jsonl --rule number --dtype bfloat16
 """
 
     checkpoints: tuple[str, ...] = checkpoints_option()
@@ -77,7 +80,8 @@ examples:
         metavar="FILE.jsonl",
     )
     device: str | None = device_option()
-    bf16: bool = option(False, "weights in bfloat16, not float32")
+    dtype: str = dtype_option(DTYPES)
+    load_in: str | None = load_in_option()
     trust_remote_code: bool = trust_option()
     seed: int = option(BUILT_IN_SEED, "of the built-in data", metavar="SEED", range=NOT_NEGATIVE)
 

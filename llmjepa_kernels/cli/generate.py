@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 
-import torch
 from transformers import TextStreamer, set_seed
 from transformers.utils import logging
 
@@ -27,9 +26,12 @@ def generate(options: GenerateOptions) -> None:
     logging.disable_progress_bar()  # of reading weights
     say(f"loading {options.checkpoint}")
     model, tokenizer = load_pretrained(
-        options.checkpoint, trust_remote_code=options.trust_remote_code
+        options.checkpoint,
+        options.dtype,
+        load_in=options.load_in,
+        device=device,
+        trust_remote_code=options.trust_remote_code,
     )
-    model.to(device, torch.bfloat16 if options.bf16 else torch.float32)
     example_format = ExampleFormat.load(options.checkpoint)
     set_seed(options.seed)
 

@@ -6,7 +6,14 @@ from dataclasses import MISSING, dataclass
 from typing import ClassVar
 
 from llmjepa_kernels.cli.option_parser import COUNT, NOT_NEGATIVE, Options, option
-from llmjepa_kernels.cli.shared_options import device_option, needs_gguf, trust_option
+from llmjepa_kernels.cli.shared_options import (
+    device_option,
+    dtype_option,
+    load_in_option,
+    needs_gguf,
+    trust_option,
+)
+from llmjepa_kernels.hf.dtypes import DTYPES
 
 
 @dataclass(frozen=True)
@@ -22,7 +29,7 @@ terminal, until an empty line or Ctrl-D; elsewhere standard input is the prompt.
     epilog: ClassVar[str] = """\
 examples:
   llmjepa generate outputs/train/llm-jepa --prompt "lines with a vowel"
-  llmjepa generate Qwen/Qwen3-1.7B --bf16 --temperature 0.7 --system "Answer in one word."
+  llmjepa generate Qwen/Qwen3-1.7B --dtype bfloat16 --temperature 0.7 --system "Answer in one word."
 """
 
     checkpoint: str = option(
@@ -46,7 +53,8 @@ examples:
     )
     seed: int = option(0, "of the draws", metavar="SEED", range=NOT_NEGATIVE)
     device: str | None = device_option()
-    bf16: bool = option(False, "weights in bfloat16, not float32")
+    dtype: str = dtype_option(DTYPES)
+    load_in: str | None = load_in_option()
     trust_remote_code: bool = trust_option()
 
     def packages(self) -> dict[str, list[str]]:

@@ -15,6 +15,40 @@ from llmjepa_kernels.evaluation.rules import Rule, answer_of
 from llmjepa_kernels.files import only_process, write_whole
 
 
+def read_verdicts(
+    path: str | os.PathLike[str], checkpoint: str, samples: Sequence[Mapping[str, Any]]
+) -> list[bool | None]:
+    """Whether a checkpoint's answer to each sample is right, as `PredictionFile` has written it.
+
+    Returns:
+        One per sample; None where there is no answer.
+
+    Raises:
+        ValueError: A line is corrupt or of another sample, or none is of the checkpoint.
+        OSError: There is no such file.
+    """
+    verdicts: list[bool | None] = [None] * len(samples)
+    names = set()
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                values = json.loads(line)
+                name, index, correct = (values[k] for k in ("checkpoint", "index", "correct"))
+                if not isinstance(correct, bool):
+                    raise TypeError(f"correct must be a bool, got {correct!r}")
+                names.add(name)
+                if name != checkpoint or index >= len(samples):
+                    continue
+                if values["answer"] != answer_of(samples[index]):
+                    raise ValueError(f"answer is not that of sample {index} of the data")
+            except (ValueError, TypeError, LookupError, RecursionError) as error:
+                raise ValueError(f"{path}:{number} is no prediction: {error}") from error
+            verdicts[index] = correct
+    if verdicts.count(None) == len(verdicts):
+        raise ValueError(f"{path} has no answers of {checkpoint}, but of {sorted(names)}")
+    return verdicts
+
+
 class PredictionFile:
     """A JSONL file of predictions, and beside it a JSON file of what they were made with.
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import MISSING
 from typing import Any
 
 from llmjepa_kernels.cli.option_parser import option
 from llmjepa_kernels.data.recipes import RECIPES
 from llmjepa_kernels.evaluation.rules import RULES
+from llmjepa_kernels.hf.dtypes import QUANTIZATIONS
 
 EVAL_SAMPLES = 200  # held-out ones
 BUILT_IN_SEED = 42
@@ -76,6 +78,19 @@ def device_option(group: str | None = None) -> Any:
         group=group,
         metavar="DEVICE",
         default_is="a GPU if there is one",
+    )
+
+
+def dtype_option(choices: Iterable[str], group: str | None = None) -> Any:
+    return option("float32", "of the weights", group=group, choices=choices)
+
+
+def load_in_option() -> Any:
+    return option(
+        None,
+        "quantise the weights with bitsandbytes; --dtype is then that of products",
+        choices=QUANTIZATIONS,
+        default_is="they stay whole",
     )
 
 

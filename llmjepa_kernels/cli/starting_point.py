@@ -60,9 +60,10 @@ def starting_point(
     weights = None
     if options.random_weights:
         model, tokenizer = _random(options, samples)
+        models.cast_weights(model, options.dtype)
     else:
         model, tokenizer = models.load_pretrained(
-            str(options.model), trust_remote_code=options.trust_remote_code
+            str(options.model), options.dtype, trust_remote_code=options.trust_remote_code
         )
         weights = weights_fingerprint(model)
     if options.template == "chat" and not tokenizer.chat_template:
@@ -146,6 +147,8 @@ def _format(
         pred_position=options.pred_position,
         pred_ids=pred_ids,
         supervise=options.supervise,
+        embedding_token=options.compared_token,
+        add_special_tokens=options.add_special_tokens,
         separator_id=known.get("separator_id"),
         end_id=known.get("end_id"),
     )

@@ -20,14 +20,22 @@ from llmjepa_kernels.cli.shared_options import (
     BUILT_IN_SEED,
     EVAL_SAMPLES,
     databases_option,
+    dtype_option,
     needs_gguf,
     recipe_option,
     rule_option,
     split_option,
     trust_option,
 )
-from llmjepa_kernels.data.chat import DIRECTIONS, LAYOUTS, PRED_POSITIONS, SUPERVISE
+from llmjepa_kernels.data.chat import (
+    DIRECTIONS,
+    LAYOUTS,
+    PRED_POSITIONS,
+    SUPERVISE,
+    check_embedding_token,
+)
 from llmjepa_kernels.data.example_format import TEMPLATES
+from llmjepa_kernels.hf.dtypes import TRAINABLE_DTYPES
 from llmjepa_kernels.ops.loss import METRICS
 from llmjepa_kernels.training.loss_dropout import PER
 from llmjepa_kernels.tubes import FORMS
@@ -59,10 +67,14 @@ FINE_TUNE = {
     "warmup_steps": 0.03,
     "save_steps": 500,
 }
-# The recipe that the authors' finetune.py has by default, as far as options tell: three separate
-# sequences, and the labels that its collator makes. What else differs is in the documentation.
+# The recipe that the authors' finetune.py has by default: three separate sequences, each padded to
+# 512 tokens there, and the labels that its collator makes.
 AUTHORS = {
     "layout": "official",
+    "embedding_token": "-1",
+    "add_special_tokens": True,
+    "max_sequence_length": 512,
+    "max_length_policy": "truncate",
     "supervise": "released",
     "num_pred_tokens": 0,
     "jepa_weight": 0.1,
@@ -70,11 +82,14 @@ AUTHORS = {
     "epochs": 3.0,
     "batch_size": 4,
     "gradient_accumulation_steps": 4,
+    "dtype": "bfloat16",
+    "bf16": True,
     "other": (
         *("--lr-scheduler-type", "linear", "--warmup-steps", "0"),
         *("--dataloader-drop-last", "True"),
     ),
 }
+POLICIES = ("refuse", "skip", "truncate")
 # What is added to the next-token loss, and what a run with it is called.
 OBJECTIVES = {"ntp": "NTP only", "jepa": "LLM-JEPA", "stp": "STP", "jepa+stp": "LLM-JEPA + STP"}
 # Headings of the help. The first has what most runs are about.
@@ -270,6 +285,7 @@ examples:
         default_is="the one of --model, else 512",
     )
 
+    dtype: str = dtype_option(TRAINABLE_DTYPES, MODEL)
     trust_remote_code: bool = trust_option(MODEL)
 
     recipe: str | None = recipe_option(DATA)
@@ -301,6 +317,22 @@ examples:
         range=COUNT,
         default_is="one row per batch, without padding",
     )
+    max_sequence_length: int | None = option(
+        None,
+        "tokens of a chat, and of a view, at most",
+        group=DATA,
+        metavar="N",
+        range=COUNT,
+        default_is="the positions of the model",
+    )
+    max_length_policy: str = option(
+        "refuse",
+        "for samples that are longer, or do not fit in a row. refuse: end with an error; skip: "
+        "leave them out and count them; truncate: cut the ends of chat and views off, as the "
+        "authors' code",
+        group=DATA,
+        choices=POLICIES,
+    )
     streaming: bool = option(
         False,
         "read --data again and again during training, needs --max-steps: for data larger than "
@@ -315,11 +347,6 @@ examples:
         range=COUNT,
     )
     skip_bad_lines: bool = option(False, "leave malformed samples out and count them", group=DATA)
-    skip_too_long: bool = option(
-        False,
-        "leave samples longer than --max-length or the model's positions out and count them",
-        group=DATA,
-    )
     share_prefixes: bool = option(
         True,
         "store equal prefixes, such as the system prompt, once per row",
@@ -361,6 +388,20 @@ examples:
         "shared: the Text view is the prefix of the chat; official: the authors' three sequences",
         group=OBJECTIVE,
         choices=LAYOUTS,
+    )
+    embedding_token: str = option(
+        "content",
+        "the token of a view that is compared. content: its last one, or the last [PRED]; OFFSET: "
+        "the one so far from the end of the turn, as --last_token of the authors' code; -1 is the "
+        "last, needs --layout official",
+        group=OBJECTIVE,
+        metavar="content|OFFSET",
+    )
+    add_special_tokens: bool = option(
+        False,
+        "let the tokenizer add its special tokens to what the template writes, as the authors' "
+        "code does: with Llama a second begin-of-sequence token",
+        group=OBJECTIVE,
     )
     direction: str = option(
         "text_to_code", "which view predicts which", group=OBJECTIVE, choices=DIRECTIONS
@@ -465,7 +506,7 @@ examples:
         default_is=f"{FINE_TUNE['save_steps']} with --model, else no checkpoints",
         recorded=False,
     )
-    bf16: bool = option(False, "bfloat16 autocast; weights stay in float32", group=TRAINING)
+    bf16: bool = option(False, "bfloat16 autocast, of weights as --dtype says", group=TRAINING)
     seed: int = option(
         BUILT_IN_SEED,
         "of weights, data order and built-in data",
@@ -496,6 +537,13 @@ examples:
             raise ValueError("--lora-rank adapts a trained --model, not random weights")
         if self.template == "plain" and self.layout != "shared":
             raise ValueError(f"--format plain has the shared --layout only, got {self.layout}")
+        check_embedding_token(self.compared_token, self.layout)
+        for flag, changed in (
+            ("--embedding-token", self.embedding_token != "content"),
+            ("--add-special-tokens", self.add_special_tokens),
+        ):
+            if changed and self.template != "chat":
+                raise ValueError(f"{flag} is for --format chat")
         for flag, token in (("--separator", self.separator), ("--end-token", self.end_token)):
             if token is not None and self.template != "plain":
                 raise ValueError(f"{flag} is for --format plain")
@@ -533,6 +581,14 @@ examples:
     def random_weights(self) -> bool:
         """Whether training begins with random weights, of whatever architecture."""
         return self.from_scratch or self.model is None
+
+    @property
+    def compared_token(self) -> str | int:
+        """`embedding_token`, as `ExampleFormat` takes it."""
+        try:
+            return int(self.embedding_token)
+        except ValueError:
+            return self.embedding_token
 
     @property
     def objectives(self) -> list[str]:

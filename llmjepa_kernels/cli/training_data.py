@@ -19,7 +19,7 @@ from llmjepa_kernels.cli.train_options import TRAIN_SAMPLES, TrainOptions
 from llmjepa_kernels.data.samples import located_chats
 from llmjepa_kernels.data.splits import Split
 from llmjepa_kernels.evaluation.predict import beyond_positions
-from llmjepa_kernels.packing import Example, pack
+from llmjepa_kernels.packing import IGNORE, Example, pack, segment_ends
 from llmjepa_kernels.training.streaming import ExampleStream
 from llmjepa_kernels.tubes import TubeSampler
 
@@ -27,9 +27,9 @@ HEAD = 1000  # samples of a stream that are looked at before training
 
 
 class LeftOut:
-    """Counts what is left out, by kind, also in the workers of a DataLoader."""
+    """Counts what is left out or cut, by kind, also in the workers of a DataLoader."""
 
-    KINDS = ("out of distribution", "malformed", "too long")
+    KINDS = ("out of distribution", "malformed", "too long", "truncated")
     SHOWN = 3  # messages per kind
 
     def __init__(self) -> None:
@@ -41,7 +41,8 @@ class LeftOut:
         row = self._counts[info.id % 256 if info else 0]
         row[self.KINDS.index(kind)] += 1
         if message and row[self.KINDS.index(kind)] <= self.SHOWN:
-            print(f"left out: {message}", file=sys.stderr)
+            what = kind if kind == "truncated" else "left out"
+            print(f"{what}: {message}", file=sys.stderr)
 
     def counts(self) -> dict[str, int]:
         """Those that are not zero."""
@@ -167,42 +168,89 @@ class SampleReader:
         return located_chats(source, recipe=self.options.recipe, on_error=on_error, shard=shard)
 
 
+class Made(NamedTuple):
+    """A sample, its example, and the length that its sequences were cut to, if they were."""
+
+    located: LocatedSample
+    example: Example
+    max_length: int | None
+
+
 @dataclass(frozen=True)
 class ExampleMaker:
-    """Makes examples of samples, and finds those that are too long.
+    """Makes examples of samples; leaves out, cuts or refuses those that are too long.
 
     Attributes:
         options: Of ``llmjepa train``.
         start: Its tokenizer and format make the examples; its model has so many positions.
         left_out: Counts samples that are too long.
+        answered: Whether the model is to answer the samples, for which they must be whole.
     """
 
     options: TrainOptions
     start: StartingPoint
     left_out: LeftOut
+    answered: bool = False
 
-    def examples(
-        self, located: Iterable[tuple[str, dict[str, Any]]]
-    ) -> Iterator[tuple[LocatedSample, Example]]:
-        """Those of the samples that fit.
+    def examples(self, located: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[Made]:
+        """Those of the samples that fit, or can be made to.
 
         Raises:
-            ValueError: A sample is malformed, or too long and not to be left out; names its line.
+            ValueError: A sample is malformed, or too long and to be refused; names its line.
         """
+        policy = self.options.max_length_policy
         for place, sample in located:
+            made = LocatedSample(place, sample)
             try:
-                example = self.start.example_format.example(sample, self.start.tokenizer)
+                example = self._example(sample)
                 reason = self._too_long(example)
-                if reason and not self.options.skip_too_long:
-                    raise ValueError(f"{reason}; --skip-too-long leaves such samples out")
+                if reason and policy == "refuse":
+                    raise ValueError(f"{reason}; see --max-length-policy")
             except ValueError as error:
                 raise ValueError(f"{place}: {error}") from error
-            if reason:
+            if reason is None:
+                yield Made(made, example, None)
+                continue
+            cut = self._cut(sample, example) if policy == "truncate" else None
+            if cut is None:
                 self.left_out.add("too long", f"{place}: {reason}")
+                continue
+            self.left_out.add("truncated", f"{place}: {reason}")
+            yield Made(made, *cut)
+
+    def _example(self, sample: dict[str, Any], max_length: int | None = None) -> Example:
+        start = self.start
+        return start.example_format.example(sample, start.tokenizer, max_length=max_length)
+
+    def _cut(self, sample: dict[str, Any], example: Example) -> tuple[Example, int] | None:
+        """The longest example that fits; None if there is none, or nothing of it is supervised."""
+        if self.answered and beyond_positions(example, self.start.max_positions):
+            return None
+        longest = max(segment_ends(example))
+        limits = (self.options.max_sequence_length, self.start.max_positions)
+        fits, too_long = 0, min(longest, *(limit for limit in limits if limit)) + 1
+        found = None
+        while fits + 1 < too_long:
+            # The greatest length at first, which it is mostly.
+            length = too_long - 1 if found is None and fits == 0 else (fits + too_long) // 2
+            try:
+                shorter = self._example(sample, length)
+            except ValueError:  # nothing is left of a view
+                fits = length
+                continue
+            if self._too_long(shorter):
+                too_long = length
             else:
-                yield LocatedSample(place, sample), example
+                fits, found = length, shorter
+        supervised = found and any(
+            label != IGNORE for segment in found.segments for label in segment.labels or ()
+        )
+        return (found, fits) if found and supervised else None
 
     def _too_long(self, example: Example) -> str | None:
+        longest, most = max(segment_ends(example)), self.options.max_sequence_length
+        if most and longest > most:
+            return f"it is {longest} tokens long, more than --max-sequence-length {most}"
         limit = self.options.max_length
         if limit and sum(len(segment.input_ids) for segment in example.segments) > limit:
             row = pack([example], share_prefixes=self.options.share_prefixes)
@@ -216,15 +264,22 @@ class ExampleMaker:
 class Part:
     """Samples, and their examples."""
 
-    located: list[LocatedSample]
-    examples: list[Example]
+    made: list[Made]
+
+    @property
+    def located(self) -> list[LocatedSample]:
+        return [each.located for each in self.made]
+
+    @property
+    def examples(self) -> list[Example]:
+        return [each.example for each in self.made]
 
     @property
     def samples(self) -> list[dict[str, Any]]:
         return [each.sample for each in self.located]
 
     def __len__(self) -> int:
-        return len(self.examples)
+        return len(self.made)
 
 
 class TrainingData:
@@ -235,8 +290,8 @@ class TrainingData:
 
     Attributes:
         train, held_out, out_of_distribution: `Part`s; the last two may be empty.
-        left_out: What was left out of them: samples out of distribution that a split keeps from
-            training, malformed ones, and too long ones.
+        left_out: What was left out of them, samples out of distribution that a split keeps from
+            training, malformed ones, and too long ones; and what was cut.
 
     Args:
         options: Of ``llmjepa train``.
@@ -261,7 +316,9 @@ class TrainingData:
         self.left_out = left_out
         # What a stream begins with is counted as it is trained on.
         self.train = self._part(train, LeftOut() if options.streaming else left_out)
-        self.held_out, self.out_of_distribution = (self._part(p, left_out) for p in held_out)
+        self.held_out, self.out_of_distribution = (
+            self._part(part, left_out, answered=True) for part in held_out
+        )
 
     def stream(
         self, left_out: LeftOut, *, seed: int, tubes: TubeSampler | None = None
@@ -280,12 +337,13 @@ class TrainingData:
         parts = (self.train, self.held_out, self.out_of_distribution)
         return data_fingerprint(*(part.samples for part in parts))
 
-    def _part(self, located: list[LocatedSample], left_out: LeftOut) -> Part:
-        maker = ExampleMaker(self._options, self._start, left_out)
-        kept = list(maker.examples(located))
+    def _part(
+        self, located: list[LocatedSample], left_out: LeftOut, *, answered: bool = False
+    ) -> Part:
+        kept = list(ExampleMaker(self._options, self._start, left_out, answered).examples(located))
         if located and not kept:
             raise ValueError(f"all {len(located)} samples are too long, first {located[0].place}")
-        return Part([sample for sample, _ in kept], [example for _, example in kept])
+        return Part(kept)
 
     def _pass(
         self, left_out: LeftOut, worker: int, num_workers: int, first: bool
@@ -294,4 +352,4 @@ class TrainingData:
         left_out = left_out if first else LeftOut()
         located = SampleReader(self._options, left_out).in_distribution((worker, num_workers))
         examples = ExampleMaker(self._options, self._start, left_out).examples(located)
-        return ((sample.place, example) for sample, example in examples)
+        return ((made.located.place, made.example) for made in examples)

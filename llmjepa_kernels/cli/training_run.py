@@ -200,11 +200,14 @@ class TrainingRun:
 
     def _pair_cosines(self, model: Any, example_format: Any, name: str) -> list[float]:
         """The cosine of every held-out pair of views, in a format."""
-        samples = self.data.held_out.samples
-        if not samples:
+        examples = [
+            example_format.example(
+                made.located.sample, self.start.tokenizer, max_length=made.max_length
+            )
+            for made in self.data.held_out.made
+        ]
+        if not examples:
             return []
-        tokenizer = self.start.tokenizer
-        examples = [example_format.example(sample, tokenizer) for sample in samples]
         chunks = counted(_chunks(examples, VIEW_BATCH_SIZE), name, len(examples))
         batches = (pack(chunk) for chunk in chunks)
         return cosine_similarity(*view_states(model, batches)).tolist()
@@ -222,9 +225,13 @@ class TrainingRun:
 
 
 def print_left_out(left_out: LeftOut) -> None:
-    """A line per kind of samples that were left out."""
+    """A line per kind of samples that were left out or cut."""
     for kind, count in left_out.counts().items():
-        print(f"left out {count} samples: {kind}")
+        print(
+            f"truncated {count} samples"
+            if kind == "truncated"
+            else f"left out {count} samples: {kind}"
+        )
 
 
 def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:

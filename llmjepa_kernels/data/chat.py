@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from numbers import Integral
 from typing import TYPE_CHECKING, Any, cast
 
 from llmjepa_kernels.checks import check_whole
@@ -284,7 +283,7 @@ def check_embedding_token(embedding_token: Any, layout: str) -> None:
     """Raises a ValueError unless `chat_example` can take it in this layout."""
     if embedding_token == "content":
         return
-    if isinstance(embedding_token, (str, bool)) or not isinstance(embedding_token, Integral):
+    if isinstance(embedding_token, bool) or not isinstance(embedding_token, int):
         raise ValueError(f"embedding_token must be 'content' or an int, got {embedding_token!r}")
     if embedding_token >= 0:
         raise ValueError(f"embedding_token must be below 0, got {embedding_token}")

@@ -48,7 +48,13 @@ def answer(
         raise ValueError(
             f"the prompt is {len(ids)} tokens long, and the model has {positions} positions"
         )
-    plain = replace(example_format, pred_ids=(), layout="shared", supervise="assistant")
+    plain = replace(
+        example_format,
+        pred_ids=(),
+        layout="shared",
+        embedding_token="content",
+        supervise="assistant",
+    )
     stops = stop_ids(tokenizer, [plain.example({"messages": TURNS}, tokenizer)])
     if example_format.end_id is not None:
         stops.add(example_format.end_id)

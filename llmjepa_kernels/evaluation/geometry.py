@@ -14,6 +14,7 @@ from llmjepa_kernels.ops.schedule import schedule_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+POOLINGS = ("last", "mean")
 # What `view_geometry` returns, a row of every matrix being an example.
 DEFINITIONS = {
     "singular_values": "the 100 largest singular values of Enc(Text) - Enc(Code), not centred",
@@ -40,20 +41,33 @@ DEFINITIONS = {
 
 @torch.no_grad()
 def view_states(
-    model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]
+    model: PreTrainedModel,
+    batches: Iterable[Mapping[str, Tensor]],
+    *,
+    layer: int = -1,
+    pooling: str = "last",
 ) -> tuple[Tensor, Tensor]:
-    """The last hidden states that the pairs of packed batches compare.
+    """The hidden states that the pairs of packed batches compare.
 
     To see the views themselves rather than a prediction, pack examples without [PRED] tokens.
 
     Args:
         model: A causal language model after `patch_model`.
         batches: `PackedBatch`es, on any device.
+        layer: Index into ``hidden_states`` of Transformers: 0 is the embeddings, i the output of
+            the i-th layer, −1 the last one after the final norm, which training compares.
+        pooling: One of ``POOLINGS``: the state of the token that is compared, or the mean of those
+            of all tokens that it sees, which are the view's with what is in front of it.
 
     Returns:
         predictors, targets: (pairs, hidden_size) float32 on the CPU, in the order of the batches'
             ``view_pairs``.
+
+    Raises:
+        ValueError: The model has no such layer, or pooling is unknown.
     """
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling must be one of {POOLINGS}, got {pooling!r}")
     was_training = model.training
     model.eval()
     states = []
@@ -65,16 +79,34 @@ def view_states(
             tensors["head_positions"] = torch.zeros(len(batch["input_ids"]), 1, dtype=torch.int64)
             outputs = model(
                 **{key: value.to(model.device) for key, value in tensors.items()},
+                output_hidden_states=True if layer != -1 else None,
                 use_cache=False,
             )
-            hidden = outputs.hidden_states[-1].float().cpu()
+            found = outputs.hidden_states
+            if not -len(found) <= layer < len(found):
+                raise ValueError(
+                    f"layer must be from {-len(found)} to {len(found) - 1}, got {layer}"
+                )
+            hidden = found[layer].float().cpu()
             pairs = batch["view_pairs"].cpu()
             row, pair = (pairs[..., 0] >= 0).nonzero(as_tuple=True)
-            states.append(hidden[row[:, None], pairs[row, pair]])
+            tokens = pairs[row, pair]
+            if pooling == "last":
+                states.append(hidden[row[:, None], tokens])
+            else:
+                states.append(_mean_of_seen(hidden, batch["visible_until"].cpu(), row, tokens))
     finally:
         model.train(was_training)
     predictors, targets = torch.cat(states).unbind(dim=1)
     return predictors, targets
+
+
+def _mean_of_seen(hidden: Tensor, visible_until: Tensor, row: Tensor, tokens: Tensor) -> Tensor:
+    """(pairs, 2, hidden_size): for each of (pairs, 2) tokens the mean state of those it sees."""
+    tokens = tokens[..., None]
+    seen = (torch.arange(hidden.shape[1]) <= tokens) & (tokens < visible_until[row, None])
+    weights = seen / seen.sum(dim=-1, keepdim=True)
+    return torch.einsum("ptj,pjh->pth", weights, hidden[row])
 
 
 def view_geometry(

@@ -122,6 +122,7 @@ def predict(
     example_format = replace(
         example_format or ExampleFormat(),
         layout="shared",
+        embedding_token="content",
         direction="text_to_code",
         pred_position="append",
         pred_ids=(),

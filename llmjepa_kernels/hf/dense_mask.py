@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmjepa_kernels.ops.dense import visible
 
@@ -19,6 +19,7 @@ HIDDEN = -1e4
 UNIFORM = -1e30
 
 MUCH_PADDING = 0.2  # of the tokens
+IGNORED = nn.CrossEntropyLoss().ignore_index  # as a label, by Transformers' losses too
 
 
 def recognise(
@@ -98,9 +99,7 @@ def _warn_of_padding(mask: Tensor) -> None:
     """Says, once, what share of the tokens of a batch nobody sees."""
     if _warned:
         return
-    own = mask.diagonal(dim1=1, dim2=2)
-    hidden = ~own if mask.dtype == torch.bool else own <= HIDDEN
-    share = float(hidden.float().mean())
+    share = float(_hidden_from_itself(mask).float().mean())
     if share >= MUCH_PADDING:
         _warned.append(True)
         warnings.warn(
@@ -111,6 +110,40 @@ def _warn_of_padding(mask: Tensor) -> None:
 
 
 _warned: list[bool] = []
+
+
+def warn_of_lost_labels(given: Any, labels: Any) -> None:
+    """Says, once, that the token before a supervised one sees nothing, so its state is arbitrary.
+
+    As in a mask that ends a token too early: there a label is predicted from what is masked.
+
+    Args:
+        given: A model's `attention_mask`.
+        labels: (batch, seq), or else.
+    """
+    dense = isinstance(given, Tensor) and given.ndim == 4 and isinstance(labels, Tensor)
+    if _warned_of_labels or not dense or given.shape[1:] != (1, *labels.shape[1:] * 2):
+        return
+    lost = _hidden_from_itself(given[:, 0])[:, :-1] & (labels[:, 1:] != IGNORED).to(given.device)
+    if lost.any():
+        _warned_of_labels.append(True)
+        row, position = lost.nonzero()[0].tolist()
+        warnings.warn(
+            f"{int(lost.sum())} labels of this batch are predicted by tokens that the dense mask "
+            f"hides from all, themselves included, as token {position} of row {row}: what such a "
+            "token sees is arbitrary; let the mask show the token to itself and its row, or give "
+            f"the next one the label {IGNORED}",
+            stacklevel=3,
+        )
+
+
+_warned_of_labels: list[bool] = []
+
+
+def _hidden_from_itself(mask: Tensor) -> Tensor:
+    """(batch, seq) bool: the tokens that a dense (batch, seq, seq) mask hides from themselves."""
+    own = mask.diagonal(dim1=1, dim2=2)
+    return ~own if mask.dtype == torch.bool else own <= HIDDEN
 
 
 def seen_pairs(mask: Tensor) -> Tensor | None:

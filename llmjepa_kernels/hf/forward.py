@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from llmjepa_kernels.hf import interface, openelm
-from llmjepa_kernels.hf.dense_mask import recognise
+from llmjepa_kernels.hf.dense_mask import recognise, warn_of_lost_labels
 from llmjepa_kernels.hf.experts import names_real_tokens
 from llmjepa_kernels.hf.layer import dropout_field, is_empty, running
 from llmjepa_kernels.ops.block_mask import BlockMask, int32_positions
@@ -45,6 +45,10 @@ def add_hooks(model: PreTrainedModel) -> None:
         if not has_hooks(part):
             part.register_forward_pre_hook(_before, with_kwargs=True)
             part.register_forward_hook(_after, with_kwargs=True)
+    if model not in interface.innermost(model) and (
+        _before_loss not in model._forward_pre_hooks.values()
+    ):
+        model.register_forward_pre_hook(_before_loss, with_kwargs=True)
     for part in _composite(model):
         if _before_parts not in part._forward_pre_hooks.values():
             part.register_forward_pre_hook(_before_parts, with_kwargs=True)
@@ -52,12 +56,12 @@ def add_hooks(model: PreTrainedModel) -> None:
 
 def remove_hooks(model: PreTrainedModel) -> None:
     """Undoes `add_hooks`, if it was called."""
-    for module in [*interface.innermost(model), *_composite(model)]:
+    for module in [*interface.innermost(model), *_composite(model), model]:
         for hooks, with_kwargs in (
             (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
             (module._forward_hooks, module._forward_hooks_with_kwargs),
         ):
-            ours = (_before, _after, _before_parts)
+            ours = (_before, _after, _before_parts, _before_loss)
             for key in [key for key, hook in hooks.items() if hook in ours]:
                 del hooks[key], with_kwargs[key]
 
@@ -90,6 +94,11 @@ def _before_parts(
     if of_experts and module.get_output_embeddings() is not None:
         return None  # the loss of the experts is computed here
     return args, {**kwargs, "attention_mask": _empty_mask(visible_until)}
+
+
+def _before_loss(module: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> None:
+    if not torch.compiler.is_compiling():
+        warn_of_lost_labels(kwargs.get("attention_mask"), kwargs.get("labels"))
 
 
 def _before(
@@ -139,7 +148,9 @@ def _after(module: PreTrainedModel, args: tuple, kwargs: dict[str, Any], outputs
         )
     hidden = outputs["last_hidden_state"]
     outputs["last_hidden_state"] = gather_tokens(hidden, positions)
-    outputs["hidden_states"] = (hidden,)
+    # Those of the layers too, if they are asked for.
+    of_layers = outputs.get("hidden_states") if kwargs.get("output_hidden_states") else None
+    outputs["hidden_states"] = (*(of_layers or ())[:-1], hidden)
 
 
 def gather_tokens(hidden: Tensor, positions: Tensor) -> Tensor:

@@ -17,38 +17,58 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     LlamaConfig,
     LlamaForCausalLM,
 )
+from transformers.utils.import_utils import is_bitsandbytes_available
 from transformers.utils.peft_utils import find_adapter_config_file
 
 
-def load_pretrained(name: str, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """A causal language model in float32, and its tokenizer.
+def load_pretrained(
+    name: str,
+    dtype: str = "float32",
+    *,
+    load_in: str | None = None,
+    device: torch.device | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """A causal language model and its tokenizer.
 
     Args:
         name: A model of the Hugging Face hub, a directory, or a ``.gguf`` file, which holds the
             tokenizer as well and is dequantised. A LoRA adapter is merged into its base model.
+        dtype: One of ``DTYPES``, of the weights; of quantised ones, of the products.
+        load_in: One of ``QUANTIZATIONS``, by bitsandbytes: "4bit" is NF4, with quantised scales.
+            An adapter then stays beside its base model. Default: weights stay whole.
+        device: Default: the CPU.
         trust_remote_code: Run the Python code that comes with some models.
 
     Returns:
         model, tokenizer; the tokenizer has a padding token.
 
     Raises:
+        ValueError: A ``.gguf`` file is to be quantised again.
+        ImportError: bitsandbytes is needed, and not installed.
         OSError: There is no such file or directory, or no model in it or of that name on the hub;
             it is corrupt; it lacks weights, or embeddings of its tokenizer's tokens.
     """
     path, options = _location(name)
     trust = {"trust_remote_code": trust_remote_code}
     if _is_adapter(path, options):
-        return _load_adapter(name, **trust)
+        return _load_adapter(name, dtype, load_in=load_in, device=device, **trust)
     tokenizer = load_tokenizer(name, **trust)
-    if options and hasattr(transformers, "GgufConfig"):
+    if load_in is not None:
+        if options:
+            raise ValueError(f"{name} cannot be loaded in {load_in}: it is quantised already")
+        options["quantization_config"] = _quantization(load_in, dtype)
+        options["device_map"] = {"": device or "cpu"}
+    elif options and hasattr(transformers, "GgufConfig"):
         # Quantised weights cannot be trained; Transformers without this option never keeps them.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with _loading(name):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, output_loading_info=True, **options, **trust
+            path, dtype=getattr(torch, dtype), output_loading_info=True, **options, **trust
         )
         model, found = loaded
         # Transformers would draw them at random.
@@ -58,7 +78,14 @@ def load_pretrained(name: str, *, trust_remote_code: bool = False) -> tuple[Any,
         if len(tokenizer) > rows:
             raise OSError(f"its tokenizer has {len(tokenizer)} tokens, its embeddings {rows} rows")
     model.name_or_path = name  # which an adapter's configuration then gives as its base model
-    return model, tokenizer
+    return model if load_in or device is None else model.to(device), tokenizer
+
+
+@torch.no_grad()
+def cast_weights(model: torch.nn.Module, dtype: str) -> None:
+    """Casts the parameters; not the buffers, such as frequencies, whose digits count."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(getattr(torch, dtype))
 
 
 def check_model(name: str, *, trust_remote_code: bool = False) -> None:
@@ -161,18 +188,47 @@ def _location(name: str) -> tuple[str, dict[str, Any]]:
     return name, {}
 
 
-def _load_adapter(directory: str, **trust: bool) -> tuple[Any, Any]:
+def _quantization(load_in: str, dtype: str) -> Any:
+    if not is_bitsandbytes_available():
+        raise ImportError(
+            f"weights in {load_in} need the package bitsandbytes: "
+            "pip install 'llmjepa_kernels[quantized]'"
+        )
+    if load_in == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+    )
+
+
+def _load_adapter(
+    directory: str,
+    dtype: str,
+    *,
+    load_in: str | None,
+    device: torch.device | None,
+    **trust: bool,
+) -> tuple[Any, Any]:
     from peft import PeftConfig, PeftModel
 
     tokenizer = load_tokenizer(directory, **trust)
     with _loading(directory):
         base = PeftConfig.from_pretrained(directory).base_model_name_or_path
-    model, _ = load_pretrained(base, **trust)
+    # Merged in float32, as sums of a large and a small number would lose the small one.
+    base_dtype = "float32" if load_in is None else dtype
+    model, _ = load_pretrained(base, base_dtype, load_in=load_in, device=device, **trust)
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:  # it has [PRED] tokens
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     with _loading(directory), warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
-        return PeftModel.from_pretrained(model, directory).merge_and_unload(), tokenizer
+        adapted: Any = PeftModel.from_pretrained(model, directory)
+    if load_in is None:
+        adapted = adapted.merge_and_unload()
+        cast_weights(adapted, dtype)
+    return adapted, tokenizer
 
 
 def small_llama(tokenizer: Any, *, hidden_size: int = 192, num_layers: int = 4) -> LlamaForCausalLM:

@@ -1,5 +1,6 @@
 """The numbers of the views' geometry against plain numpy, and `llmjepa analyze` as a whole."""
 
+import dataclasses
 import importlib.util
 import json
 
@@ -23,6 +24,7 @@ from llmjepa_kernels.evaluation.geometry import (
     view_geometry,
 )
 from llmjepa_kernels.hf import load as models
+from llmjepa_kernels.packing import sequence_ids
 
 
 def randn(*shape, seed=0):
@@ -254,6 +256,82 @@ def test_built_in_pairs_by_default(checkpoints, tmp_path, capsys):
     assert json.loads((tmp_path / "analysis.json").read_text())["checkpoints"] == [first]
     assert analyze(checkpoints / "base", "--recipe", "gsm8k", *options) == 2
     assert "--recipe gsm8k needs --data" in capsys.readouterr().err
+
+
+def analysed(directory):
+    content = json.loads((directory / "analysis.json").read_text())
+    return content["checkpoints"]
+
+
+@pytest.mark.parametrize("name", ["base", "chat", "plain"])
+@pytest.mark.parametrize(("layer", "pooling"), [(0, "mean"), (1, "last"), (-2, "mean")])
+def test_layer_and_pooling(checkpoints, tmp_path, name, layer, pooling):
+    """Against every view in a pass of its own, in plain Transformers."""
+    data = checkpoints / "data.jsonl"
+    options = ["--data", data, "--output-dir", tmp_path, "--layer", layer, "--pooling", pooling]
+    assert analyze(checkpoints / name, *options) == 0
+    (found,) = analysed(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(checkpoints / name).eval()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoints / name)
+    trained = ExampleFormat.load(checkpoints / name, tokenizer, num_pred_tokens=0)
+    chats = [json.loads(line) for line in data.read_text().splitlines()]
+
+    def state(example, segment):
+        ids = torch.tensor([sequence_ids(example, segment)])
+        states = model(ids, output_hidden_states=True).hidden_states[layer][0].detach()
+        return states[-1] if pooling == "last" else states.mean(dim=0)
+
+    def cosines(example_format):
+        return [
+            torch.cosine_similarity(*(state(example, i) for i in pair), dim=0).item()
+            for example in (example_format.example(chat, tokenizer) for chat in chats)
+            for pair in example.pairs
+        ]
+
+    views = dataclasses.replace(trained, pred_ids=(), direction="text_to_code")
+    assert found["text_code_cosines"] == pytest.approx(cosines(views), abs=1e-5)
+    if trained.pred_ids:
+        predicted = sorted(found["pred_code_cosines"])
+        assert predicted == pytest.approx(sorted(cosines(trained)), abs=1e-5)
+
+
+def test_layers_that_there_are(checkpoints, tmp_path, capsys):
+    options = ["--data", checkpoints / "data.jsonl", "--output-dir", tmp_path]
+    for layer in (3, -4):
+        assert analyze(checkpoints / "base", *options, "--layer", layer) == 2
+        assert f"layer must be from -3 to 2, got {layer}" in capsys.readouterr().err
+
+
+def test_cosines_of_right_and_wrong_answers(checkpoints, tmp_path, capsys):
+    data, answers = checkpoints / "data.jsonl", tmp_path / "answers.jsonl"
+    names = [str(checkpoints / name) for name in ("base", "plain")]
+    assert cli.main(["evaluate", *names, "--data", str(data), "--output", str(answers)]) == 0
+    lines = [json.loads(line) for line in answers.read_text().splitlines()]
+    for line in lines:
+        line["correct"] = line["index"] in (1, 4)
+    lines = [line for line in lines if line["index"]]
+    answers.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = ["--data", data, "--output-dir", tmp_path, "--answers", answers]
+    assert analyze(*names, *options) == 0
+    table = capsys.readouterr().out
+    for found in analysed(tmp_path):
+        assert found["right"] == [None, True, False, False, True, False, False]
+        cosines = found["text_code_cosines"]
+        assert found["right_text_code_cosine"] == pytest.approx((cosines[1] + cosines[4]) / 2)
+        wrong = [cosines[i] for i in (2, 3, 5, 6)]
+        assert found["wrong_text_code_cosine"] == pytest.approx(np.mean(wrong))
+        assert f"{found['wrong_text_code_cosine']:.4f}" in table
+    assert analyze(checkpoints / "chat", *options) == 2
+    assert "has no answers of" in capsys.readouterr().err
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps(row) + "\n" for row in grammar.generate(7, seed=99)))
+    assert analyze(*names, "--data", other, *options[2:]) == 2
+    assert (
+        "answers.jsonl:1 is no prediction: answer is not that of sample" in capsys.readouterr().err
+    )
+    answers.write_text("{}\n")
+    assert analyze(*names, *options) == 2
+    assert "answers.jsonl:1 is no prediction" in capsys.readouterr().err
 
 
 def test_fewer_samples(checkpoints, tmp_path):

@@ -21,11 +21,18 @@ def parsed(*options):
     return TrainOptions.of(*_parser().parse_known_args(["train", *map(str, options)]))
 
 
+def arguments_of(options, directory):
+    return training_arguments(options, directory, 1)
+
+
 def test_the_preset_is_their_recipe(tmp_path):
     options = parsed("--preset", "authors", "--model", "x")
     assert (options.layout, options.supervise) == ("official", "released")
     assert (options.num_pred_tokens, options.jepa_weight, options.ntp_weight) == (0, 0.1, 1.0)
-    arguments = training_arguments(options, tmp_path, 1)
+    assert (options.compared_token, options.add_special_tokens) == (-1, True)
+    assert (options.max_sequence_length, options.max_length_policy) == (512, "truncate")
+    assert (options.dtype, arguments_of(options, tmp_path).bf16) == ("bfloat16", True)
+    arguments = arguments_of(options, tmp_path)
     assert arguments.learning_rate == 2e-5
     assert arguments.num_train_epochs == 3
     assert arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps == 16
@@ -37,7 +44,7 @@ def test_what_is_given_counts_more_than_the_preset(tmp_path):
     options = parsed("--preset", "authors", "--num-pred-tokens", 2, "--warmup-steps", 7)
     assert options.num_pred_tokens == 2
     assert options.layout == "official"
-    assert training_arguments(options, tmp_path, 1).get_warmup_steps(1000) == 7
+    assert arguments_of(options, tmp_path).get_warmup_steps(1000) == 7
     assert parsed().layout == "shared"
 
 
@@ -85,6 +92,7 @@ def test_their_recipe_runs(data, tmp_path):
     assert cli.main(["train", *map(str, options)]) == 0
     saved = ExampleFormat.load(out / "llm-jepa")
     assert (saved.layout, saved.supervise, saved.pred_ids) == ("official", "released", ())
+    assert (saved.embedding_token, saved.add_special_tokens) == (-1, True)
     record = json.loads((out / "llm-jepa" / "run.json").read_text())["options"]
     assert record["jepa_weight"] == 0.1
     assert record["eval_split"] == 0.3

@@ -154,7 +154,7 @@ def test_refuses_predictions_of_something_else(command, checkpoint, data, tmp_pa
         (("--max-new-tokens", 7), {}, r"its max_new_tokens is 4, not 7"),
         (("--rule", "any"), {}, r"its rule is 'exact', not 'any'"),
         (("--samples", 5), {}, r"its data is"),
-        (("--bf16",), {}, r"its dtype is 'float32', not 'bfloat16'"),
+        (("--dtype", "bfloat16"), {}, r"its dtype is 'float32', not 'bfloat16'"),
         ((), {"data": other_data}, r"its data is"),
     ]
     for options, changed, expected in cases:

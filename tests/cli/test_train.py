@@ -394,7 +394,7 @@ def test_bad_lines_and_long_samples_can_be_left_out_and_are_counted(tmp_path, ca
     options += ["--hidden-size", 64, "--num-layers", 1, "--output-dir", tmp_path / "out"]
     assert run(*options, "--skip-bad-lines") == 2
     assert "data.jsonl:4: it takes" in capsys.readouterr().err
-    assert run(*options, "--skip-bad-lines", "--skip-too-long") == 0
+    assert run(*options, "--skip-bad-lines", "--max-length-policy", "skip") == 0
     captured = capsys.readouterr()
     assert "left out 1 samples: malformed" in captured.out
     assert "left out 1 samples: too long" in captured.out
@@ -410,7 +410,15 @@ def test_streaming_resumes_and_counts_what_it_leaves_out(tmp_path, capsys):
     rows += grammar.generate(4, min_depth=2)
     data.write_text("\n".join(["{", *map(json.dumps, rows)]))
     options = ["--data", data, "--streaming", "--shuffle-buffer", 6, "--skip-bad-lines"]
-    options += ["--skip-too-long", "--max-length", 200, "--split", "depth:1", "--no-compare"]
+    options += [
+        "--max-length-policy",
+        "skip",
+        "--max-length",
+        200,
+        "--split",
+        "depth:1",
+        "--no-compare",
+    ]
     options += ["--hidden-size", 64, "--num-layers", 1, "--loss-dropout", 0.5, "--batch-size", 8]
     options += ["--save-strategy", "steps", "--save-steps", 4, "--output-dir", tmp_path / "out"]
     options += ["--dataloader-num-workers", 2]

@@ -40,8 +40,8 @@ def their_view(tokenizer, turn, k, position, kwargs, max_length):
 
 @pytest.mark.parametrize("max_length", [None, 9])
 @pytest.mark.parametrize("position", ["append", "prepend"])
-@pytest.mark.parametrize("k", [0, 1, 2])
-@pytest.mark.parametrize("offset", [-1, -2, -4])
+@pytest.mark.parametrize("k", [0, 2])
+@pytest.mark.parametrize("offset", [-1, -4])
 @pytest.mark.parametrize("family", SPANS)
 def test_views_end_where_theirs_do(tokenizer, family, offset, k, position, max_length):
     tokenizer.chat_template = SPANS[family][0]

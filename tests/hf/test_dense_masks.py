@@ -135,6 +135,33 @@ def test_much_padding_is_said_once(form, monkeypatch):
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_labels_predicted_from_hidden_tokens_are_said_once(form, monkeypatch):
+    monkeypatch.setattr(dense_mask, "_warned", [True])
+    monkeypatch.setattr(dense_mask, "_warned_of_labels", [])
+    visible_until = torch.full((2, 12), 12, dtype=torch.int32)
+    seen = visible(visible_until)
+    seen[1, :, 9:] = seen[1, 9:] = False
+    inputs = inputs_for(visible_until, torch.arange(12).expand(2, -1))
+    inputs["attention_mask"] = as_form(seen, form)
+    labels = torch.arange(24).view(2, 12) % 7
+    labels[1, 10:] = -100  # the one at 9 is predicted from 8, which is seen
+    model = patch_model(tiny_model("llama"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**inputs, labels=labels)
+        model(**inputs)
+        labels[1, 10:] = 3
+        model(input_ids=inputs["input_ids"], labels=labels)
+        unpatch_model(model)
+        model(**inputs, labels=labels)
+    with pytest.warns(UserWarning, match="2 labels of this batch are .* as token 9 of row 1"):
+        patch_model(model)(**inputs, labels=labels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**inputs, labels=labels)
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
 def test_other_masks_are_applied_exactly(family, form, counts):
     """A bidirectional prefix and attention sinks have no visible_until."""

@@ -1,0 +1,118 @@
+"""What `llmjepa train` does with samples that are too long, and with weights in bfloat16."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from safetensors.torch import load_file
+
+from llmjepa_kernels.cli import main as cli
+from llmjepa_kernels.cli.main import _parser
+from llmjepa_kernels.cli.starting_point import starting_point
+from llmjepa_kernels.cli.train_options import TrainOptions
+from llmjepa_kernels.cli.training_data import LeftOut, SampleReader, TrainingData
+from llmjepa_kernels.data import grammar
+from llmjepa_kernels.hf import load as models
+from llmjepa_kernels.packing import pack, segment_ends
+
+
+def run(*options: object) -> int:
+    return cli.main(["train", *map(str, options)])
+
+
+def _long_rows(path):
+    """Ten pairs, of which one has a long text, one a long system turn and one a long answer."""
+    rows = grammar.generate(10)
+    for index, turn in ((2, 1), (4, 0), (6, 2)):
+        rows[index]["messages"][turn]["content"] *= 40
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def _parts(*options):
+    """The data of `llmjepa train`, as it would train on them."""
+    options = TrainOptions.of(*_parser().parse_known_args(["train", *map(str, options)]))
+    left_out = LeftOut()
+    reader = SampleReader(options, left_out)
+    samples = reader.first()
+    start = starting_point(options, [each.sample for each in samples], 1)
+    return TrainingData(options, samples, reader.held_out(), start, left_out), start
+
+
+@pytest.mark.parametrize("layout", ["shared", "official"])
+def test_sequences_are_cut_as_little_as_need_be(tmp_path, layout, capsys):
+    data = tmp_path / "data.jsonl"
+    rows = _long_rows(data)
+    options = ["--data", data, "--layout", layout, "--max-length-policy", "truncate"]
+    options += ["--supervise", "all", "--hidden-size", 64, "--num-layers", 1]
+    limits = ["--max-sequence-length", 90, "--max-length", 160]
+    parts, start = _parts(*options, *limits)
+    # Of the long system turn nothing of the text is left, where the view has the system turn.
+    left = [0, 1, 2, 3, *[4] * (layout == "official"), 5, 6, 7, 8, 9]
+    assert [each.located.sample["messages"] for each in parts.train.made] == [
+        rows[i]["messages"] for i in left
+    ]
+    cut = {rows.index(each.located.sample): each.max_length for each in parts.train.made}
+    assert [index for index, length in cut.items() if length] == [i for i in left if i in (2, 4, 6)]
+    expected = {"truncated": len(left) - 7} | ({"too long": 1} if layout == "shared" else {})
+    assert parts.left_out.counts() == expected
+    assert "truncated: " + str(data) in capsys.readouterr().err
+    for each in parts.train.made:
+        if each.max_length is None:
+            continue
+
+        def size(length, sample=each.located.sample):
+            example = start.example_format.example(sample, start.tokenizer, max_length=length)
+            return max(segment_ends(example)), pack([example])["input_ids"].shape[1]
+
+        longest, row = size(each.max_length)
+        assert longest <= 90
+        assert row <= 160
+        assert each.max_length == 90 or size(each.max_length + 1)[1] > 160
+
+
+def test_what_truncation_leaves_nothing_of(tmp_path, capsys):
+    """Answers that are cut off, and held-out samples that the model could not answer whole."""
+    data = tmp_path / "data.jsonl"
+    rows = _long_rows(data)
+    options = ["--data", data, "--max-length-policy", "truncate", "--max-sequence-length", 90]
+    options += ["--hidden-size", 64, "--num-layers", 1]
+    parts, _ = _parts(*options)
+    kept = [rows.index(each.located.sample) for each in parts.train.made]
+    assert kept == [0, 1, 3, 5, 6, 7, 8, 9]  # 6 has the beginning of its answer
+    assert parts.left_out.counts() == {"too long": 2, "truncated": 1}
+    many = list(rows)
+    many[1]["messages"][1]["content"] *= 800  # more than the 2048 positions
+    data.write_text("".join(json.dumps(row) + "\n" for row in many))
+    parts, start = _parts(*options, "--supervise", "all", "--eval-data", data)
+    assert start.max_positions == 2048
+    assert [rows.index(each.located.sample) for each in parts.train.made][:2] == [0, 1]
+    held_out = [rows.index(each.located.sample) for each in parts.held_out.made]
+    assert held_out == [0, 2, 3, 5, 6, 7, 8, 9]
+    command = [*options, "--max-steps", 1, "--no-compare", "--output-dir", tmp_path / "out"]
+    assert run(*command, "--supervise", "all", "--eval-data", data) == 0
+    assert "\ntruncated 5 samples" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("how", [[], ["--lora-rank", 2]])
+def test_weights_in_bfloat16(tmp_path, how):
+    options = ["--hidden-size", 64, "--num-layers", 1, "--train-samples", 20, "--eval-samples", 2]
+    options += ["--max-steps", 2, "--no-compare", "--dtype", "bfloat16"]
+    first = tmp_path / "first"
+    assert run(*options, "--output-dir", first) == 0
+    checkpoint = first / "llm-jepa"
+    if how:
+        options = [o for o in options if o not in ("--hidden-size", 64, "--num-layers", 1)]
+        options += ["--model", checkpoint, "--output-dir", tmp_path / "second", *how]
+        assert run(*options) == 0
+        checkpoint = tmp_path / "second" / "llm-jepa"
+    saved = load_file(checkpoint / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
+    model, _ = models.load_pretrained(str(checkpoint), "bfloat16")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert all(b.dtype != torch.bfloat16 for b in model.buffers())  # frequencies keep their digits
