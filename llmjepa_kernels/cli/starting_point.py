@@ -7,10 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import set_seed
 
 from llmjepa_kernels.cli.fingerprints import weights_fingerprint
-from llmjepa_kernels.cli.train_options import SEPARATOR, SMALL_LLAMA, TrainOptions
+from llmjepa_kernels.cli.train_options import (
+    SEPARATOR,
+    SMALL_LLAMA,
+    VOCAB_MULTIPLE,
+    TrainOptions,
+)
 from llmjepa_kernels.data.example_format import ExampleFormat
 from llmjepa_kernels.data.predictor_tokens import add_tokens, predictor_tokens
 from llmjepa_kernels.data.tokenizer import train_tokenizer
@@ -133,7 +139,16 @@ def _format(
             known[name] = ids[0]
         elif token is not None:
             unknown[name] = token
-    new_ids = add_tokens(model, tokenizer, [*predictors, *unknown.values()], seed=seed)
+    multiple = options.pad_vocab_to_multiple_of
+    if multiple is None and torch.accelerator.current_accelerator(check_available=True):
+        multiple = VOCAB_MULTIPLE
+    new_ids = add_tokens(
+        model,
+        tokenizer,
+        [*predictors, *unknown.values()],
+        seed=seed,
+        pad_to_multiple_of=multiple,
+    )
     known |= zip(unknown, new_ids[len(predictors) :], strict=True)
     pred_ids = tuple(new_ids[: len(predictors)])
     if not options.random_weights and Path(str(options.model)).is_dir():

@@ -43,6 +43,7 @@ from llmjepa_kernels.tubes import FORMS
 TRAIN_SAMPLES = 4000  # built-in ones
 SMALL_LLAMA = {"hidden_size": 192, "num_layers": 4}
 SEPARATOR = "<|separator|>"
+VOCAB_MULTIPLE = 64  # rows of the embeddings, for the matrix products of GPUs
 # Where the defaults are not those of TrainingArguments.
 COMMON = {
     "lr_scheduler_type": "cosine",
@@ -285,6 +286,14 @@ examples:
         default_is="the one of --model, else 512",
     )
 
+    pad_vocab_to_multiple_of: int | None = option(
+        None,
+        "rows of the embeddings, which grow by those that are no token and never generated",
+        group=MODEL,
+        metavar="N",
+        range=COUNT,
+        default_is=f"{VOCAB_MULTIPLE} on a GPU, else no padding",
+    )
     dtype: str = dtype_option(TRAINABLE_DTYPES, MODEL)
     trust_remote_code: bool = trust_option(MODEL)
 

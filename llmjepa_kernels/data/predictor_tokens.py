@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
+from llmjepa_kernels.checks import check_whole
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -47,12 +49,17 @@ def warn_if_frozen(model: PreTrainedModel, token_ids: Sequence[int]) -> None:
 
 
 def add_predictor_tokens(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_tokens: int, *, seed: int = 0
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    num_tokens: int,
+    *,
+    seed: int = 0,
+    pad_to_multiple_of: int | None = None,
 ) -> list[int]:
     """Adds [PRED] tokens to a tokenizer and their rows to a model's embeddings.
 
     Args:
-        model, tokenizer, seed: As in `add_tokens`.
+        model, tokenizer, seed, pad_to_multiple_of: As in `add_tokens`.
         num_tokens: k ≥ 0.
 
     Returns:
@@ -63,7 +70,13 @@ def add_predictor_tokens(
     """
     if num_tokens < 0:
         raise ValueError(f"num_tokens must be 0 or more, got {num_tokens}")
-    return add_tokens(model, tokenizer, predictor_tokens(num_tokens), seed=seed)
+    return add_tokens(
+        model,
+        tokenizer,
+        predictor_tokens(num_tokens),
+        seed=seed,
+        pad_to_multiple_of=pad_to_multiple_of,
+    )
 
 
 @torch.no_grad()
@@ -73,6 +86,7 @@ def add_tokens(
     tokens: Sequence[str],
     *,
     seed: int = 0,
+    pad_to_multiple_of: int | None = None,
 ) -> list[int]:
     """Adds special tokens to a tokenizer and their rows to a model's embeddings.
 
@@ -88,6 +102,8 @@ def add_tokens(
         tokenizer: Changed in place.
         tokens: Their names.
         seed: Of the noise.
+        pad_to_multiple_of: Grow the embeddings to a multiple of so many rows, which matrix products
+            on GPUs like. ``generate`` of Transformers never writes those that are no token.
 
     Returns:
         The token ids, in order.
@@ -104,16 +120,22 @@ def add_tokens(
         raise ValueError(
             f"the tokenizer has {known} tokens, but the model has embeddings for {rows} only"
         )
+    if pad_to_multiple_of is not None:
+        check_whole("pad_to_multiple_of", pad_to_multiple_of, least=1)
     tokenizer.add_tokens(list(tokens), special_tokens=True)
-    if len(tokenizer) > rows:
-        _resize(model, len(tokenizer))
+    needed = max(rows, len(tokenizer))
+    padded = needed + -needed % (pad_to_multiple_of or 1)
+    if padded > rows:
+        _resize(model, padded)
+    embeddings = [_weight(model.get_input_embeddings())]
+    head = model.get_output_embeddings()
+    if head is not None and _weight(head) is not embeddings[0]:
+        embeddings.append(_weight(head))
+    for start, stop in ((known, len(tokenizer)), (needed, padded)):
+        for weight in embeddings if start < stop else ():
+            _init_rows(weight, start, stop, seed)
+    _never_generate(model, range(needed, padded), new=range(known, len(tokenizer)))
     if len(tokenizer) > known:
-        embeddings = [_weight(model.get_input_embeddings())]
-        head = model.get_output_embeddings()
-        if head is not None and _weight(head) is not embeddings[0]:
-            embeddings.append(_weight(head))
-        for weight in embeddings:
-            _init_rows(weight, known, len(tokenizer), seed)
         warn_if_frozen(model, list(range(known, len(tokenizer))))
     return cast(list[int], tokenizer.convert_tokens_to_ids(list(tokens)))
 
@@ -132,6 +154,14 @@ def _resize(model: PreTrainedModel, rows: int) -> None:
         if new is not parameter and new is not model.get_input_embeddings().weight:
             parameter.data = new.data
             setattr(grown, name, parameter)
+
+
+def _never_generate(model: PreTrainedModel, padding: range, *, new: range) -> None:
+    """Has ``generate`` pass over rows that are no token, also of the model as it is saved."""
+    config = getattr(model, "generation_config", None)
+    if config is not None:
+        before = config.suppress_tokens or []
+        config.suppress_tokens = [*(i for i in before if i not in new), *padding] or None
 
 
 def _weight(module: nn.Module) -> Tensor:

@@ -73,6 +73,40 @@ def test_an_optimizer_may_be_made_before_the_predictors_are_added(tokenizer, fam
     logits.sum().backward()
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("spare_rows", [0, 3])
+def test_rows_that_are_no_token_are_never_generated(tokenizer, tied, spare_rows, tmp_path):
+    model = tiny_llama(tokenizer, tied=tied, spare_rows=spare_rows)
+    before, known = model.get_input_embeddings().weight.detach().clone(), len(tokenizer)
+    model.generation_config.suppress_tokens = [7]
+    ids = add_predictor_tokens(model, tokenizer, 2, pad_to_multiple_of=64)
+    weight = model.get_input_embeddings().weight
+    assert len(weight) == model.config.vocab_size == 320
+    rest = [*range(known), *range(known + 2, known + spare_rows)]
+    assert torch.equal(weight[rest], before[rest])  # spare rows of the model's own are its own
+    padding = list(range(max(known + 2, known + spare_rows), 320))
+    assert model.generation_config.suppress_tokens == [7, *padding]
+    with torch.no_grad():  # the padding would win
+        model.get_output_embeddings().weight[padding] *= 1e4
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    for each in (model, loaded):
+        logits = each(torch.tensor([[1, 2]])).logits[0, -1]
+        assert int(logits.abs().argmax()) in padding
+        generated = each.generate(torch.tensor([[1, 2]]), max_new_tokens=20, do_sample=False)
+        assert int(generated.max()) < padding[0]
+    # What was padding may become a token.
+    more = add_predictor_tokens(model, tokenizer, 4, pad_to_multiple_of=64)
+    assert more[2:] == ids
+    assert model.generation_config.suppress_tokens == [
+        7,
+        *(i for i in padding if i not in more[:2]),
+    ]
+    assert len(model.get_input_embeddings().weight) == 320
+    with pytest.raises(ValueError, match="pad_to_multiple_of must be an integer, at least 1"):
+        add_predictor_tokens(model, tokenizer, 1, pad_to_multiple_of=0)
+
+
 def test_predictor_rows_of_a_checkpoint_are_kept(tokenizer):
     model = tiny_llama(tokenizer)
     ids = add_predictor_tokens(model, tokenizer, 1, seed=1)
