@@ -14,6 +14,7 @@ import torch
 from llmjepa_kernels import __version__
 from llmjepa_kernels.cli.analyze_options import AnalyzeOptions
 from llmjepa_kernels.cli.evaluate_options import EvaluateOptions
+from llmjepa_kernels.cli.export_options import ExportOptions
 from llmjepa_kernels.cli.generate_options import GenerateOptions
 from llmjepa_kernels.cli.option_parser import Options, Parser
 from llmjepa_kernels.cli.say import is_first_process, say
@@ -26,6 +27,7 @@ COMMANDS: dict[str, type[Options]] = {
     "evaluate": EvaluateOptions,
     "analyze": AnalyzeOptions,
     "generate": GenerateOptions,
+    "export": ExportOptions,
 }
 # What a user or the machine is at fault for; all others are our own, and show a traceback.
 FAULTS = (ValueError, OSError, ImportError, RecursionError, torch.OutOfMemoryError)

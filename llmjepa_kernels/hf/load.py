@@ -38,7 +38,8 @@ def load_pretrained(
     Args:
         name: A model of the Hugging Face hub, a directory, or a ``.gguf`` file, which holds the
             tokenizer as well and is dequantised. A LoRA adapter is merged into its base model.
-        dtype: One of ``DTYPES``, of the weights; of quantised ones, of the products.
+        dtype: One of ``DTYPES``, of the weights; of quantised ones, of the products. "auto" is that
+            of the checkpoint, or of an adapter's base model.
         load_in: One of ``QUANTIZATIONS``, by bitsandbytes: "4bit" is NF4, with quantised scales.
             An adapter then stays beside its base model. Default: weights stay whole.
         device: Default: the CPU.
@@ -68,7 +69,7 @@ def load_pretrained(
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with _loading(name):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=getattr(torch, dtype), output_loading_info=True, **options, **trust
+            path, dtype=_torch_dtype(dtype), output_loading_info=True, **options, **trust
         )
         model, found = loaded
         # Transformers would draw them at random.
@@ -85,7 +86,11 @@ def load_pretrained(
 def cast_weights(model: torch.nn.Module, dtype: str) -> None:
     """Casts the parameters; not the buffers, such as frequencies, whose digits count."""
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(getattr(torch, dtype))
+        parameter.data = parameter.data.to(_torch_dtype(dtype))
+
+
+def _torch_dtype(dtype: str) -> Any:
+    return dtype if dtype == "auto" else getattr(torch, dtype)
 
 
 def check_model(name: str, *, trust_remote_code: bool = False) -> None:
@@ -227,8 +232,15 @@ def _load_adapter(
         adapted: Any = PeftModel.from_pretrained(model, directory)
     if load_in is None:
         adapted = adapted.merge_and_unload()
-        cast_weights(adapted, dtype)
+        cast_weights(adapted, _stored_dtype(base, **trust) if dtype == "auto" else dtype)
     return adapted, tokenizer
+
+
+def _stored_dtype(name: str, **trust: bool) -> str:
+    path, options = _location(name)
+    with _loading(name):
+        stored = AutoConfig.from_pretrained(path, **options, **trust).dtype
+    return str(stored or torch.float32).removeprefix("torch.")
 
 
 def small_llama(tokenizer: Any, *, hidden_size: int = 192, num_layers: int = 4) -> LlamaForCausalLM:

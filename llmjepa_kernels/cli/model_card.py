@@ -1,0 +1,86 @@
+"""The model card of an exported checkpoint: what its run is known to have been."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from llmjepa_kernels import __version__
+from llmjepa_kernels.cli.run_record import RECORD
+from llmjepa_kernels.cli.train_options import TrainOptions
+
+CARD = "README.md"
+PAPER = "https://arxiv.org/abs/2509.14252"
+METRICS = {
+    "accuracy": "accuracy on held-out data",
+    "ood_accuracy": "accuracy out of distribution",
+    "eval_ntp_loss": "next-token loss on held-out data",
+    "ntp_loss": "last next-token loss in training",
+    "pair_cosine": "cosine of prediction and target, held out",
+    "relative_cost": "tokens of training, relative to plain fine-tuning",
+}
+
+
+def model_card(source: Path, *, is_adapter: bool) -> str:
+    """Markdown, with the metadata that the Hugging Face hub reads in front of it.
+
+    Args:
+        source: Of the checkpoint, or its adapter; without a record of its run there is less to say.
+        is_adapter: Whether that is what leaves.
+    """
+    record = _record(source)
+    options, result = record.get("options") or {}, record.get("result") or {}
+    base = options.get("model")
+    data = options.get("data") or "built-in pairs of English and regular expressions"
+    metadata = ModelCardData(
+        base_model=None if base is None or Path(base).exists() else base,
+        library_name="peft" if is_adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=["llm-jepa"],
+    )
+    lines = ["---", metadata.to_yaml(), "---", "", f"# {result.get('name', 'LLM-JEPA')}", ""]
+    if not record:
+        return "\n".join([*lines, f"No record of its training was beside `{source}`.", ""])
+    lines += [
+        f"Trained with llmjepa_kernels {__version__} on {data}, from "
+        f"{base or 'random weights'}, seed {result.get('seed', options.get('seed'))}. The method: "
+        f"[LLM-JEPA]({PAPER}). [PRED] tokens, which training needs and generation does not, have "
+        "been taken out.",
+        "",
+    ]
+    metrics = result.get("metrics") or {}
+    found = [(words, metrics[key]) for key, words in METRICS.items() if key in metrics]
+    if found:
+        lines += ["## Results", "", "| | |", "|---|---|"]
+        lines += [f"| {words} | {value:.4g} |" for words, value in found]
+        interval = result.get("accuracy_interval")
+        if interval:
+            low, high = interval
+            lines.append(f"| 95 % interval of the accuracy | {low:.3f} to {high:.3f} |")
+        lines.append("")
+    changed = {key: value for key, value in options.items() if _differs(key, value)}
+    if changed:
+        lines += ["## Options other than the defaults", "", "```"]
+        lines += [f"{key}: {json.dumps(value)}" for key, value in sorted(changed.items())]
+        lines += ["```", ""]
+    return "\n".join(lines)
+
+
+def _record(source: Path) -> dict[str, Any]:
+    for directory in (source, source.parent):  # an adapter is in the directory of its run
+        path = directory / RECORD
+        if path.is_file():
+            try:
+                record = json.loads(path.read_bytes())
+            except ValueError as error:
+                raise ValueError(f"{path} is no record of a run: {error}") from error
+            return record if isinstance(record, dict) else {}
+    return {}
+
+
+def _differs(name: str, value: Any) -> bool:
+    defaults = json.loads(json.dumps(TrainOptions().recorded(), default=str))
+    return name in defaults and value != defaults[name]
