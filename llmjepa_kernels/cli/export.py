@@ -12,6 +12,7 @@ from llmjepa_kernels.cli.model_card import CARD, model_card
 from llmjepa_kernels.cli.say import say
 from llmjepa_kernels.data.example_format import ExampleFormat
 from llmjepa_kernels.data.predictor_tokens import known_predictor_tokens, predictor_tokens
+from llmjepa_kernels.files import share_as_umask_says
 from llmjepa_kernels.hf.export import ADAPTER_CONFIG, export_adapter, export_model, kept_ids
 from llmjepa_kernels.hf.load import load_pretrained, load_tokenizer
 
@@ -51,6 +52,7 @@ def export(options: ExportOptions) -> None:
     ).save(directory)
     card = model_card(source, is_adapter=is_adapter and not options.merge)
     (directory / CARD).write_text(card, encoding="utf-8")
+    share_as_umask_says(directory)
     tokens = f"without {', '.join(removed)}" if removed else "which had no [PRED] tokens"
     print(f"{options.checkpoint}, {tokens}: {directory}/")
     print(f"next: llmjepa generate {directory}")

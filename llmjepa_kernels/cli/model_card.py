@@ -34,9 +34,9 @@ def model_card(source: Path, *, is_adapter: bool) -> str:
     record = _record(source)
     options, result = record.get("options") or {}, record.get("result") or {}
     base = options.get("model")
-    data = options.get("data") or "built-in pairs of English and regular expressions"
+    data = _public(options.get("data")) or "built-in pairs of English and regular expressions"
     metadata = ModelCardData(
-        base_model=None if base is None or Path(base).exists() else base,
+        base_model=None if base is None or base != _public(base) else base,
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
         tags=["llm-jepa"],
@@ -44,11 +44,12 @@ def model_card(source: Path, *, is_adapter: bool) -> str:
     lines = ["---", metadata.to_yaml(), "---", "", f"# {result.get('name', 'LLM-JEPA')}", ""]
     if not record:
         return "\n".join([*lines, f"No record of its training was beside `{source}`.", ""])
+    seed = result.get("seed", options.get("seed"))
     lines += [
         f"Trained with llmjepa_kernels {__version__} on {data}, from "
-        f"{base or 'random weights'}, seed {result.get('seed', options.get('seed'))}. The method: "
-        f"[LLM-JEPA]({PAPER}). [PRED] tokens, which training needs and generation does not, have "
-        "been taken out.",
+        f"{_public(base) or 'random weights'}, seed {seed}. The method: [LLM-JEPA]"
+        f"({PAPER}). [PRED] tokens, which training needs and generation does not, have been taken "
+        "out.",
         "",
     ]
     metrics = result.get("metrics") or {}
@@ -61,12 +62,18 @@ def model_card(source: Path, *, is_adapter: bool) -> str:
             low, high = interval
             lines.append(f"| 95 % interval of the accuracy | {low:.3f} to {high:.3f} |")
         lines.append("")
-    changed = {key: value for key, value in options.items() if _differs(key, value)}
+    changed = {key: _public(value) for key, value in options.items() if _differs(key, value)}
     if changed:
         lines += ["## Options other than the defaults", "", "```"]
         lines += [f"{key}: {json.dumps(value)}" for key, value in sorted(changed.items())]
         lines += ["```", ""]
     return "\n".join(lines)
+
+
+def _public(value: Any) -> Any:
+    """An option without the directories of the machine that it was given on."""
+    is_path = isinstance(value, str) and (Path(value).is_absolute() or Path(value).exists())
+    return Path(value).name if is_path else value
 
 
 def _record(source: Path) -> dict[str, Any]:

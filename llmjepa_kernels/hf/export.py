@@ -8,8 +8,7 @@ converters and servers may read those.
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -114,13 +113,6 @@ def export_tokenizer(tokenizer: Any, removed: Collection[str], directory: Path) 
     if found != expected:
         differ = sorted(found.items() ^ expected.items())[:5]
         raise ValueError(f"the tokenizer cannot be written without {list(removed)}: {differ}")
-
-
-def copy_files(source: Path, directory: Path, names: Sequence[str]) -> None:
-    """Copies the files of these names that there are."""
-    for name in names:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, directory / name)
 
 
 def _plain_config(values: dict[str, Any], removed: Collection[str]) -> None:
