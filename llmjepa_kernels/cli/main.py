@@ -13,6 +13,7 @@ import torch
 
 from llmjepa_kernels import __version__
 from llmjepa_kernels.cli.analyze_options import AnalyzeOptions
+from llmjepa_kernels.cli.config_file import read_config
 from llmjepa_kernels.cli.evaluate_options import EvaluateOptions
 from llmjepa_kernels.cli.export_options import ExportOptions
 from llmjepa_kernels.cli.generate_options import GenerateOptions
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     if not parsed.traceback:
         warnings.formatwarning = _warning
     try:
-        options = command.of(parsed, unknown)
+        options = command.of(parsed, unknown, *read_config(parsed.config, command))
         _require(options.packages())
         say(f"llmjepa {parsed.command}: importing Transformers")
         module = importlib.import_module(f"llmjepa_kernels.cli.{parsed.command}")
@@ -99,6 +100,11 @@ def _parser() -> Parser:
         )
         subparser.add_argument(
             "--traceback", action="store_true", help="show where in the code an error was found"
+        )
+        subparser.add_argument(
+            "--config",
+            metavar="FILE.yaml",
+            help="options by their names, as learning_rate: 2e-5; those given here count more",
         )
         options.add_to(subparser)
     return parser

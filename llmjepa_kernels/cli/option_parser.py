@@ -6,7 +6,7 @@ import argparse
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
-from types import UnionType
+from types import MappingProxyType, UnionType
 from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar, Union, get_args, get_origin
 from typing import get_type_hints as type_hints
 
@@ -113,10 +113,10 @@ class Options:
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     def __post_init__(self) -> None:
-        for each, spec in _specs(type(self)):
+        for each, spec in specs(type(self)):
             value = getattr(self, each.name)
             for one in value if isinstance(value, tuple) else (value,):
-                _check(_flag(each.name, spec), spec, one)
+                _check(flag_of(each.name, spec), spec, one)
         self.check()
 
     def check(self) -> None:
@@ -130,37 +130,44 @@ class Options:
     def add_to(cls, parser: argparse.ArgumentParser) -> None:
         """Adds an argument per field, in their order."""
         groups: dict[str | None, Any] = {None: parser}
-        hints = type_hints(cls)
-        for each, spec in _specs(cls):
+        types = kinds(cls)
+        for each, spec in specs(cls):
             if spec.group not in groups:
                 groups[spec.group] = parser.add_argument_group(spec.group)
             if each.default is MISSING:
                 name, how = each.name, {}
             else:
-                name, how = _flag(each.name, spec), {"dest": each.name}
-            how |= _how(spec, each.default, *_kind_of_values(hints[each.name]))
+                name, how = flag_of(each.name, spec), {"dest": each.name}
+            how |= _how(spec, each.default, *types[each.name])
             groups[spec.group].add_argument(name, **how)
 
     @classmethod
-    def of(cls: type[O], parsed: argparse.Namespace, unknown: list[str]) -> O:
-        """The options that were parsed; those that were not given take their defaults."""
+    def of(
+        cls: type[O],
+        parsed: argparse.Namespace,
+        unknown: list[str],
+        values_of_file: Mapping[str, Any] = MappingProxyType({}),
+        other_of_file: tuple[str, ...] = (),
+    ) -> O:
+        """The options that were parsed; others are those of a file, of the preset, or defaults."""
         names = {each.name for each in fields(cls)}  # type: ignore[arg-type]
         values = {name: value for name, value in vars(parsed).items() if name in names}
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        if "other" in names:
-            values["other"] = tuple(unknown)
+        values = {**values_of_file, **values}
+        if "other" in names:  # of what is given twice, the last counts
+            values["other"] = (*other_of_file, *unknown)
         elif unknown:
             raise ValueError(
                 f"unknown options {' '.join(unknown)}: see llmjepa {parsed.command} --help"
             )
         preset = dict(cls.presets.get(values.get("preset", ""), {}))
-        if "other" in preset:  # of what is given twice, the last counts
+        if "other" in preset:
             values["other"] = (*preset.pop("other"), *values["other"])
         return cls(**(preset | values))
 
     def recorded(self) -> dict[str, Any]:
         """Those that the result of a run depends on."""
-        recorded = (each.name for each, spec in _specs(type(self)) if spec.recorded)
+        recorded = (each.name for each, spec in specs(type(self)) if spec.recorded)
         return {name: getattr(self, name) for name in recorded}
 
 
@@ -178,13 +185,19 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
 
-def _specs(cls: type[Options]) -> Iterator[tuple[Field[Any], Option]]:
+def kinds(cls: type[Options]) -> dict[str, tuple[type, bool]]:
+    """The type of each field's values, and whether it takes several."""
+    hints = type_hints(cls)
+    return {each.name: _kind_of_values(hints[each.name]) for each in fields(cls)}  # type: ignore[arg-type]
+
+
+def specs(cls: type[Options]) -> Iterator[tuple[Field[Any], Option]]:
     for each in fields(cls):  # type: ignore[arg-type]
         if "option" in each.metadata:
             yield each, each.metadata["option"]
 
 
-def _flag(name: str, spec: Option) -> str:
+def flag_of(name: str, spec: Option) -> str:
     """How an option is written."""
     return spec.flag or f"--{name.replace('_', '-')}"
 

@@ -1,0 +1,70 @@
+"""Options from a file, in place of a long command line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING
+from pathlib import Path
+from typing import Any
+
+from llmjepa_kernels.cli.option_parser import Options, flag_of, kinds, specs
+
+
+def read_config(path: str | None, command: type[Options]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Reads a YAML file of options, named as on the command line: ``learning_rate: 2e-5``.
+
+    Hyphens and underscores are the same, and so are ``null`` and an option that is not there.
+
+    Returns:
+        The values of fields of the command's options; and options that it hands on, as on the
+        command line.
+
+    Raises:
+        ValueError: It is no mapping, or an option is unknown or of another type; names it.
+        OSError: There is no such file.
+    """
+    if path is None:
+        return {}, ()
+    import yaml  # type: ignore[import-untyped]
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} must map options to values, got {type(content).__name__}")
+    types = kinds(command)
+    names = {flag_of(each.name, spec).removeprefix("--"): each for each, spec in specs(command)}
+    values: dict[str, Any] = {}
+    other: list[str] = []
+    for key, value in content.items():
+        name = str(key).replace("_", "-")
+        if value is None:
+            continue
+        if name not in names:
+            if "other" not in types:
+                raise ValueError(f"{path}: {key} is no option: see --help")
+            other += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+            continue
+        field = names[name]
+        if field.default is MISSING:
+            raise ValueError(f"{path}: {key} is to be given on the command line")
+        kind, many = types[field.name]
+        if many != isinstance(value, list):
+            raise ValueError(
+                f"{path}: {key} must be {'a list' if many else 'one value'}, got {value!r}"
+            )
+        found = [_of_kind(kind, each, f"{path}: {key}") for each in (value if many else [value])]
+        values[field.name] = tuple(found) if many else found[0]
+    return values, tuple(other)
+
+
+def _of_kind(kind: type, value: Any, where: str) -> Any:
+    """A value as the command line would give it; YAML takes 2e-5 for a text."""
+    fits = isinstance(value, bool) == (kind is bool) and isinstance(value, (bool, int, float, str))
+    try:
+        if fits and not (kind is int and isinstance(value, float)):
+            return kind(value)
+    except ValueError:
+        pass
+    raise ValueError(f"{where} must be of type {kind.__name__}, got {value!r}")
