@@ -19,6 +19,7 @@ from llmjepa_kernels.cli.export_options import ExportOptions
 from llmjepa_kernels.cli.generate_options import GenerateOptions
 from llmjepa_kernels.cli.option_parser import Options, Parser
 from llmjepa_kernels.cli.say import is_first_process, say
+from llmjepa_kernels.cli.show_options import ShowOptions
 from llmjepa_kernels.cli.train_options import TrainOptions
 
 # A subcommand's module has a function of its name, which takes its options. It is imported when it
@@ -29,6 +30,7 @@ COMMANDS: dict[str, type[Options]] = {
     "analyze": AnalyzeOptions,
     "generate": GenerateOptions,
     "export": ExportOptions,
+    "show": ShowOptions,
 }
 # What a user or the machine is at fault for; all others are our own, and show a traceback.
 FAULTS = (ValueError, OSError, ImportError, RecursionError, torch.OutOfMemoryError)

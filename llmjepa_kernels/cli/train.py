@@ -14,6 +14,7 @@ from transformers.utils import logging
 import llmjepa_kernels
 from llmjepa_kernels.cli.fingerprints import source_fingerprint
 from llmjepa_kernels.cli.held_out import check_answers, chosen_rule
+from llmjepa_kernels.cli.rehearsal import rehearsal
 from llmjepa_kernels.cli.report import write_report
 from llmjepa_kernels.cli.run_record import RunRecord
 from llmjepa_kernels.cli.say import say
@@ -61,6 +62,12 @@ def train(options: TrainOptions) -> None:
         for seed in seeds
         for objective in options.objectives
     ]
+    if options.dry_run:
+        for record in records[: len(options.objectives)]:
+            run = TrainingRun(options, data, rule, record, first, terms_of(record.name))
+            if is_main:
+                print(rehearsal(run, arguments))
+        return
     # The main process alone writes; the others agree with it on what is finished already.
     with only_process(options.output_dir) if is_main else nullcontext():
         if is_main or options.resume:

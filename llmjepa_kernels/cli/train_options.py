@@ -252,6 +252,13 @@ examples:
         group=MAIN,
         recorded=False,
     )
+    dry_run: bool = option(
+        False,
+        "write nothing: say what would be trained on, how many tokens that takes beside plain "
+        "fine-tuning, about how much memory, and draw the first row",
+        group=MAIN,
+        recorded=False,
+    )
     overwrite: bool = option(
         False, "delete the earlier runs in --output-dir", group=MAIN, recorded=False
     )

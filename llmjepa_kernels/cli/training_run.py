@@ -93,35 +93,46 @@ class TrainingRun:
             result["accuracy_interval"] = found.interval()
         return self.record.finish(result)
 
+    @property
+    def _tubes(self) -> TubeSampler | None:
+        if "stp" not in self.terms:
+            return None
+        options = self.options
+        return TubeSampler(
+            options.tube_form, options.tube_count, options.tube_max_length, self.record.seed
+        )
+
+    def dataset(self, left_out: LeftOut) -> Any:
+        """What is trained on; of a stream, what is left out is counted there."""
+        options, seed = self.options, self.record.seed
+        if options.streaming:
+            return self.data.stream(left_out, seed=seed, tubes=self._tubes)
+        return LossDropout(
+            self.data.train.examples,
+            options.loss_dropout,
+            per=options.loss_dropout_per,
+            seed=seed,
+        )
+
+    def collator(self) -> LLMJEPACollator:
+        """Makes rows of it."""
+        return LLMJEPACollator(
+            self.start.tokenizer,
+            self.start.example_format,
+            max_length=self.options.max_length,
+            # Next-token loss alone stands for plain fine-tuning, which shares nothing.
+            share_prefixes=self.options.share_prefixes and bool(self.terms),
+            with_views="jepa" in self.terms,
+            tubes=self._tubes,
+        )
+
     def _trainer(self, left_out: LeftOut) -> LLMJEPATrainer:
         options, data, record, start = self.options, self.data, self.record, self.start
-        tubes = None
-        if "stp" in self.terms:
-            tubes = TubeSampler(
-                options.tube_form, options.tube_count, options.tube_max_length, record.seed
-            )
-        if options.streaming:
-            train: Any = data.stream(left_out, seed=record.seed, tubes=tubes)
-        else:
-            train = LossDropout(
-                data.train.examples,
-                options.loss_dropout,
-                per=options.loss_dropout_per,
-                seed=record.seed,
-            )
         return LLMJEPATrainer(
             start.model,
             training_arguments(options, record.directory, record.seed),
-            LLMJEPACollator(
-                start.tokenizer,
-                start.example_format,
-                max_length=options.max_length,
-                # Next-token loss alone stands for plain fine-tuning, which shares nothing.
-                share_prefixes=options.share_prefixes and bool(self.terms),
-                with_views="jepa" in self.terms,
-                tubes=tubes,
-            ),
-            train_dataset=train,
+            self.collator(),
+            train_dataset=self.dataset(left_out),
             eval_dataset=data.held_out.examples or None,
             processing_class=start.tokenizer,
             jepa_weight=options.jepa_weight,

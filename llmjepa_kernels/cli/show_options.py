@@ -1,0 +1,69 @@
+"""The options of `llmjepa show`."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from llmjepa_kernels.cli.option_parser import COUNT, Options, Range, option
+from llmjepa_kernels.cli.shared_options import (
+    data_option,
+    needs_gguf,
+    recipe_option,
+    trust_option,
+)
+from llmjepa_kernels.data.chat import LAYOUTS
+
+
+@dataclass(frozen=True)
+class ShowOptions(Options):
+    """What ``llmjepa show`` is asked for; see `Options`."""
+
+    arguments: ClassVar[str] = " CHECKPOINT"
+    summary: ClassVar[str] = "see a packed row"
+    description: ClassVar[str] = """\
+Packs samples in the format that a checkpoint was trained with, and draws the rows: their tokens,
+what each run of them is for, and who sees whom. Only the tokenizer is loaded. What a training would
+pack is shown by llmjepa train --dry-run.
+"""
+    epilog: ClassVar[str] = """\
+examples:
+  llmjepa show outputs/train/llm-jepa
+  llmjepa show outputs/train/llm-jepa --data train.jsonl --samples 3 --output row.png
+"""
+
+    checkpoint: str = option(
+        MISSING,
+        "directory of a model or LoRA adapter, model of the Hugging Face hub, or .gguf file",
+        metavar="CHECKPOINT",
+    )
+    data: str | None = data_option()
+    recipe: str | None = recipe_option()
+    samples: int = option(2, "pack the first N", metavar="N", range=COUNT)
+    max_length: int | None = option(
+        None, "tokens in a row at most", metavar="N", range=COUNT, default_is="one row"
+    )
+    share_prefixes: bool = option(True, "store equal prefixes once per row")
+    num_pred_tokens: int | None = option(
+        None,
+        "[PRED] tokens behind a view, of checkpoints that llmjepa train did not make",
+        metavar="K",
+        range=Range(at_least=0),
+        default_is="none, unless the tokenizer has some, which then needs this option",
+    )
+    layout: str | None = option(None, "of such checkpoints", choices=LAYOUTS, default_is="shared")
+    output: Path | None = option(  # noqa: RUF009
+        None, "gets a picture of the first row", metavar="FILE.png"
+    )
+    trust_remote_code: bool = trust_option()
+
+    def check(self) -> None:
+        if self.output is not None and self.output.suffix != ".png":
+            raise ValueError(f"--output must end in .png, got {str(self.output)!r}")
+        if self.recipe is not None and self.data is None:
+            raise ValueError(f"--recipe {self.recipe} needs --data")
+
+    def packages(self) -> dict[str, list[str]]:
+        packages = ["transformers", "tokenizers", "rich", *needs_gguf(self.checkpoint)]
+        return {"train": packages + ["matplotlib"] * (self.output is not None)}
