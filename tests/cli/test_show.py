@@ -97,7 +97,7 @@ def test_the_command(tmp_path, capsys):
     assert "predicts 3" in output
     assert "target 3" in output
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert cli.main([*show, "--max-length", "110", "--no-share-prefixes"]) == 0
+    assert cli.main([*show, "--max-length", "150", "--no-share-prefixes"]) == 0
     assert "row 1: " in capsys.readouterr().out
     assert cli.main([*show, "--output", "row.jpg"]) == 2
     assert "--output must end in .png" in capsys.readouterr().err
