@@ -13,7 +13,7 @@ from llmjepa_kernels.data.messages import (
     check_content,
     check_views,
     checked_messages,
-    last_user,
+    turns_of_views,
     with_placeholder_answer,
 )
 from llmjepa_kernels.data.template import Rendering, Tokens, render, token_span
@@ -46,6 +46,7 @@ def chat_example(
     embedding_token: str | int = "content",
     max_length: int | None = None,
     add_special_tokens: bool = False,
+    view_turn: int = -1,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> Example:
     """The segments and view pairs of one chat.
@@ -96,6 +97,8 @@ def chat_example(
             a content, but are cut off where an offset chooses the token, as in the authors' code.
         add_special_tokens: Let the tokenizer add its special tokens to what the template writes, as
             the authors' code does: with Llama's, a second begin-of-sequence token.
+        view_turn: The assistant turn that is Code, and is asked by the Text, instead of the last
+            one: 0 is the first of them.
         template_kwargs: Passed to ``apply_chat_template``, such as ``enable_thinking``.
     Raises:
         ValueError: The messages are malformed, an option is unknown, the tokenizer is not fast or
@@ -111,10 +114,10 @@ def chat_example(
         raise ValueError("supervise='text' is for the plain format, see plain_example")
     turns = checked_messages(messages)
     check_views(views, pairs)
-    view_turns = _view_turns(turns, text, code, views or {})
+    asked, answered = turns_of_views(turns, view_turn)
+    view_turns = _view_turns(turns[asked], turns[answered], text, code, views or {})
     directed = _directed(pairs, view_turns, direction)
     chat = _render(tokenizer, turns, template_kwargs, add_special_tokens)
-    asked = last_user(turns)
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
     ids = chat.tokens.cut(chat.input_ids, max_length)
     labels = chat.tokens.cut(_labels(tokenizer, chat, answers, supervise), max_length)
@@ -126,7 +129,7 @@ def chat_example(
     if end is not None:
         end = preds.room(end)
         segments = _split(ids, labels, end)
-    path = _path(segments, [chat.spans[asked], chat.spans[-1]], limit)
+    path = _path(segments, [chat.spans[asked], chat.spans[answered]], limit)
 
     def view(name: str) -> _View:
         if name == "text" and end is not None:
@@ -179,7 +182,7 @@ def plain_example(
     check_max_length(max_length)
     turns = _one_question(checked_messages(messages))
     check_views(views, pairs)
-    view_turns = _view_turns(turns, text, code, views or {})
+    view_turns = _view_turns(turns[-2], turns[-1], text, code, views or {})
     directed = _directed(pairs, view_turns, direction)
     prompt = plain_prompt(turns, tokenizer, separator_id=separator_id)
     end_id = tokenizer.eos_token_id if end_id is None else end_id
@@ -360,14 +363,15 @@ def _path(
 
 
 def _view_turns(
-    turns: Sequence[Turn],
+    asked: Turn,
+    answer: Turn,
     text: str | None,
     code: str | None,
     views: Mapping[str, str | Mapping[str, str]],
 ) -> dict[str, tuple[str, str]]:
     """Role and content of every view, by name."""
     contents = {}
-    for name, own, turn in (("text", text, turns[last_user(turns)]), ("code", code, turns[-1])):
+    for name, own, turn in (("text", text, asked), ("code", code, answer)):
         if own is not None:
             check_content(own, name)
         contents[name] = turn["role"], turn["content"] if own is None else own

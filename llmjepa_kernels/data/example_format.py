@@ -107,8 +107,8 @@ class ExampleFormat:
         """The segments and pairs of a sample.
 
         Args:
-            sample: With ``messages`` and maybe ``text``, ``code``, ``views`` and ``pairs``, as
-                `read_chats` yields them.
+            sample: With ``messages`` and maybe ``text``, ``code``, ``views``, ``pairs`` and
+                ``view_turn``, as `read_chats` yields them.
             tokenizer: A fast tokenizer; with a chat template for "chat".
             max_length: See `chat_example`.
 
@@ -127,6 +127,9 @@ class ExampleFormat:
             "max_length": max_length,
         }
         messages = sample["messages"]
+        view_turn = sample.get("view_turn")
+        if self.separator_id is not None and view_turn is not None:
+            raise ValueError(f"view_turn needs template='chat', got {view_turn!r}")
         if self.separator_id is not None:
             return plain_example(
                 messages,
@@ -141,6 +144,7 @@ class ExampleFormat:
             layout=self.layout,
             embedding_token=self.embedding_token,
             add_special_tokens=self.add_special_tokens,
+            view_turn=-1 if view_turn is None else view_turn,
             template_kwargs=self.template_kwargs,
             **options,
         )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llmjepa_kernels.checks import check_whole
+
 Turn = dict[str, str]  # role and content
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -49,9 +51,23 @@ def checked_messages(messages: Any) -> list[Turn]:
     return turns
 
 
-def last_user(turns: Sequence[Mapping[str, str]]) -> int:
-    """The index of the last user turn, which is the Text."""
-    return max(i for i, turn in enumerate(turns) if turn["role"] == "user")
+def turns_of_views(turns: Sequence[Mapping[str, str]], view_turn: Any = -1) -> tuple[int, int]:
+    """The indices of the turns that are Text and Code.
+
+    Args:
+        turns: From `checked_messages`.
+        view_turn: Which of the assistant's turns is Code: 0 the first, −1 the last one. Text is the
+            last user turn before it.
+    Raises:
+        ValueError: There is none.
+    """
+    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+    check_whole("view_turn", view_turn, least=-len(answers), most=len(answers) - 1)
+    code = answers[view_turn]
+    asked = [i for i, turn in enumerate(turns[:code]) if turn["role"] == "user"]
+    if not asked:
+        raise ValueError(f"view_turn={view_turn} is an answer that no user turn is before")
+    return asked[-1], code
 
 
 def with_placeholder_answer(messages: Any) -> list[Turn]:

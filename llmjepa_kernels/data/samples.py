@@ -8,7 +8,12 @@ from itertools import islice
 from typing import Any
 
 from llmjepa_kernels.data.chat_formats import messages_of
-from llmjepa_kernels.data.messages import check_views, checked_messages, content_text
+from llmjepa_kernels.data.messages import (
+    check_views,
+    checked_messages,
+    content_text,
+    turns_of_views,
+)
 from llmjepa_kernels.data.recipes import RECIPES, Recipe
 from llmjepa_kernels.data.sources import Rows, Source, open_rows
 
@@ -25,7 +30,8 @@ def read_chats(
     `messages_of`. It may have ``text`` and ``code``,
     its own views in place of the user's and the assistant's content, given as a string or as a list
     of one turn and yielded as a string; ``views``, further ones by name, each a string or a turn;
-    and ``pairs``, the names of the views that predict each other, see `chat_example`. Keys of these
+    ``pairs``, the names of the views that predict each other; and ``view_turn``, the answer of
+    several that is Code: see `chat_example`. Keys of these
     whose value is null, as ``datasets`` fills gaps, are left out. Other keys are kept. Blank lines
     at the end of a file or between samples are no samples.
 
@@ -108,6 +114,10 @@ def _sample(row: Mapping[str, Any]) -> dict[str, Any]:
                 raise ValueError(f"{name} must be a string or one {role} turn, got {view!r}")
             view = view[0].get("content")
         sample[name] = content_text(view, name)
+    view_turn = sample.pop("view_turn", None)
+    if view_turn is not None:
+        turns_of_views(sample["messages"], view_turn)
+        sample["view_turn"] = view_turn
     views, pairs = sample.pop("views", None), sample.pop("pairs", None)
     if isinstance(views, Mapping):
         views = {name: _only(view) for name, view in views.items() if view is not None}

@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from llmjepa_kernels.data.messages import last_user
+from llmjepa_kernels.data.messages import turns_of_views
 from llmjepa_kernels.evaluation.sql_process import TIME_LIMIT, QueryProcess, Rows
 
 _DB_ID = re.compile(r"For db_id:\[([^]/\\]+)\]")
@@ -65,7 +65,7 @@ class SpiderDatabases:
 
     def _path(self, sample: Mapping[str, Any]) -> Path:
         messages = sample["messages"]
-        question = messages[last_user(messages)]["content"]
+        question = messages[turns_of_views(messages)[0]]["content"]
         match = _DB_ID.search(question)
         if not match:
             raise ValueError(f"expected For db_id:[name] in the user turn, got {question[:200]!r}")

@@ -6,8 +6,10 @@ import pytest
 
 from llmjepa_kernels import pack
 from llmjepa_kernels.data.chat import chat_example, chat_prompt, plain_example
+from llmjepa_kernels.data.example_format import ExampleFormat
+from llmjepa_kernels.data.samples import read_chats
 from llmjepa_kernels.evaluation.predict import stop_ids
-from llmjepa_kernels.packing import IGNORE
+from llmjepa_kernels.packing import IGNORE, sequence_ids
 from tests.support.chat_templates import KWARGS, QWEN25, SMOLLM2, SPANS
 from tests.support.chats import CHAT, KINDS, decode, get_tokenizer, turns
 
@@ -95,3 +97,45 @@ def test_the_plain_format_has_no_place_for_them():
         with pytest.raises(ValueError, match=r"plain format takes the roles \[system,\] user, as"):
             plain_example(messages, tokenizer, separator_id=3)
     assert plain_example(CHAT, tokenizer, separator_id=3)
+
+
+@pytest.mark.parametrize("layout", ["shared", "official"])
+@pytest.mark.parametrize("family", SPANS)
+def test_views_of_an_earlier_turn(family, layout):
+    tokenizer = get_tokenizer(SPANS[family][0])
+    options = {"layout": layout, "template_kwargs": KWARGS.get(family, {})}
+    last = chat_example(LONG, tokenizer, **options)
+    assert chat_example(LONG, tokenizer, view_turn=1, **options) == last
+    first = chat_example(LONG, tokenizer, view_turn=-2, **options)
+    assert chat_example(LONG, tokenizer, view_turn=0, **options) == first
+    # The chat and what is supervised of it are the same; Text ends in its first question.
+    chat = sequence_ids(last, last.path.segment)
+    assert sequence_ids(first, first.path.segment) == chat
+    assert supervised(tokenizer, first) == supervised(tokenizer, last)
+    text, code = (first.segments[i].input_ids for i in first.pairs[0])
+    assert decode(tokenizer, text).rstrip().endswith("FIRST?")
+    assert decode(tokenizer, code).rstrip().endswith("ONE")
+    contents = [decode(tokenizer, chat[slice(*span)]).strip() for span in first.path.spans]
+    assert contents[0].endswith("FIRST?")
+    assert contents[1] == "ONE"
+
+
+def test_the_turn_of_a_sample():
+    tokenizer = get_tokenizer()
+    (sample,) = read_chats([{"messages": LONG, "view_turn": 0}])
+    expected = chat_example(LONG, tokenizer, view_turn=0)
+    assert ExampleFormat().example(sample, tokenizer) == expected
+    assert read_one({"messages": LONG, "view_turn": None}) == {"messages": LONG}
+    with pytest.raises(ValueError, match="view_turn must be an integer, from -2 to 1, got 2"):
+        read_one({"messages": LONG, "view_turn": 2})
+    greeted = [{"role": "assistant", "content": "HELLO"}, *CHAT[1:]]
+    with pytest.raises(ValueError, match="view_turn=0 is an answer that no user turn is before"):
+        read_one({"messages": greeted, "view_turn": 0})
+    plain = ExampleFormat("plain", separator_id=5)
+    with pytest.raises(ValueError, match="view_turn needs template='chat', got 0"):
+        plain.example({"messages": CHAT, "view_turn": 0}, tokenizer)
+
+
+def read_one(row):
+    (sample,) = read_chats([row])
+    return sample
