@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from numpy import linspace
 
+from llmjepa_kernels.cli.comparison import compare, comparison_notes
 from llmjepa_kernels.files import write_whole
 
 # Key of a run's metrics, row of the table, format. Rows that no run has are left out.
@@ -42,9 +44,16 @@ def write_report(runs: Sequence[dict[str, Any]], directory: Path, about: dict[st
         about: ``model``, ``data``, ``options`` and ``versions`` that the numbers depend on.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    table = "\n".join([comparison_table(runs), *notes(runs, about)]) + "\n"
+    found = compare(runs)
+    lines = [comparison_table(runs), *comparison_notes(found), *notes(runs, about)]
+    table = "\n".join(lines) + "\n"
     write_whole(directory / "report.txt", table)
-    report = {"about": about, "summary": summarize(runs), "runs": list(runs)}
+    report = {
+        "about": about,
+        "summary": summarize(runs),
+        "comparisons": [asdict(each) for each in found],
+        "runs": list(runs),
+    }
     write_whole(directory / "report.json", json.dumps(report, indent=1, default=str))
     write_whole(directory / "report.png", report_picture(runs))
     return table

@@ -1,6 +1,19 @@
 """The table over seeds."""
 
-from llmjepa_kernels.cli.report import comparison_table, format_table, notes, report_picture
+import json
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from llmjepa_kernels.cli.comparison import compare, comparison_notes, holm
+from llmjepa_kernels.cli.report import (
+    comparison_table,
+    format_table,
+    notes,
+    report_picture,
+    write_report,
+)
 
 
 def run(name, seed, **metrics):
@@ -41,3 +54,60 @@ def test_names_are_never_cut_off():
 
 def test_picture_without_any_data():
     assert report_picture([run("LLM-JEPA", 1)]).startswith(b"\x89PNG")
+
+
+def three_objectives():
+    accuracies = {
+        "NTP only": (0.70, 0.74, 0.69, 0.73),
+        "LLM-JEPA": (0.72, 0.75, 0.73, 0.74),
+        "STP": (0.70, 0.74, 0.69, 0.73),
+    }
+    return [
+        run(name, seed, accuracy=accuracy, eval_ntp_loss=1 - accuracy)
+        for name, found in accuracies.items()
+        for seed, accuracy in enumerate(found)
+    ]
+
+
+def test_objectives_are_compared_seed_by_seed():
+    found = compare([*three_objectives(), run("LLM-JEPA", 9, accuracy=0.1), run("a", 1)])
+    assert [(each.metric, each.name) for each in found] == [
+        ("accuracy", "LLM-JEPA"),
+        ("accuracy", "STP"),
+        ("eval_ntp_loss", "LLM-JEPA"),
+        ("eval_ntp_loss", "STP"),
+    ]
+    first, same, loss, _ = found
+    differences = np.array([0.02, 0.01, 0.04, 0.01])
+    t = differences.mean() / (differences.std(ddof=1) / 2)
+    assert (first.baseline, first.seeds) == ("NTP only", 4)
+    assert first.difference == pytest.approx(0.02)
+    assert first.p_value == pytest.approx(2 * stats.t.sf(t, 3))
+    half = stats.t.ppf(0.975, 3) * differences.std(ddof=1) / 2
+    assert first.interval == pytest.approx((0.02 - half, 0.02 + half))
+    assert (same.difference, same.p_value, same.interval) == (0, 1, (0, 0))
+    assert loss.difference == pytest.approx(-0.02)
+    assert first.p_holm == pytest.approx(4 * first.p_value)
+    lines = comparison_notes(found)
+    assert lines[0].startswith(
+        "LLM-JEPA against NTP only, held-out accuracy, 4 paired seeds: +2.0 points (95 % interval "
+    )
+    assert "-0.0200 (95 %" in lines[2]
+
+
+def test_holms_correction():
+    # The example of R's p.adjust.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.9]) == [1, 1]
+    assert holm([]) == []
+
+
+def test_one_seed_or_one_objective_is_no_comparison(tmp_path):
+    assert compare([run("NTP only", 1, accuracy=1), run("STP", 1, accuracy=0)]) == []
+    assert compare([run("STP", 1, accuracy=1), run("STP", 2, accuracy=0)]) == []
+    assert compare([]) == []
+    about = {"model": "m", "data": "d", "versions": {}}
+    assert "against" not in write_report([run("STP", 1, accuracy=1)], tmp_path, about)
+    assert "p = " in write_report(three_objectives(), tmp_path, about)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["comparisons"][0]["name"] == "LLM-JEPA"
