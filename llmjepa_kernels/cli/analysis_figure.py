@@ -58,8 +58,12 @@ def _draw_spectra(axis: Any, analyses: Sequence[dict[str, Any]]) -> None:
     for analysis, color in zip(analyses, COLORS, strict=False):
         values = [value for value in analysis["singular_values"] if value > 0]
         axis.plot(range(1, len(values) + 1), values, color=color, label=analysis["name"])
+        predicted = [value for value in analysis["pred_singular_values"] or () if value > 0]
+        axis.plot(range(1, len(predicted) + 1), predicted, color=color, lw=0.8, ls=(0, (3, 2)))
     axis.set(
-        title="Singular values of Enc(Text) \N{MINUS SIGN} Enc(Code)", xlabel="index", yscale="log"
+        title="Singular values of Enc(Text) \N{MINUS SIGN} Enc(Code)",
+        xlabel="index (dashed: of Pred \N{MINUS SIGN} Enc(Code))",
+        yscale="log",
     )
 
 

@@ -38,6 +38,7 @@ COLUMNS = (
     ("relative_difference", "relative\ndifference", ".3f"),
     ("text_rank", "effective\nrank Text", ".1f"),
     ("code_rank", "effective\nrank Code", ".1f"),
+    ("code_rankme", "RankMe\nCode", ".1f"),
     ("linear_residual", "linear\nresidual", ".3f"),
 )
 OF_ANSWERS = (

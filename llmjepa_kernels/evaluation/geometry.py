@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from llmjepa_kernels.ops.schedule import schedule_of
+from llmjepa_kernels.rank import rank_me
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,6 +19,8 @@ POOLINGS = ("last", "mean")
 # What `view_geometry` returns, a row of every matrix being an example.
 DEFINITIONS = {
     "singular_values": "the 100 largest singular values of Enc(Text) - Enc(Code), not centred",
+    "pred_singular_values": "the same of Pred(Enc(Text)) - Enc(Code), of every pair that training "
+    "compares; null without [PRED] tokens",
     "relative_difference": "|Enc(Text) - Enc(Code)| / |Enc(Code)|, Frobenius norms: the size of "
     "the singular values whatever the scale of the states",
     "text_code_cosines": "cosine of Enc(Text) and Enc(Code) of every example",
@@ -32,6 +35,10 @@ DEFINITIONS = {
     "text_rank": "effective rank of Enc(Text): the participation ratio (sum v)^2 / sum v^2 of the "
     "eigenvalues v of the states' covariance; 0 where all states are equal",
     "code_rank": "effective rank of Enc(Code)",
+    "code_variance": "the variance of Enc(Code) at length 1, the sum over all dimensions: from 0, "
+    "all in one direction, to 1; what training logs as target_variance",
+    "code_rankme": "RankMe of Enc(Code) at length 1, the exponential of the entropy of its "
+    "singular values' shares in their sum; what training logs as target_rank",
     "linear_residual": "the fraction of the variance of Enc(Code) that is left by the best affine "
     "map of Enc(Text), fitted by ridge regression to all other examples (leave-one-out, strength "
     "chosen by the same error): 0 where Code is a linear function of Text, 1 where the map is no "
@@ -126,13 +133,16 @@ def view_geometry(
         ValueError: Shapes differ, there are fewer than two rows, or a state is not finite.
 
     Source: LLM-JEPA, arXiv:2509.14252 (singular values, linear map); effective rank as in
-        Gao et al., "A theory of multineuronal dimensionality", bioRxiv 2017.
+        Gao et al., "A theory of multineuronal dimensionality", bioRxiv 2017; RankMe,
+        arXiv:2210.02885.
     """
     text, code = _checked("text", text, "code", code)
     difference = text - code
     cosines, other = _cosines(text, code)
+    directions = normalize(code)
     numbers = {
         "singular_values": torch.linalg.svdvals(difference)[:100].tolist(),
+        "pred_singular_values": None,
         "relative_difference": (difference.norm() / code.norm()).item(),
         "text_code_cosines": cosines.tolist(),
         "pred_code_cosines": None,
@@ -142,11 +152,15 @@ def view_geometry(
         "other_pred_code_cosine": None,
         "text_rank": effective_rank(text),
         "code_rank": effective_rank(code),
+        "code_variance": directions.var(dim=0).sum().item(),
+        "code_rankme": rank_me(directions),
         "linear_residual": linear_residual(text, code),
     }
     if predicted is not None:
-        cosines, other = _cosines(*_checked("predictors", predicted[0], "targets", predicted[1]))
+        pred, target = _checked("predictors", predicted[0], "targets", predicted[1])
+        cosines, other = _cosines(pred, target)
         numbers |= {
+            "pred_singular_values": torch.linalg.svdvals(pred - target)[:100].tolist(),
             "pred_code_cosines": cosines.tolist(),
             "pred_code_cosine": cosines.mean().item(),
             "other_pred_code_cosine": other,

@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from llmjepa_kernels.rank import rank_me
+
 WINDOW = 256  # targets that the rank is taken over
 MET = 0.95  # cosine of the pairs at which the objective counts as met
 APART = 0.05  # how much lower that with other targets must be at least
@@ -69,7 +71,7 @@ class CollapseTelemetry:
             return {}
         found = {"other_cosine": others / count, "target_variance": 1 - target_others / count}
         if self._targets:  # there may be some on other processes only
-            found["target_rank"] = effective_rank(torch.cat(list(self._targets))[-WINDOW:])
+            found["target_rank"] = rank_me(torch.cat(list(self._targets))[-WINDOW:])
         return found
 
     def warn_of_collapse(self, cosine: float, other_cosine: float) -> None:
@@ -84,16 +86,3 @@ class CollapseTelemetry:
             RuntimeWarning,
             stacklevel=2,
         )
-
-
-def effective_rank(states: Tensor) -> float:
-    """RankMe: the exponential of the entropy of the singular values' shares in their sum.
-
-    Args:
-        states: (count, hidden_size); rows of zeros count nowhere.
-    """
-    states = states.cpu().double()
-    gram = states @ states.mT if len(states) < states.shape[1] else states.mT @ states
-    singular_values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
-    shares = singular_values / singular_values.sum()
-    return float(torch.special.entr(shares).sum().exp())

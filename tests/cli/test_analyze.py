@@ -25,6 +25,7 @@ from llmjepa_kernels.evaluation.geometry import (
 )
 from llmjepa_kernels.hf import load as models
 from llmjepa_kernels.packing import sequence_ids
+from llmjepa_kernels.training.telemetry import CollapseTelemetry
 
 
 def randn(*shape, seed=0):
@@ -61,10 +62,13 @@ def test_cosines_of_an_example_and_of_others():
     assert numbers.keys() == DEFINITIONS.keys()
     without = view_geometry(text, code)
     assert [key for key, value in without.items() if value is None] == [
+        "pred_singular_values",
         "pred_code_cosines",
         "pred_code_cosine",
         "other_pred_code_cosine",
     ]
+    spectrum = np.linalg.svd((predicted - code).numpy(), compute_uv=False)
+    assert numbers["pred_singular_values"] == pytest.approx(spectrum)
 
 
 def test_effective_rank_counts_directions_of_equal_variance():
@@ -79,6 +83,21 @@ def test_effective_rank_counts_directions_of_equal_variance():
     ratio = eigenvalues.sum() ** 2 / np.square(eigenvalues).sum()
     assert view_geometry(text, code)["text_rank"] == pytest.approx(ratio)
     assert view_geometry(code, text)["code_rank"] == pytest.approx(ratio)
+
+
+def test_what_training_logs_of_collapse():
+    code = randn(40, 6)
+    unit = code / code.norm(dim=1, keepdim=True)
+    numbers = view_geometry(randn(40, 6, seed=1), code)
+    assert numbers["code_variance"] == pytest.approx(unit.var(dim=0).sum().item())
+    telemetry = CollapseTelemetry()
+    telemetry.add(torch.stack([unit, unit])[:, None].float())
+    logs = telemetry.logs(lambda x: x)
+    assert numbers["code_variance"] == pytest.approx(logs["target_variance"], rel=1e-4)
+    assert numbers["code_rankme"] == pytest.approx(logs["target_rank"], rel=1e-4)
+    collapsed = view_geometry(code, torch.ones(40, 6, dtype=torch.float64))
+    assert collapsed["code_variance"] == pytest.approx(0)
+    assert collapsed["code_rankme"] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("width", [3, 20])
@@ -200,8 +219,9 @@ def test_the_figure_shows_all_of_it(analysis):
         figure = analysis_figure(shown)
         spectrum, *histograms = figure.axes[:3]
         maps = figure.axes[3:]
-        lines = {line.get_label(): list(line.get_ydata()) for line in spectrum.lines}
-        assert lines == {c["name"]: c["singular_values"] for c in shown}
+        lines = [list(line.get_ydata()) for line in spectrum.lines]
+        both = ("singular_values", "pred_singular_values")
+        assert lines == [c[key] or [] for c in shown for key in both]
         for axis, kind in zip(histograms, ("text_code", "pred_code"), strict=True):
             found = [c for c in shown if c[f"{kind}_cosines"]]
             lefts, rights = axis.get_xlim()

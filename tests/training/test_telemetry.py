@@ -7,7 +7,8 @@ import torch
 from torch.nn.functional import normalize
 
 from llmjepa_kernels.data.tokenizer import train_tokenizer
-from llmjepa_kernels.training.telemetry import WINDOW, CollapseTelemetry, effective_rank
+from llmjepa_kernels.rank import rank_me
+from llmjepa_kernels.training.telemetry import WINDOW, CollapseTelemetry
 from llmjepa_kernels.training.trainer import LLMJEPATrainer
 from tests.training.test_trainer import ROWS, arguments, build
 
@@ -35,7 +36,7 @@ def test_numbers_are_those_of_all_pairs_of_pairs():
     found = telemetry.logs(lambda x: x)
     assert found["other_cosine"] == pytest.approx(torch.cat(others).mean().item(), abs=1e-6)
     assert found["target_variance"] == pytest.approx(torch.cat(targets_apart).mean().item())
-    assert found["target_rank"] == pytest.approx(effective_rank(torch.cat(targets)))
+    assert found["target_rank"] == pytest.approx(rank_me(torch.cat(targets)))
     assert telemetry.logs(lambda x: x) == {}  # nothing since
 
 
@@ -45,15 +46,15 @@ def test_a_single_pair_has_no_other():
     assert telemetry.logs(lambda x: x) == {}
 
 
-def test_effective_rank():
+def test_rank_me():
     torch.manual_seed(0)
-    assert effective_rank(torch.ones(50, 8)) == pytest.approx(1)
-    assert effective_rank(torch.eye(6, 40)) == pytest.approx(6)
+    assert rank_me(torch.ones(50, 8)) == pytest.approx(1)
+    assert rank_me(torch.eye(6, 40)) == pytest.approx(6)
     states = torch.randn(30, 10)
     shares = torch.linalg.svdvals(states) / torch.linalg.svdvals(states).sum()
     expected = float((-(shares * shares.log()).sum()).exp())
-    assert effective_rank(states) == pytest.approx(expected, rel=1e-5)
-    assert effective_rank(torch.cat([states, torch.zeros(5, 10)])) == pytest.approx(expected)
+    assert rank_me(states) == pytest.approx(expected, rel=1e-5)
+    assert rank_me(torch.cat([states, torch.zeros(5, 10)])) == pytest.approx(expected)
 
 
 def test_the_rank_is_that_of_the_last_targets():
