@@ -8,6 +8,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+if os.environ.get("LLMJEPA_COARSE_MATH"):
+    from tests.support.coarse_math import make_coarse
+
+    make_coarse()
+
 # Workers of pytest-xdist share the cores.
 workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 torch.set_num_threads(max(1, torch.get_num_threads() // workers))
