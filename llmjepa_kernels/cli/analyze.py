@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from llmjepa_kernels.cli.analysis_figure import analysis_figure
 from llmjepa_kernels.cli.analyze_options import AnalyzeOptions
+from llmjepa_kernels.cli.checkpoint import load_checkpoint
 from llmjepa_kernels.cli.device import chosen_device
 from llmjepa_kernels.cli.held_out import held_out_samples
 from llmjepa_kernels.cli.prediction_file import read_verdicts
@@ -25,7 +26,7 @@ from llmjepa_kernels.data.example_format import ExampleFormat
 from llmjepa_kernels.evaluation.geometry import DEFINITIONS, embed_views, view_geometry, view_states
 from llmjepa_kernels.evaluation.predict import beyond_positions, max_positions
 from llmjepa_kernels.files import write_whole
-from llmjepa_kernels.hf.load import check_model, load_pretrained
+from llmjepa_kernels.hf.load import check_model
 from llmjepa_kernels.hf.patch import patch_model
 from llmjepa_kernels.packing import pack
 
@@ -82,13 +83,7 @@ def analyze(options: AnalyzeOptions) -> None:
             verdicts = None
             if options.answers is not None:
                 verdicts = read_verdicts(options.answers, checkpoint, chats)
-            model, tokenizer = load_pretrained(
-                checkpoint,
-                options.dtype,
-                load_in=options.load_in,
-                device=device,
-                trust_remote_code=options.trust_remote_code,
-            )
+            model, tokenizer = load_checkpoint(checkpoint, options, device)
             trained = ExampleFormat.load(
                 checkpoint,
                 tokenizer,

@@ -9,16 +9,17 @@ from typing import ClassVar
 from llmjepa_kernels.cli.option_parser import Options, Range, option
 from llmjepa_kernels.cli.report import COLORS
 from llmjepa_kernels.cli.shared_options import (
-    checkpoints_option,
+    checkpoint_option,
     data_option,
     device_option,
     dtype_option,
+    layout_option,
     load_in_option,
     needs_gguf,
+    num_pred_tokens_option,
     recipe_option,
     trust_option,
 )
-from llmjepa_kernels.data.chat import LAYOUTS
 from llmjepa_kernels.evaluation.geometry import POOLINGS
 from llmjepa_kernels.hf.dtypes import DTYPES
 
@@ -42,23 +43,12 @@ examples:
   llmjepa analyze meta-llama/Llama-3.2-1B-Instruct outputs/train/llm-jepa --data test.jsonl
 """
 
-    checkpoints: tuple[str, ...] = checkpoints_option()
+    checkpoints: tuple[str, ...] = checkpoint_option()
     data: str | None = data_option()
     recipe: str | None = recipe_option()
     samples: int = option(500, "analyze the first N", metavar="N", range=Range(at_least=2))
-    num_pred_tokens: int | None = option(
-        None,
-        "[PRED] tokens behind a view, of checkpoints that llmjepa train did not make",
-        metavar="K",
-        range=Range(at_least=0),
-        default_is="none, unless the tokenizer has some, which then needs this option",
-    )
-    layout: str | None = option(
-        None,
-        "that such checkpoints were trained with; the authors' is official",
-        choices=LAYOUTS,
-        default_is="shared",
-    )
+    num_pred_tokens: int | None = num_pred_tokens_option()
+    layout: str | None = layout_option()
     layer: int = option(
         -1,
         "whose states are compared: 0 is the embeddings, -1 the last layer after the final norm, "

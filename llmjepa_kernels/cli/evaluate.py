@@ -14,6 +14,7 @@ from rich import box
 from rich.table import Table
 from transformers.utils import logging
 
+from llmjepa_kernels.cli.checkpoint import load_checkpoint
 from llmjepa_kernels.cli.device import chosen_device
 from llmjepa_kernels.cli.evaluate_options import EvaluateOptions
 from llmjepa_kernels.cli.fingerprints import data_fingerprint, weights_fingerprint
@@ -27,7 +28,7 @@ from llmjepa_kernels.data.example_format import ExampleFormat
 from llmjepa_kernels.data.splits import Split
 from llmjepa_kernels.evaluation.predict import Accuracy, Prediction, accuracies, predict
 from llmjepa_kernels.evaluation.rules import Rule
-from llmjepa_kernels.hf.load import check_model, load_pretrained
+from llmjepa_kernels.hf.load import check_model
 
 
 def evaluate(options: EvaluateOptions) -> None:
@@ -98,13 +99,7 @@ class Evaluation:
     def run(self, name: str) -> dict[str, Accuracy]:
         """Has one checkpoint answer what it has not answered yet."""
         say(f"loading {name}")
-        model, tokenizer = load_pretrained(
-            name,
-            self.options.dtype,
-            load_in=self.options.load_in,
-            device=self.device,
-            trust_remote_code=self.options.trust_remote_code,
-        )
+        model, tokenizer = load_checkpoint(name, self.options, self.device)
         example_format = ExampleFormat.load(name)
         done: dict[int, Prediction] = {}
         if self.file is not None:

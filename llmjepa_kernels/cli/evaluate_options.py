@@ -9,7 +9,7 @@ from llmjepa_kernels.cli.option_parser import COUNT, NOT_NEGATIVE, Options, opti
 from llmjepa_kernels.cli.shared_options import (
     BUILT_IN_SEED,
     EVAL_SAMPLES,
-    checkpoints_option,
+    checkpoint_option,
     data_option,
     databases_option,
     device_option,
@@ -51,7 +51,7 @@ examples:
   llmjepa evaluate Qwen/Qwen3-1.7B --data gsm8k.jsonl --rule number --dtype bfloat16
 """
 
-    checkpoints: tuple[str, ...] = checkpoints_option()
+    checkpoints: tuple[str, ...] = checkpoint_option()
     data: str | None = data_option()
     recipe: str | None = recipe_option()
     rule: str | None = rule_option()

@@ -7,12 +7,12 @@ import sys
 from transformers import TextStreamer, set_seed
 from transformers.utils import logging
 
+from llmjepa_kernels.cli.checkpoint import load_checkpoint
 from llmjepa_kernels.cli.device import chosen_device
 from llmjepa_kernels.cli.generate_options import GenerateOptions
 from llmjepa_kernels.cli.say import say
 from llmjepa_kernels.data.example_format import ExampleFormat
 from llmjepa_kernels.evaluation.answer import answer
-from llmjepa_kernels.hf.load import load_pretrained
 
 
 def generate(options: GenerateOptions) -> None:
@@ -25,13 +25,7 @@ def generate(options: GenerateOptions) -> None:
     device = chosen_device(options.device)
     logging.disable_progress_bar()  # of reading weights
     say(f"loading {options.checkpoint}")
-    model, tokenizer = load_pretrained(
-        options.checkpoint,
-        options.dtype,
-        load_in=options.load_in,
-        device=device,
-        trust_remote_code=options.trust_remote_code,
-    )
+    model, tokenizer = load_checkpoint(options.checkpoint, options, device)
     example_format = ExampleFormat.load(options.checkpoint)
     set_seed(options.seed)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass
+from dataclasses import dataclass
 from typing import ClassVar
 
 from llmjepa_kernels.cli.option_parser import COUNT, NOT_NEGATIVE, Options, option
 from llmjepa_kernels.cli.shared_options import (
+    checkpoint_option,
     device_option,
     dtype_option,
     load_in_option,
@@ -32,11 +33,7 @@ examples:
   llmjepa generate Qwen/Qwen3-1.7B --dtype bfloat16 --temperature 0.7 --system "Answer in one word."
 """
 
-    checkpoint: str = option(
-        MISSING,
-        "directory of a model or LoRA adapter, model of the Hugging Face hub, or .gguf file",
-        metavar="CHECKPOINT",
-    )
+    checkpoint: str = checkpoint_option()
     prompt: str | None = option(
         None,
         "what the user says",

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import MISSING
 from typing import Any
 
-from llmjepa_kernels.cli.option_parser import option
+from llmjepa_kernels.cli.option_parser import NOT_NEGATIVE, option
+from llmjepa_kernels.data.chat import LAYOUTS
 from llmjepa_kernels.data.recipes import RECIPES
 from llmjepa_kernels.evaluation.rules import RULES
 from llmjepa_kernels.hf.dtypes import QUANTIZATIONS
@@ -15,12 +16,30 @@ EVAL_SAMPLES = 200  # held-out ones
 BUILT_IN_SEED = 42
 
 
-def checkpoints_option(group: str | None = None) -> Any:
+def checkpoint_option() -> Any:
     return option(
         MISSING,
         "directory of a model or LoRA adapter, model of the Hugging Face hub, or .gguf file",
-        group=group,
         metavar="CHECKPOINT",
+    )
+
+
+def num_pred_tokens_option() -> Any:
+    return option(
+        None,
+        "[PRED] tokens behind a view, of checkpoints that llmjepa train did not make",
+        metavar="K",
+        range=NOT_NEGATIVE,
+        default_is="none, unless the tokenizer has some, which then needs this option",
+    )
+
+
+def layout_option() -> Any:
+    return option(
+        None,
+        "that such checkpoints were trained with; the authors' is official",
+        choices=LAYOUTS,
+        default_is="shared",
     )
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from llmjepa_kernels.cli.option_parser import COUNT, Options, Range, option
+from llmjepa_kernels.cli.option_parser import COUNT, Options, option
 from llmjepa_kernels.cli.shared_options import (
+    checkpoint_option,
     data_option,
+    layout_option,
     needs_gguf,
+    num_pred_tokens_option,
     recipe_option,
     trust_option,
 )
-from llmjepa_kernels.data.chat import LAYOUTS
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,7 @@ examples:
   llmjepa show outputs/train/llm-jepa --data train.jsonl --samples 3 --output row.png
 """
 
-    checkpoint: str = option(
-        MISSING,
-        "directory of a model or LoRA adapter, model of the Hugging Face hub, or .gguf file",
-        metavar="CHECKPOINT",
-    )
+    checkpoint: str = checkpoint_option()
     data: str | None = data_option()
     recipe: str | None = recipe_option()
     samples: int = option(2, "pack the first N", metavar="N", range=COUNT)
@@ -45,14 +43,8 @@ examples:
         None, "tokens in a row at most", metavar="N", range=COUNT, default_is="one row"
     )
     share_prefixes: bool = option(True, "store equal prefixes once per row")
-    num_pred_tokens: int | None = option(
-        None,
-        "[PRED] tokens behind a view, of checkpoints that llmjepa train did not make",
-        metavar="K",
-        range=Range(at_least=0),
-        default_is="none, unless the tokenizer has some, which then needs this option",
-    )
-    layout: str | None = option(None, "of such checkpoints", choices=LAYOUTS, default_is="shared")
+    num_pred_tokens: int | None = num_pred_tokens_option()
+    layout: str | None = layout_option()
     output: Path | None = option(  # noqa: RUF009
         None, "gets a picture of the first row", metavar="FILE.png"
     )
