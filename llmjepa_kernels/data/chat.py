@@ -346,6 +346,8 @@ class _Preds:
 
 def _split(input_ids: list[int], labels: list[int], end: int) -> list[Segment]:
     """A prompt of ``end`` tokens and what continues it, if anything does."""
+    if not end:  # cut so short that there is no place for [PRED]
+        return [Segment(input_ids, labels=labels)]
     supervised = any(label != IGNORE for label in labels[:end])
     segments = [Segment(input_ids[:end], labels=labels[:end] if supervised else None)]
     if end < len(input_ids):
