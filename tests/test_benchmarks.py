@@ -182,7 +182,7 @@ def test_train_step_command(tmp_path, capsys):
     assert train_step.main([*arguments, "--output", str(path)]) == 0
     report = json.loads(path.read_text())
     rows = {row["name"]: row for row in report["tables"][0]["rows"]}
-    assert len(rows) == 15
+    assert len(rows) == 16
     assert "FlexAttention has no backward" in str(report["tables"][0]["notes"])
     assert all(row["rounds"] == 1 for row in rows.values())
     assert len({round(row["ntp_loss"], 4) for row in rows.values()}) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import MISSING
 from pathlib import Path
@@ -37,14 +38,22 @@ def read_config(path: str | None, command: type[Options]) -> tuple[dict[str, Any
     names = {flag_of(each.name, spec).removeprefix("--"): each for each, spec in specs(command)}
     values: dict[str, Any] = {}
     other: list[str] = []
+    seen: dict[str, str] = {}
     for key, value in content.items():
         name = str(key).replace("_", "-")
+        if name in seen:
+            raise ValueError(f"{path}: {key} is given twice, as {seen[name]} too")
+        seen[name] = str(key)
         if value is None:
             continue
         if name not in names:
             if "other" not in types:
                 raise ValueError(f"{path}: {key} is no option: see --help")
-            other += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+            parts = value if isinstance(value, list) else [value]
+            other += [
+                f"--{name}",
+                *(json.dumps(x) if isinstance(x, Mapping) else str(x) for x in parts),
+            ]
             continue
         field = names[name]
         if field.default is MISSING:
@@ -62,6 +71,7 @@ def read_config(path: str | None, command: type[Options]) -> tuple[dict[str, Any
 def _of_kind(kind: type, value: Any, where: str) -> Any:
     """A value as the command line would give it; YAML takes 2e-5 for a text."""
     fits = isinstance(value, bool) == (kind is bool) and isinstance(value, (bool, int, float, str))
+    fits = fits and (kind is not Path or isinstance(value, str))
     try:
         if fits and not (kind is int and isinstance(value, float)):
             return kind(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ from huggingface_hub import ModelCardData
 
 from llmjepa_kernels import __version__
 from llmjepa_kernels.cli.run_record import RECORD
-from llmjepa_kernels.cli.train_options import TrainOptions
+from llmjepa_kernels.cli.train_options import FINE_TUNE, SCRATCH, TrainOptions
 
 CARD = "README.md"
 PAPER = "https://arxiv.org/abs/2509.14252"
+RECORDED = ("options", "result")
 METRICS = {
     "accuracy": "accuracy on held-out data",
     "ood_accuracy": "accuracy out of distribution",
@@ -24,12 +26,16 @@ METRICS = {
 }
 
 
-def model_card(source: Path, *, is_adapter: bool) -> str:
+def model_card(source: Path, removed: Sequence[str], *, is_adapter: bool) -> str:
     """Markdown, with the metadata that the Hugging Face hub reads in front of it.
 
     Args:
         source: Of the checkpoint, or its adapter; without a record of its run there is less to say.
+        removed: Tokens that have been taken out.
         is_adapter: Whether that is what leaves.
+
+    Raises:
+        ValueError: The record is corrupt.
     """
     record = _record(source)
     options, result = record.get("options") or {}, record.get("result") or {}
@@ -48,8 +54,7 @@ def model_card(source: Path, *, is_adapter: bool) -> str:
     lines += [
         f"Trained with llmjepa_kernels {__version__} on {data}, from "
         f"{_public(base) or 'random weights'}, seed {seed}. The method: [LLM-JEPA]"
-        f"({PAPER}). [PRED] tokens, which training needs and generation does not, have been taken "
-        "out.",
+        f"({PAPER}). {_taken_out(removed)}",
         "",
     ]
     metrics = result.get("metrics") or {}
@@ -72,6 +77,8 @@ def model_card(source: Path, *, is_adapter: bool) -> str:
 
 def _public(value: Any) -> Any:
     """An option without the directories of the machine that it was given on."""
+    if isinstance(value, list):
+        return [_public(each) for each in value]
     is_path = isinstance(value, str) and (Path(value).is_absolute() or Path(value).exists())
     return Path(value).name if is_path else value
 
@@ -84,10 +91,21 @@ def _record(source: Path) -> dict[str, Any]:
                 record = json.loads(path.read_bytes())
             except ValueError as error:
                 raise ValueError(f"{path} is no record of a run: {error}") from error
-            return record if isinstance(record, dict) else {}
+            parts = [record.get(key) for key in RECORDED] if isinstance(record, dict) else [()]
+            if not all(part is None or isinstance(part, dict) for part in parts):
+                raise ValueError(f"{path} is no record of a run: expected objects {RECORDED}")
+            return record
     return {}
+
+
+def _taken_out(removed: Sequence[str]) -> str:
+    if not removed:
+        return ""
+    return "[PRED] tokens, which training needs and generation does not, have been taken out."
 
 
 def _differs(name: str, value: Any) -> bool:
     defaults = json.loads(json.dumps(TrainOptions().recorded(), default=str))
+    if name == "epochs":  # is kept as it was resolved
+        return value not in (SCRATCH["num_train_epochs"], FINE_TUNE["num_train_epochs"])
     return name in defaults and value != defaults[name]

@@ -138,7 +138,8 @@ class Options:
                 name, how = each.name, {}
             else:
                 name, how = flag_of(each.name, spec), {"dest": each.name}
-            how |= _how(spec, each.default, *types[each.name])
+            negatable = any(each.name in preset for preset in cls.presets.values())
+            how |= _how(spec, each.default, *types[each.name], negatable)
             groups[spec.group].add_argument(name, **how)
 
     @classmethod
@@ -211,11 +212,12 @@ def _check(flag: str, spec: Option, value: Any) -> None:
         raise ValueError(f"{flag} must be {str(spec.range) or 'a finite number'}, got {value}")
 
 
-def _how(spec: Option, default: Any, kind: type, many: bool) -> dict[str, Any]:
-    """What ``add_argument`` gets for a field."""
+def _how(spec: Option, default: Any, kind: type, many: bool, negatable: bool) -> dict[str, Any]:
+    """What ``add_argument`` gets for a field; one that a preset sets can be taken back."""
     how: dict[str, Any] = {"help": _help(spec, default), "default": argparse.SUPPRESS}
     if kind is bool:
-        how["action"] = "store_true" if default is False else argparse.BooleanOptionalAction
+        plain = default is False and not negatable
+        how["action"] = "store_true" if plain else argparse.BooleanOptionalAction
         return how
     how |= {"type": kind, "metavar": spec.metavar}
     if spec.choices:

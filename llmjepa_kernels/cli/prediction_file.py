@@ -37,7 +37,7 @@ def read_verdicts(
                 if not isinstance(correct, bool):
                     raise TypeError(f"correct must be a bool, got {correct!r}")
                 names.add(name)
-                if name != checkpoint or index >= len(samples):
+                if Path(name) != Path(checkpoint) or index >= len(samples):
                     continue
                 if values["answer"] != answer_of(samples[index]):
                     raise ValueError(f"answer is not that of sample {index} of the data")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
 from math import ceil
-from typing import Any
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
-import torch
-from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from llmjepa_kernels.cli.packed_row import row_text, runs_of
@@ -25,16 +25,10 @@ COPIES_OF_LOGITS = 4  # of the loss and its backward
 
 def rehearsal(run: TrainingRun, arguments: TrainingArguments) -> str:
     """Tokens, rows, cost, padding, memory and the first row of a run that is not started."""
-    generator = torch.Generator().manual_seed(run.record.seed)
-    dataset = run.dataset(LeftOut())
-    loader: Any = DataLoader(
-        dataset,
-        arguments.per_device_train_batch_size,
-        shuffle=None if run.options.streaming else True,
-        generator=generator,
-        collate_fn=run.collator(),
-    )
-    batches = list(islice(loader, BATCHES))
+    with TemporaryDirectory() as folder:  # which the trainer wants to exist
+        elsewhere = replace(run, record=replace(run.record, directory=Path(folder)))
+        trainer = elsewhere.trainer(LeftOut(silent=True))
+        batches = list(islice(trainer.get_train_dataloader(), BATCHES))
     tokens = sum(batch["input_ids"].numel() for batch in batches)
     padding = 0
     for batch in batches:

@@ -18,7 +18,11 @@ from llmjepa_kernels.cli.train_options import (
     TrainOptions,
 )
 from llmjepa_kernels.data.example_format import ExampleFormat
-from llmjepa_kernels.data.predictor_tokens import add_tokens, predictor_tokens
+from llmjepa_kernels.data.predictor_tokens import (
+    add_tokens,
+    known_predictor_tokens,
+    predictor_tokens,
+)
 from llmjepa_kernels.data.tokenizer import train_tokenizer
 from llmjepa_kernels.evaluation.predict import max_positions
 from llmjepa_kernels.hf import load as models
@@ -131,6 +135,10 @@ def _format(
     """The format, and the tokens that were added for it."""
     predictors = predictor_tokens(options.num_pred_tokens)
     named = {"separator_id": options.separator or SEPARATOR, "end_id": options.end_token}
+    taken = [*predictors, *predictor_tokens(known_predictor_tokens(tokenizer))]
+    for token in named.values() if options.template == "plain" else ():
+        if token in taken:
+            raise ValueError(f"{token} is a [PRED] token: take another --separator or --end-token")
     known: dict[str, int] = {}  # those that are one token without being added
     unknown: dict[str, str] = {}
     for name, token in named.items() if options.template == "plain" else ():
@@ -167,4 +175,6 @@ def _format(
         separator_id=known.get("separator_id"),
         end_id=known.get("end_id"),
     )
+    if example_format.end_id is not None:  # where generate stops, in other programs too
+        model.generation_config.eos_token_id = example_format.end_id
     return example_format, new_ids

@@ -43,11 +43,20 @@ def train(options: TrainOptions) -> None:
         print("warning: --eval-data is --data: this measures what is remembered", file=sys.stderr)
     say(f"reading {options.data or 'the built-in pairs of English and regular expressions'}")
     reader = SampleReader(options, LeftOut())
-    samples, held_out = reader.first(), reader.held_out()
+    samples = reader.first()
+    if options.streaming:  # whose beginning is counted as it is trained on
+        reader = SampleReader(options, LeftOut())
+    held_out = reader.held_out()
     chats = [each.sample for each in samples]
     say(f"loading {options.model or 'a small Llama of random weights'}")
     first = starting_point(options, chats, seeds[0])
     data = TrainingData(options, samples, held_out, first, reader.left_out)
+    at_once = arguments.per_device_train_batch_size * arguments.world_size
+    if arguments.dataloader_drop_last and not options.streaming and len(data.train) < at_once:
+        raise ValueError(
+            f"{len(data.train)} samples make no batch of {at_once}, and --dataloader-drop-last "
+            "drops incomplete ones"
+        )
     rule = _rule(options, data)
     depends_on = options.recorded() | {
         "data_seed": options.seed,
@@ -62,6 +71,8 @@ def train(options: TrainOptions) -> None:
         for seed in seeds
         for objective in options.objectives
     ]
+    if is_main and (options.dry_run or options.streaming):
+        print_left_out(data.left_out)
     if options.dry_run:
         for record in records[: len(options.objectives)]:
             run = TrainingRun(options, data, rule, record, first, terms_of(record.name))

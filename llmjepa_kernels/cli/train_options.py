@@ -553,16 +553,23 @@ examples:
             raise ValueError("--lora-rank adapts a trained --model, not random weights")
         if self.template == "plain" and self.layout != "shared":
             raise ValueError(f"--format plain has the shared --layout only, got {self.layout}")
-        check_embedding_token(self.compared_token, self.layout)
         for flag, changed in (
             ("--embedding-token", self.embedding_token != "content"),
             ("--add-special-tokens", self.add_special_tokens),
         ):
             if changed and self.template != "chat":
                 raise ValueError(f"{flag} is for --format chat")
+        try:
+            check_embedding_token(self.compared_token, self.layout)
+        except ValueError as error:
+            raise ValueError(f"--embedding-token {self.embedding_token}: {error}") from error
         for flag, token in (("--separator", self.separator), ("--end-token", self.end_token)):
             if token is not None and self.template != "plain":
                 raise ValueError(f"{flag} is for --format plain")
+            if token == "":
+                raise ValueError(f"{flag} must not be empty")
+        if self.end_token is not None and self.end_token == (self.separator or SEPARATOR):
+            raise ValueError(f"--separator and --end-token must differ, got {self.end_token}")
         if self.output_dir == Path():
             raise ValueError("--output-dir must be a directory of its own, got '.'")
         if self.supervise == "text" and self.template != "plain":

@@ -24,7 +24,8 @@ def training_arguments(options: TrainOptions, directory: Path, seed: int) -> Tra
     Raises:
         ValueError: One of ``options.other`` is unknown, wrong or not supported.
     """
-    parser = _Parser(TrainingArguments, allow_abbrev=False)  # type: ignore[arg-type]
+    kinds: Any = TrainingArguments
+    parser = _Parser(kinds, allow_abbrev=False, add_help=False)
     parser.set_defaults(
         use_cpu=not (torch.cuda.is_available() or torch.xpu.is_available()),
         **options.training_arguments,

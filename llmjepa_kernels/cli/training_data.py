@@ -32,7 +32,8 @@ class LeftOut:
     KINDS = ("out of distribution", "malformed", "too long", "truncated")
     SHOWN = 3  # messages per kind
 
-    def __init__(self) -> None:
+    def __init__(self, *, silent: bool = False) -> None:
+        self._shown = 0 if silent else self.SHOWN
         # A row per worker, which nobody else writes.
         self._counts = torch.zeros(256, len(self.KINDS), dtype=torch.int64).share_memory_()
 
@@ -40,7 +41,7 @@ class LeftOut:
         info = get_worker_info()
         row = self._counts[info.id % 256 if info else 0]
         row[self.KINDS.index(kind)] += 1
-        if message and row[self.KINDS.index(kind)] <= self.SHOWN:
+        if message and row[self.KINDS.index(kind)] <= self._shown:
             what = kind if kind == "truncated" else "left out"
             print(f"{what}: {message}", file=sys.stderr)
 
@@ -315,7 +316,8 @@ class TrainingData:
         self._options, self._start = options, start
         self.left_out = left_out
         # What a stream begins with is counted as it is trained on.
-        self.train = self._part(train, LeftOut() if options.streaming else left_out)
+        counted = LeftOut(silent=True) if options.streaming else left_out
+        self.train = self._part(train, counted)
         self.held_out, self.out_of_distribution = (
             self._part(part, left_out, answered=True) for part in held_out
         )
@@ -349,7 +351,7 @@ class TrainingData:
         self, left_out: LeftOut, worker: int, num_workers: int, first: bool
     ) -> Iterator[tuple[str, Example]]:
         """A worker's share of one pass over ``--data``."""
-        left_out = left_out if first else LeftOut()
+        left_out = left_out if first else LeftOut(silent=True)
         located = SampleReader(self._options, left_out).in_distribution((worker, num_workers))
         examples = ExampleMaker(self._options, self._start, left_out).examples(located)
         return ((made.located.place, made.example) for made in examples)

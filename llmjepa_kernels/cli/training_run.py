@@ -59,7 +59,7 @@ class TrainingRun:
         """
         checkpoint, faults = self.record.checkpoint() if self.options.resume else (None, [])
         left_out = LeftOut()
-        trainer, bar = self._trainer(left_out), TrainingBar()
+        trainer, bar = self.trainer(left_out), TrainingBar()
         if trainer.pop_callback(ProgressCallback):
             trainer.add_callback(bar)
         is_main = trainer.is_world_process_zero()
@@ -102,7 +102,7 @@ class TrainingRun:
             options.tube_form, options.tube_count, options.tube_max_length, self.record.seed
         )
 
-    def dataset(self, left_out: LeftOut) -> Any:
+    def _dataset(self, left_out: LeftOut) -> Any:
         """What is trained on; of a stream, what is left out is counted there."""
         options, seed = self.options, self.record.seed
         if options.streaming:
@@ -114,7 +114,7 @@ class TrainingRun:
             seed=seed,
         )
 
-    def collator(self) -> LLMJEPACollator:
+    def _collator(self) -> LLMJEPACollator:
         """Makes rows of it."""
         return LLMJEPACollator(
             self.start.tokenizer,
@@ -126,13 +126,14 @@ class TrainingRun:
             tubes=self._tubes,
         )
 
-    def _trainer(self, left_out: LeftOut) -> LLMJEPATrainer:
+    def trainer(self, left_out: LeftOut) -> LLMJEPATrainer:
+        """Trains it; of a stream, what is left out is counted there."""
         options, data, record, start = self.options, self.data, self.record, self.start
         return LLMJEPATrainer(
             start.model,
             training_arguments(options, record.directory, record.seed),
-            self.collator(),
-            train_dataset=self.dataset(left_out),
+            self._collator(),
+            train_dataset=self._dataset(left_out),
             eval_dataset=data.held_out.examples or None,
             processing_class=start.tokenizer,
             jepa_weight=options.jepa_weight,

@@ -205,6 +205,11 @@ class ExampleFormat:
             ids = {} if tokenizer is None else tokenizer.get_added_vocab()
             pred_ids = tuple(ids[token] for token in predictor_tokens(num_pred_tokens or 0))
             return cls(pred_ids=pred_ids, layout=layout or "shared")
+        for name, given in (("num_pred_tokens", num_pred_tokens), ("layout", layout)):
+            if given is not None:
+                raise ValueError(
+                    f"{name} is for checkpoints that do not say so: {path} does, got {given!r}"
+                )
         try:
             values = json.loads(path.read_bytes())
             if not isinstance(values, dict):

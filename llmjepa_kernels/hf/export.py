@@ -50,16 +50,20 @@ def export_model(model: Any, tokenizer: Any, removed: Collection[str], directory
         ValueError: See `kept_ids`.
     """
     kept = kept_ids(tokenizer, removed)
+    modules = [model.get_input_embeddings(), model.get_output_embeddings()]
+    tensors = [getattr(module, name, None) for module in modules for name in ("weight", "bias")]
     with torch.no_grad():
-        for module in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:
-            for rows in (module.weight, getattr(module, "bias", None)):
-                if rows is not None and kept != list(range(len(kept))):
-                    rows[: len(kept)] = rows[kept]
+        for rows in {id(x): x for x in tensors if x is not None}.values():  # tied ones once
+            rows[: len(kept)] = rows[kept]
     model.resize_token_embeddings(len(kept), mean_resizing=False)
+    new = {old: i for i, old in enumerate(kept)}
     config = model.generation_config
-    if config.suppress_tokens:
-        new = {old: i for i, old in enumerate(kept)}
-        config.suppress_tokens = [new[i] for i in config.suppress_tokens if i in new] or None
+    for name in ("suppress_tokens", "eos_token_id"):
+        ids = getattr(config, name)
+        if isinstance(ids, int):
+            setattr(config, name, new.get(ids))
+        elif ids:
+            setattr(config, name, [new[i] for i in ids if i in new] or None)
     model.save_pretrained(directory)
     _edit(directory / "config.json", _say_in_old_words)
     export_tokenizer(tokenizer, removed, directory)
@@ -73,7 +77,9 @@ def export_adapter(source: Path, tokenizer: Any, removed: Collection[str], direc
         tokenizer, removed, directory: As in `export_model`.
 
     Raises:
-        ValueError: It also trains rows of other tokens, which the base model may lack.
+        ValueError: It also trains rows of other tokens, which the base model may lack, or tokens
+            would get other ids than they have there.
+        OSError: The weights cannot be read.
     """
     config = json.loads((source / ADAPTER_CONFIG).read_bytes())
     gone = set(tokenizer.convert_tokens_to_ids(list(removed)))
@@ -82,10 +88,19 @@ def export_adapter(source: Path, tokenizer: Any, removed: Collection[str], direc
         names = tokenizer.convert_ids_to_tokens(others)
         raise ValueError(
             f"the adapter in {source} trains the rows of {names} too, which its base model may "
-            "lack: merge it"
+            "lack: --merge"
+        )
+    kept = kept_ids(tokenizer, removed)
+    if kept != list(range(len(kept))):
+        raise ValueError(
+            f"the base model of the adapter in {source} has tokens behind {', '.join(removed)}, "
+            "whose ids would change: --merge"
         )
     directory.mkdir(parents=True, exist_ok=True)
-    weights = load_file(source / ADAPTER_WEIGHTS)
+    try:
+        weights = load_file(source / ADAPTER_WEIGHTS)
+    except Exception as error:  # of safetensors
+        raise OSError(f"{source / ADAPTER_WEIGHTS} cannot be read: {error}") from error
     plain = {name: w for name, w in weights.items() if TOKEN_ROWS not in name}
     save_file(plain, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     config["trainable_token_indices"] = None

@@ -154,6 +154,11 @@ def _loading(name: str) -> Iterator[None]:
         raise OSError(f"{name!r} cannot be loaded: {reason}") from error
 
 
+def is_adapter(name: str) -> bool:
+    """Whether that is a LoRA adapter, on disk or of the hub."""
+    return _is_adapter(*_location(name))
+
+
 def _is_adapter(path: str, options: dict[str, Any]) -> bool:
     return not options and find_adapter_config_file(path) is not None
 
@@ -217,7 +222,7 @@ def _load_adapter(
     device: torch.device | None,
     **trust: bool,
 ) -> tuple[Any, Any]:
-    from peft import PeftConfig, PeftModel
+    from peft import PeftConfig, PeftModel, load_peft_weights
 
     tokenizer = load_tokenizer(directory, **trust)
     with _loading(directory):
@@ -225,8 +230,13 @@ def _load_adapter(
     # Merged in float32, as sums of a large and a small number would lose the small one.
     base_dtype = "float32" if load_in is None else dtype
     model, _ = load_pretrained(base, base_dtype, load_in=load_in, device=device, **trust)
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:  # it has [PRED] tokens
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    with _loading(directory):
+        saved = load_peft_weights(directory, device="cpu")
+    # It has [PRED] tokens, and maybe padding, if its base was resized for it.
+    sizes = [len(x) for name, x in saved.items() if "token_adapter.base_layer" in name]
+    rows = max([len(tokenizer), *sizes])
+    if rows > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(rows, mean_resizing=False)
     with _loading(directory), warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
         adapted: Any = PeftModel.from_pretrained(model, directory)

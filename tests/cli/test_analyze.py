@@ -293,7 +293,7 @@ def test_layer_and_pooling(checkpoints, tmp_path, name, layer, pooling):
     (found,) = analysed(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(checkpoints / name).eval()
     tokenizer = AutoTokenizer.from_pretrained(checkpoints / name)
-    trained = ExampleFormat.load(checkpoints / name, tokenizer, num_pred_tokens=0)
+    trained = ExampleFormat.load(checkpoints / name, tokenizer)
     chats = [json.loads(line) for line in data.read_text().splitlines()]
 
     def state(example, segment):
@@ -341,6 +341,8 @@ def test_cosines_of_right_and_wrong_answers(checkpoints, tmp_path, capsys):
         wrong = [cosines[i] for i in (2, 3, 5, 6)]
         assert found["wrong_text_code_cosine"] == pytest.approx(np.mean(wrong))
         assert f"{found['wrong_text_code_cosine']:.4f}" in table
+    assert analyze(f"{names[0]}/", *options) == 0
+    capsys.readouterr()
     assert analyze(checkpoints / "chat", *options) == 2
     assert "has no answers of" in capsys.readouterr().err
     other = tmp_path / "other.jsonl"

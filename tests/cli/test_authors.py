@@ -48,6 +48,13 @@ def test_what_is_given_counts_more_than_the_preset(tmp_path):
     assert parsed().layout == "shared"
 
 
+def test_what_the_preset_sets_can_be_taken_back():
+    options = parsed("--preset", "authors", "--no-bf16", "--no-add-special-tokens")
+    assert (options.bf16, options.add_special_tokens) == (False, False)
+    plain = ["--format", "plain", "--layout", "shared", "--embedding-token", "content"]
+    assert parsed("--preset", "authors", "--no-add-special-tokens", *plain).template == "plain"
+
+
 @pytest.fixture
 def data(tmp_path):
     path = tmp_path / "data.jsonl"

@@ -13,6 +13,7 @@ from llmjepa_kernels.cli.config_file import read_config
 from llmjepa_kernels.cli.evaluate_options import EvaluateOptions
 from llmjepa_kernels.cli.main import _parser
 from llmjepa_kernels.cli.train_options import TrainOptions
+from llmjepa_kernels.cli.training_arguments import training_arguments
 
 
 def options(path, *given, command=TrainOptions, name="train"):
@@ -59,6 +60,8 @@ def test_the_file_the_preset_and_the_command_line(config):
         ("streaming: 'yes'", "streaming must be of type bool, got 'yes'"),
         ("epochs: [1, 2]", r"epochs must be one value, got \[1, 2\]"),
         ("seeds: 3", "seeds must be a list, got 3"),
+        ("output_dir: 5", "output_dir must be of type Path, got 5"),
+        ("jepa_weight: 1\njepa-weight: 2", "jepa-weight is given twice, as jepa_weight too"),
         ("model: {a: 1}", "model must be of type str, got {'a': 1}"),
         ("metric: manhattan", "--metric must be one of cosine, .*, got 'manhattan'"),
         ("epochs: -1", "--epochs must be more than 0, got -1.0"),
@@ -79,6 +82,14 @@ def test_commands_that_hand_nothing_on(config):
     ):
         with pytest.raises(ValueError, match=message):
             options(config(text), "x", command=EvaluateOptions, name="evaluate")
+
+
+def test_what_is_handed_on(config, tmp_path):
+    path = config("lr_scheduler_kwargs: {min_lr: 0.1}\nhelp: true\n")
+    found = options(path)
+    assert found.other[:2] == ("--lr-scheduler-kwargs", '{"min_lr": 0.1}')
+    with pytest.raises(ValueError, match="unknown options --help True"):
+        training_arguments(found, tmp_path, 1)
 
 
 def test_a_run_of_a_file(config, tmp_path, capsys):

@@ -49,6 +49,8 @@ def checkpoint(directory, *, after=(), pad=None, dtype="float32", **config):
     with torch.no_grad():
         model.get_output_embeddings().bias.normal_()
     models.cast_weights(model, dtype)
+    if after:
+        model.generation_config.eos_token_id = ids[3]
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     form = {"template": "plain", "separator_id": ids[2], "end_id": ids[3]} if after else {}
@@ -64,7 +66,7 @@ def checkpoint(directory, *, after=(), pad=None, dtype="float32", **config):
     [
         {},
         {"pad": 64},
-        {"after": ("<|sep|>", "<|end|>"), "pad": 64},
+        {"after": ("<|sep|>", "<|end|>", "<|more|>"), "pad": 64},
         {"after": ("<|sep|>", "<|end|>"), "dtype": "bfloat16"},
     ],
 )
@@ -92,7 +94,8 @@ def test_the_other_logits_are_the_same_bits(tmp_path, capsys, tied, how):
     assert form.pred_ids == ()
     if how.get("after"):
         ids = (form.separator_id, form.end_id)
-        assert tuple(found.convert_ids_to_tokens(ids)) == how["after"]
+        assert tuple(found.convert_ids_to_tokens(ids)) == how["after"][:2]
+        assert plain.generation_config.eos_token_id == form.end_id
     assert len(found) == len(kept)
     assert "<|predictor_1|>" not in (tmp_path / "out" / "tokenizer.json").read_text()
 
@@ -178,6 +181,54 @@ def test_an_adapter_is_merged(adapter, tmp_path):
     assert auto.dtype == torch.bfloat16  # that of the base model
 
 
+def test_an_adapter_whose_tokens_would_move(tmp_path, capsys):
+    """Its base has tokens behind [PRED], which keep their ids there."""
+    checkpoint(tmp_path / "base", after=("<|sep|>", "<|end|>"))
+    model, tokenizer = models.load_pretrained(str(tmp_path / "base"))
+    models.add_lora(model, 2).save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    ExampleFormat.load(tmp_path / "base").save(tmp_path / "adapter")
+    assert export(tmp_path / "adapter", tmp_path / "out") == 2
+    assert "has tokens behind <|predictor_2|>, <|predictor_1|>" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert export(tmp_path / "adapter", tmp_path / "out", "--merge") == 0
+
+
+def test_an_adapter_of_a_padded_vocabulary_is_loaded_again(tmp_path):
+    options = ["--train-samples", 20, "--eval-samples", 2, "--max-steps", 1, "--no-compare"]
+    small = ["--hidden-size", 64, "--num-layers", 1, "--output-dir", tmp_path / "first"]
+    assert cli.main(["train", *map(str, options + small)]) == 0
+    more = ["--model", tmp_path / "first" / "llm-jepa", "--lora-rank", 2]
+    more += ["--pad-vocab-to-multiple-of", 64, "--output-dir", tmp_path / "second"]
+    assert cli.main(["train", *map(str, options + more)]) == 0
+    run = tmp_path / "second" / "llm-jepa"
+    merged, tokenizer = models.load_pretrained(str(run))
+    loaded, _ = models.load_pretrained(str(run / "adapter"))
+    ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, merged(ids).logits)
+    assert loaded.config.vocab_size % 64 == 0
+    assert export(run / "adapter", tmp_path / "out", "--merge") == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("llm_jepa.json", "{", "is no example format"),
+        ("llm_jepa.json", '{"template": "plain", "separator_id": 7777}', "separator_id of"),
+        ("run.json", "{", "is no record of a run"),
+        ("run.json", '{"options": [1]}', "is no record of a run"),
+        ("run.json", "[]", "is no record of a run"),
+    ],
+)
+def test_nothing_is_left_where_something_is_corrupt(tmp_path, capsys, name, text, message):
+    checkpoint(tmp_path / "in")
+    (tmp_path / "in" / name).write_text(text)
+    assert export(tmp_path / "in", tmp_path / "out") == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
 def test_what_cannot_leave(adapter, tmp_path, capsys):
     adapter("<|sep|>")
     out = tmp_path / "out"
@@ -189,3 +240,8 @@ def test_what_cannot_leave(adapter, tmp_path, capsys):
     assert "must not hold anything yet" in capsys.readouterr().err
     assert export(tmp_path / "nowhere", out) == 2
     assert "nowhere" in capsys.readouterr().err
+    adapter()
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"garbage")
+    assert export(tmp_path / "adapter", tmp_path / "out") == 2
+    assert "adapter_model.safetensors cannot be read" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -168,7 +168,7 @@ def test_a_template_without_end(model, error):
 
 
 def test_all_models_are_looked_for_before_the_first_answers(model, error, monkeypatch):
-    monkeypatch.setattr("llmjepa_kernels.cli.evaluate.load_pretrained", None)
+    monkeypatch.setattr("llmjepa_kernels.cli.evaluate.load_checkpoint", None)
     assert "no directory '/nope'" in error("evaluate", model, "/nope")
 
 

@@ -116,3 +116,42 @@ def test_weights_in_bfloat16(tmp_path, how):
     model, _ = models.load_pretrained(str(checkpoint), "bfloat16")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert all(b.dtype != torch.bfloat16 for b in model.buffers())  # frequencies keep their digits
+
+
+def test_what_is_left_out_of_a_stream_is_said_once(tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    _long_rows(data)
+    options = ["--data", data, "--eval-data", data, "--streaming", "--max-length-policy", "skip"]
+    options += ["--max-sequence-length", 90, "--batch-size", 4, "--max-steps", 8, "--no-compare"]
+    options += ["--hidden-size", 64, "--num-layers", 1, "--output-dir", tmp_path / "out"]
+    assert run(*options) == 0
+    captured = capsys.readouterr()
+    assert captured.out.count("left out 3 samples: too long") == 2  # held out, and of the stream
+    assert captured.err.count("left out: ") == 2 * 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--separator", "<|predictor_1|>"], "<|predictor_1|> is a [PRED] token"),
+        (["--end-token", "<|predictor_1|>"], "<|predictor_1|> is a [PRED] token"),
+        (["--separator", ""], "--separator must not be empty"),
+        (["--separator", "<|a|>", "--end-token", "<|a|>"], "must differ, got <|a|>"),
+        (["--end-token", "<|separator|>"], "must differ, got <|separator|>"),
+        (["--embedding-token", "-1"], "--embedding-token is for --format chat"),
+    ],
+)
+def test_tokens_of_the_plain_format(tmp_path, capsys, options, message):
+    small = ["--train-samples", 8, "--hidden-size", 64, "--num-layers", 1, "--format", "plain"]
+    assert run(*small, *options, "--dry-run", "--output-dir", tmp_path / "out") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_generate_of_other_programs_stops_at_the_end_token(tmp_path):
+    options = ["--train-samples", 8, "--hidden-size", 64, "--num-layers", 1, "--max-steps", 1]
+    options += ["--format", "plain", "--end-token", "<|stop|>", "--no-compare"]
+    assert run(*options, "--eval-samples", 1, "--output-dir", tmp_path) == 0
+    model, tokenizer = models.load_pretrained(str(tmp_path / "llm-jepa"))
+    stop = tokenizer.convert_tokens_to_ids("<|stop|>")
+    ends = model.generation_config.eos_token_id  # Trainer adds the tokenizer's
+    assert stop in (ends if isinstance(ends, list) else [ends])

@@ -120,6 +120,15 @@ def test_a_rehearsal_writes_nothing(tmp_path, capsys):
     assert "predicts 16" in output
     assert "0.0% of them padding" in output
     assert len(re.findall(r"memory of a process, estimated: [\d.]+ GiB", output)) == 3
+    per_step = [*command, "--loss-dropout", "0.5", "--loss-dropout-per", "step", "--dry-run"]
+    assert cli.main(per_step) == 0
+    assert "the first row:" in capsys.readouterr().out
+    skipped = [*command, "--max-sequence-length", "36", "--max-length-policy", "skip"]
+    assert cli.main([*skipped, "--dry-run"]) == 0
+    assert re.search(r"left out \d+ samples: too long", capsys.readouterr().out)
+    dropped = [*command, "--batch-size", "64", "--dataloader-drop-last", "True"]
+    assert cli.main([*dropped, "--dry-run"]) == 2
+    assert "40 samples make no batch of 64" in capsys.readouterr().err
     long = [*command, "--max-length", "64", "--dataloader-drop-last", "True", "--dry-run"]
     assert cli.main(long) == 0
     output = capsys.readouterr().out

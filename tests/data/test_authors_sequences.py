@@ -39,8 +39,7 @@ def their_view(tokenizer, turn, k, position, kwargs, max_length):
 
 
 @pytest.mark.parametrize("max_length", [None, 9])
-@pytest.mark.parametrize("position", ["append", "prepend"])
-@pytest.mark.parametrize("k", [0, 2])
+@pytest.mark.parametrize(("k", "position"), [(0, "append"), (2, "append"), (2, "prepend")])
 @pytest.mark.parametrize("offset", [-1, -4])
 @pytest.mark.parametrize("family", SPANS)
 def test_views_end_where_theirs_do(tokenizer, family, offset, k, position, max_length):

@@ -93,6 +93,14 @@ def test_a_corrupt_file_is_named(tmp_path, text, message):
         ExampleFormat.load(tmp_path)
 
 
+def test_what_a_checkpoint_says_is_not_asked_for(tmp_path):
+    ExampleFormat().save(tmp_path)
+    for options in ({"layout": "official"}, {"num_pred_tokens": 0}):
+        (name,) = options
+        with pytest.raises(ValueError, match=f"{name} is for checkpoints that do not say so"):
+            ExampleFormat.load(tmp_path, **options)
+
+
 def test_every_field_is_saved(tmp_path):
     ExampleFormat().save(tmp_path)
     names = {field.name for field in dataclasses.fields(ExampleFormat)}
