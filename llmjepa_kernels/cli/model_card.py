@@ -11,7 +11,8 @@ from huggingface_hub import ModelCardData
 
 from llmjepa_kernels import __version__
 from llmjepa_kernels.cli.run_record import RECORD
-from llmjepa_kernels.cli.train_options import FINE_TUNE, SCRATCH, TrainOptions
+from llmjepa_kernels.cli.train_options import TrainOptions
+from llmjepa_kernels.cli.training_defaults import FINE_TUNE, SCRATCH
 
 CARD = "README.md"
 PAPER = "https://arxiv.org/abs/2509.14252"

@@ -11,12 +11,8 @@ import torch
 from transformers import set_seed
 
 from llmjepa_kernels.cli.fingerprints import weights_fingerprint
-from llmjepa_kernels.cli.train_options import (
-    SEPARATOR,
-    SMALL_LLAMA,
-    VOCAB_MULTIPLE,
-    TrainOptions,
-)
+from llmjepa_kernels.cli.train_options import TrainOptions
+from llmjepa_kernels.cli.training_defaults import SEPARATOR, SMALL_LLAMA, VOCAB_MULTIPLE
 from llmjepa_kernels.data.example_format import ExampleFormat
 from llmjepa_kernels.data.predictor_tokens import (
     add_tokens,

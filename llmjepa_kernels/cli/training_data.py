@@ -15,7 +15,8 @@ from torch.utils.data import get_worker_info
 from llmjepa_kernels.cli.fingerprints import data_fingerprint
 from llmjepa_kernels.cli.held_out import Located, built_in_samples
 from llmjepa_kernels.cli.starting_point import StartingPoint
-from llmjepa_kernels.cli.train_options import TRAIN_SAMPLES, TrainOptions
+from llmjepa_kernels.cli.train_options import TrainOptions
+from llmjepa_kernels.cli.training_defaults import TRAIN_SAMPLES
 from llmjepa_kernels.data.samples import located_chats
 from llmjepa_kernels.data.splits import Split
 from llmjepa_kernels.evaluation.predict import beyond_positions
@@ -227,22 +228,21 @@ class ExampleMaker:
         """The longest example that fits; None if there is none, or nothing of it is supervised."""
         if self.answered and beyond_positions(example, self.start.max_positions):
             return None
-        longest = max(segment_ends(example))
         limits = (self.options.max_sequence_length, self.start.max_positions)
-        fits, too_long = 0, min(longest, *(limit for limit in limits if limit)) + 1
-        found = None
-        while fits + 1 < too_long:
-            # The greatest length at first, which it is mostly.
-            length = too_long - 1 if found is None and fits == 0 else (fits + too_long) // 2
+        longest = min([max(segment_ends(example)), *(limit for limit in limits if limit)])
+        fits, too_long, found = 0, longest + 1, None
+        length = longest  # which fits, unless a row is what is short
+        while fits < length < too_long:
             try:
                 shorter = self._example(sample, length)
             except ValueError:  # nothing is left of a view
                 fits = length
-                continue
-            if self._too_long(shorter):
-                too_long = length
             else:
-                fits, found = length, shorter
+                if self._too_long(shorter):
+                    too_long = length
+                else:
+                    fits, found = length, shorter
+            length = (fits + too_long) // 2
         supervised = found and any(
             label != IGNORE for segment in found.segments for label in segment.labels or ()
         )

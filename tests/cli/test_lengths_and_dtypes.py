@@ -15,7 +15,7 @@ from llmjepa_kernels.cli import main as cli
 from llmjepa_kernels.cli.main import _parser
 from llmjepa_kernels.cli.starting_point import starting_point
 from llmjepa_kernels.cli.train_options import TrainOptions
-from llmjepa_kernels.cli.training_data import LeftOut, SampleReader, TrainingData
+from llmjepa_kernels.cli.training_data import ExampleMaker, LeftOut, SampleReader, TrainingData
 from llmjepa_kernels.data import grammar
 from llmjepa_kernels.hf import load as models
 from llmjepa_kernels.packing import pack, segment_ends
@@ -74,6 +74,33 @@ def test_sequences_are_cut_as_little_as_need_be(tmp_path, layout, capsys):
         assert longest <= 90
         assert row <= 160
         assert each.max_length == 90 or size(each.max_length + 1)[1] > 160
+
+
+def test_a_row_alone_may_be_what_is_too_short(tmp_path):
+    """Found by halving: each length is tokenized anew."""
+    data = tmp_path / "data.jsonl"
+    _long_rows(data)
+    options = ["--data", data, "--max-length-policy", "truncate", "--max-length", 160]
+    options += ["--hidden-size", 64, "--num-layers", 1, "--supervise", "all"]
+    parts, start = _parts(*options)
+    cut = next(each for each in parts.train.made if each.max_length)
+    assert pack([cut.example])["input_ids"].shape[1] <= 160
+    tried = []
+    maker = ExampleMaker(parts._options, start, LeftOut(silent=True))
+
+    def counting(self, sample, max_length=None):
+        tried.append(max_length)
+        return start.example_format.example(sample, start.tokenizer, max_length=max_length)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ExampleMaker, "_example", counting)
+        (again,) = maker.examples([("here", cut.located.sample)])
+    assert again.max_length == cut.max_length
+    assert len(tried) < 16
+    longer = start.example_format.example(
+        cut.located.sample, start.tokenizer, max_length=cut.max_length + 1
+    )
+    assert pack([longer])["input_ids"].shape[1] > 160
 
 
 def test_what_truncation_leaves_nothing_of(tmp_path, capsys):
