@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llmjepa_kernels.cli.report import plain_text
 from llmjepa_kernels.packing import IGNORE
+from llmjepa_kernels.training.objective import real_tokens
 
 TEXT_WIDTH = 44  # characters of a run's text
 MAX_RUNS = 40  # in a picture of text
@@ -50,9 +51,8 @@ def runs_of(batch: Mapping[str, Tensor], row: int, tokenizer: Any) -> list[Run]:
         if predictor >= 0:
             roles.setdefault(predictor, []).append(f"predicts {number}")
             roles.setdefault(target, []).append(f"target {number}")
-    length = len(ids)
-    while length and _is_padding(length - 1, until, positions, labels, roles):
-        length -= 1
+    real = real_tokens(batch)[row].nonzero()
+    length = int(real.max()) + 1 if len(real) else 0
     starts = [
         i
         for i in range(length)
@@ -74,13 +74,6 @@ def runs_of(batch: Mapping[str, Tensor], row: int, tokenizer: Any) -> list[Run]:
     if length < len(ids):
         runs.append(Run(length, len(ids), length, 0, 0, "padding", ""))
     return runs
-
-
-def _is_padding(
-    i: int, until: list[int], positions: list[int], labels: list[int], roles: Mapping[int, Any]
-) -> bool:
-    alone = until[i] == i + 1 and positions[i] == 0 and (i == 0 or until[i - 1] <= i)
-    return alone and labels[i] == IGNORE and i not in roles
 
 
 def row_text(runs: list[Run]) -> str:

@@ -14,6 +14,7 @@ from llmjepa_kernels.cli.packed_row import row_text, runs_of
 from llmjepa_kernels.cli.training_data import LeftOut
 from llmjepa_kernels.cli.training_run import TrainingRun
 from llmjepa_kernels.training.next_token_loss import MAX_LOGITS
+from llmjepa_kernels.training.objective import real_tokens
 
 BATCHES = 50
 GIB = 2**30
@@ -30,11 +31,7 @@ def rehearsal(run: TrainingRun, arguments: TrainingArguments) -> str:
         trainer = elsewhere.trainer(LeftOut(silent=True))
         batches = list(islice(trainer.get_train_dataloader(), BATCHES))
     tokens = sum(batch["input_ids"].numel() for batch in batches)
-    padding = 0
-    for batch in batches:
-        for row in range(len(batch["input_ids"])):
-            last = runs_of(batch, row, run.start.tokenizer)[-1]
-            padding += (last.stop - last.start) * (last.role == "padding")
+    padding = sum(int((~real_tokens(batch)).sum()) for batch in batches)
     plain = sum(int(batch["sft_tokens"].sum()) for batch in batches)
     largest = max(batch["input_ids"].numel() for batch in batches)
     supervised = max(int((batch["labels"] >= 0).sum()) for batch in batches)

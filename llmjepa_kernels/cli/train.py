@@ -14,12 +14,13 @@ from transformers.utils import logging
 import llmjepa_kernels
 from llmjepa_kernels.cli.fingerprints import source_fingerprint
 from llmjepa_kernels.cli.held_out import check_answers, chosen_rule
+from llmjepa_kernels.cli.objectives import OBJECTIVES, directory_name, terms_of
 from llmjepa_kernels.cli.rehearsal import rehearsal
 from llmjepa_kernels.cli.report import write_report
 from llmjepa_kernels.cli.run_record import RunRecord
 from llmjepa_kernels.cli.say import say
 from llmjepa_kernels.cli.starting_point import StartingPoints, starting_point
-from llmjepa_kernels.cli.train_options import OBJECTIVES, TrainOptions, directory_name, terms_of
+from llmjepa_kernels.cli.train_options import TrainOptions
 from llmjepa_kernels.cli.training_arguments import check_services, training_arguments
 from llmjepa_kernels.cli.training_data import LeftOut, SampleReader, TrainingData
 from llmjepa_kernels.cli.training_run import TrainingRun, print_left_out

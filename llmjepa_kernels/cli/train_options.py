@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from llmjepa_kernels.cli.objectives import OBJECTIVES
 from llmjepa_kernels.cli.option_parser import (
     COUNT,
     FRACTION,
@@ -51,22 +52,9 @@ from llmjepa_kernels.training.loss_dropout import PER
 from llmjepa_kernels.tubes import FORMS
 
 POLICIES = ("refuse", "skip", "truncate")
-# What is added to the next-token loss, and what a run with it is called.
-OBJECTIVES = {"ntp": "NTP only", "jepa": "LLM-JEPA", "stp": "STP", "jepa+stp": "LLM-JEPA + STP"}
 # Headings of the help. The first has what most runs are about.
 MAIN, MODEL, DATA = "options that matter most", "model", "data"
 OBJECTIVE, TRAINING = "objective", "training"
-
-
-def directory_name(name: str) -> str:
-    """Where a run of a name out of `OBJECTIVES` is kept."""
-    return name.lower().replace(" + ", "-").replace(" ", "-")
-
-
-def terms_of(name: str) -> set[str]:
-    """The terms beside the next-token loss of a run of a name out of `OBJECTIVES`."""
-    (objective,) = (key for key, known in OBJECTIVES.items() if known == name)
-    return set(objective.split("+")) - {"ntp"}
 
 
 def _by_start(key: str) -> str:

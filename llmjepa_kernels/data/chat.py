@@ -359,7 +359,7 @@ def _path(
     segments: Sequence[Segment], spans: Sequence[tuple[int, int]], max_length: int | None
 ) -> TokenPath:
     """What is left of the spans, in the sequence that ends with the last of the segments."""
-    limit = max_length or spans[-1][1]
+    limit = spans[-1][1] if max_length is None else max_length
     kept = [(start, min(stop, limit)) for start, stop in spans if start < limit]
     return TokenPath(len(segments) - 1, kept)
 
