@@ -1,4 +1,4 @@
-"""Files that are never half written, never written by two at once, and told apart by content."""
+"""Files: of checkpoints, never half written, never written by two, and told apart by content."""
 
 from __future__ import annotations
 
@@ -21,6 +21,25 @@ def write_whole(path: Path, content: str | bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def file_of_checkpoint(checkpoint: str | os.PathLike[str], name: str) -> Path | None:
+    """A file beside a checkpoint's weights; None without it, or offline.
+
+    Args:
+        checkpoint: A directory, or a model of the Hugging Face hub.
+        name: Of the file.
+    """
+    local = Path(checkpoint)
+    if local.exists():
+        return local / name if (local / name).is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(str(checkpoint), name))
+    except EntryNotFoundError:
+        return None
 
 
 def share_as_umask_says(directory: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.utils import logging
 
@@ -29,6 +30,7 @@ from llmjepa_kernels.files import write_whole
 from llmjepa_kernels.hf.load import check_model
 from llmjepa_kernels.hf.patch import patch_model
 from llmjepa_kernels.packing import pack
+from llmjepa_kernels.training.view_head import load_view_head, view_head_of
 
 # Key of an analysis, column of the table, format.
 COLUMNS = (
@@ -84,6 +86,7 @@ def analyze(options: AnalyzeOptions) -> None:
             if options.answers is not None:
                 verdicts = read_verdicts(options.answers, checkpoint, chats)
             model, tokenizer = load_checkpoint(checkpoint, options, device)
+            load_view_head(model, checkpoint)
             trained = ExampleFormat.load(
                 checkpoint,
                 tokenizer,
@@ -136,7 +139,7 @@ def analyze_model(
     """The numbers of one model: those of `view_geometry`, and t-SNE of both views.
 
     Text and Code are the views alone, in the layout that the model was trained with; its [PRED]
-    tokens, if it has any, predict as they did in training.
+    tokens and its `ViewHead`, if it has any, predict as they did in training.
 
     Args:
         model: A causal language model; is patched.
@@ -182,7 +185,15 @@ def analyze_model(
     # Without the further views that a sample may have.
     two_views = [{k: v for k, v in chat.items() if k not in ("views", "pairs")} for chat in chats]
     text, code = states(views, two_views, "Text, Code")
-    predicted = states(trained, chats, "Pred, Code") if trained.pred_ids else None
+    head = view_head_of(model)
+    if head is not None and (layer, pooling) != (-1, "last"):
+        head = None  # it was trained on other states
+    predicted = None
+    if trained.pred_ids or (head is not None and head.predictor is not None):
+        predicted = states(trained, chats, "Pred, Code")
+    if predicted is not None and head is not None:
+        with torch.no_grad():
+            predicted = head.cpu().float()(*predicted)
     numbers = view_geometry(text, code, predicted)
     with console.status(f"{progress}: t-SNE"):
         places = dict(zip(("text", "code"), embed_views(text, code), strict=True))

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-OBJECTIVES = {"ntp": "NTP only", "jepa": "LLM-JEPA", "stp": "STP", "jepa+stp": "LLM-JEPA + STP"}
+TITLES = {"jepa": "LLM-JEPA", "stp": "STP", "sigreg": "SIGReg", "vicreg": "VICReg"}
+_COMBINED = (
+    ("jepa",),
+    ("stp",),
+    ("jepa", "stp"),
+    *((*terms, name) for terms in (("jepa",), ("jepa", "stp")) for name in ("sigreg", "vicreg")),
+)
+OBJECTIVES = {"ntp": "NTP only"} | {
+    "+".join(terms): " + ".join(TITLES[term] for term in terms) for terms in _COMBINED
+}
 
 
 def directory_name(name: str) -> str:

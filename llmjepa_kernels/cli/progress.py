@@ -45,7 +45,10 @@ def counted(batches: Iterable[Sequence[T]], name: str, total: int) -> Iterator[S
 class TrainingBar(ProgressCallback):
     """Trainer's bar with the latest losses on it; in a file, a line with them now and then."""
 
-    NAMES = (("ntp_loss", "ntp"), ("jepa_loss", "jepa"), ("stp_loss", "stp"), ("cosine", "cos"))
+    NAMES = (
+        *(("ntp_loss", "ntp"), ("jepa_loss", "jepa"), ("stp_loss", "stp"), ("cosine", "cos")),
+        *(("sigreg_loss", "sigreg"), ("vicreg_loss", "vicreg")),
+    )
     FORMAT = "{n_fmt}/{total_fmt} {bar:5} {remaining}{postfix}"
 
     def __init__(self) -> None:

@@ -22,6 +22,8 @@ ROWS = (
     ("eval_ntp_loss", "held-out NTP loss", ".4f"),
     ("ood_ntp_loss", "  out of distribution", ".4f"),
     ("eval_stp_loss", "held-out STP loss", ".4f"),
+    ("eval_sigreg_loss", "held-out SIGReg loss", ".4f"),
+    ("eval_vicreg_loss", "held-out VICReg loss", ".4f"),
     ("accuracy", "held-out accuracy", ".1%"),
     ("ood_accuracy", "  out of distribution", ".1%"),
     ("view_cosine", "cosine of Text and Code", ".3f"),
@@ -29,6 +31,8 @@ ROWS = (
     ("tokens_per_example", "tokens / example", ".1f"),
     ("seconds_per_example", "seconds / example", ".4f"),
     ("relative_cost", "cost, plain fine-tuning 1", ".2f"),
+    ("tokens", "tokens in all", ",.0f"),
+    ("flops_per_step", "FLOPs / update", ".3g"),
 )
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # Okabe and Ito
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from transformers import TrainingArguments
 from transformers.utils import logging
 
 import llmjepa_kernels
@@ -72,13 +74,19 @@ def train(options: TrainOptions) -> None:
         for seed in seeds
         for objective in options.objectives
     ]
+    runs = [
+        TrainingRun(options, data, rule, record, first, terms_of(record.name))
+        for record in records[: len(options.objectives)]
+    ]
+    options_of = _matched(options, runs, arguments)
     if is_main and (options.dry_run or options.streaming):
         print_left_out(data.left_out)
     if options.dry_run:
         for record in records[: len(options.objectives)]:
-            run = TrainingRun(options, data, rule, record, first, terms_of(record.name))
+            own = options_of[record.name]
+            run = TrainingRun(own, data, rule, record, first, terms_of(record.name))
             if is_main:
-                print(rehearsal(run, arguments))
+                print(rehearsal(run, training_arguments(own, options.output_dir, seeds[0])))
         return
     # The main process alone writes; the others agree with it on what is finished already.
     with only_process(options.output_dir) if is_main else nullcontext():
@@ -98,8 +106,8 @@ def train(options: TrainOptions) -> None:
                     print(f"\n{record.title}: finished before, kept")
                 continue
             try:
-                start, terms = starts.take(record.seed), terms_of(record.name)
-                run = TrainingRun(options, data, rule, record, start, terms)
+                start, own = starts.take(record.seed), options_of[record.name]
+                run = TrainingRun(own, data, rule, record, start, terms_of(record.name))
                 results.append(run.run())
             except FloatingPointError as error:
                 diverged[record.title] = f"{record.title}: {error}"
@@ -116,6 +124,24 @@ def train(options: TrainOptions) -> None:
             print("next: llmjepa analyze", *(record.directory for record in finished))
     if diverged:
         raise FloatingPointError("; ".join(diverged.values()))
+
+
+def _matched(
+    options: TrainOptions, runs: list[TrainingRun], arguments: TrainingArguments
+) -> dict[str, TrainOptions]:
+    """The options of each objective: with --match tokens, each is trained as long as that takes."""
+    if options.match == "steps":
+        return {run.record.name: options for run in runs}
+    tokens = [run.tokens_per_example() for run in runs]
+    matched = {}
+    for run, own in zip(runs, tokens, strict=True):
+        share = tokens[0] / own
+        if arguments.max_steps > 0:
+            length = ("--max-steps", str(max(round(arguments.max_steps * share), 1)))
+        else:
+            length = ("--num-train-epochs", str(arguments.num_train_epochs * share))
+        matched[run.record.name] = replace(options, other=(*options.other, *length))
+    return matched
 
 
 def _about(options: TrainOptions) -> dict[str, Any]:

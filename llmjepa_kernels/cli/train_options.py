@@ -7,26 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from llmjepa_kernels.cli.model_and_data_options import MAIN, ModelAndData
 from llmjepa_kernels.cli.objectives import OBJECTIVES
 from llmjepa_kernels.cli.option_parser import (
     COUNT,
     FRACTION,
     NOT_NEGATIVE,
     POSITIVE,
-    Options,
     Range,
     option,
 )
 from llmjepa_kernels.cli.shared_options import (
     BUILT_IN_SEED,
-    EVAL_SAMPLES,
-    databases_option,
-    dtype_option,
     needs_gguf,
-    recipe_option,
-    rule_option,
-    split_option,
-    trust_option,
 )
 from llmjepa_kernels.cli.training_defaults import (
     AUTHORS,
@@ -34,9 +27,6 @@ from llmjepa_kernels.cli.training_defaults import (
     FINE_TUNE,
     SCRATCH,
     SEPARATOR,
-    SMALL_LLAMA,
-    TRAIN_SAMPLES,
-    VOCAB_MULTIPLE,
 )
 from llmjepa_kernels.data.chat import (
     DIRECTIONS,
@@ -46,14 +36,11 @@ from llmjepa_kernels.data.chat import (
     check_embedding_token,
 )
 from llmjepa_kernels.data.example_format import TEMPLATES
-from llmjepa_kernels.hf.dtypes import TRAINABLE_DTYPES
 from llmjepa_kernels.ops.loss import METRICS
 from llmjepa_kernels.training.loss_dropout import PER
 from llmjepa_kernels.tubes import FORMS
 
-POLICIES = ("refuse", "skip", "truncate")
-# Headings of the help. The first has what most runs are about.
-MAIN, MODEL, DATA = "options that matter most", "model", "data"
+MATCHES = ("steps", "tokens")
 OBJECTIVE, TRAINING = "objective", "training"
 
 
@@ -62,7 +49,7 @@ def _by_start(key: str) -> str:
 
 
 @dataclass(frozen=True)
-class TrainOptions(Options):
+class TrainOptions(ModelAndData):
     """What ``llmjepa train`` is asked for; see `Options`."""
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"authors": AUTHORS}
@@ -93,37 +80,6 @@ examples:
         "from the last checkpoint, if --save-steps or --save-strategy made any"
     )
 
-    model: str | None = option(
-        None,
-        "model of the Hugging Face hub, directory or .gguf file",
-        group=MAIN,
-        metavar="NAME",
-        default_is="a small Llama from random weights, with a tokenizer trained on the data",
-    )
-    data: str | None = option(
-        None,
-        'JSONL, a line being {"messages": [{"role": "system", "content": …}, user, assistant]}; '
-        '"text" and "code" may give other views, "views": {"name": "content", …} further ones, '
-        'which Text predicts too unless "pairs": [["text", "name"], …] says which view predicts '
-        "which. Also CSV, TSV or Parquet, - for standard input, a directory of src.txt and "
-        "targ.txt or saved by the datasets library, or hub:NAME:SPLIT, see --recipe; .gz is "
-        "unpacked",
-        group=MAIN,
-        metavar="SOURCE",
-        default_is="built-in pairs of English and regular expressions",
-    )
-    eval_data: str | None = option(None, "the same, held out", group=MAIN, metavar="SOURCE")
-    eval_split: float | None = option(
-        None,
-        "hold this fraction of --data out, the one that train_test_split of the datasets library "
-        "draws, as the authors' scripts do",
-        group=DATA,
-        metavar="F",
-        range=Range(above=0, at_most=0.99),
-    )
-    eval_split_seed: int = option(
-        42, "of that draw", group=DATA, metavar="SEED", range=NOT_NEGATIVE
-    )
     output_dir: Path = option(  # noqa: RUF009
         Path("outputs/train"),
         "gets a checkpoint per run, report.txt, report.png and report.json",
@@ -210,113 +166,6 @@ examples:
     overwrite: bool = option(
         False, "delete the earlier runs in --output-dir", group=MAIN, recorded=False
     )
-
-    from_scratch: bool = option(
-        False,
-        "take the architecture of --model, or of a config.json, with random weights",
-        group=MODEL,
-    )
-    hidden_size: int | None = option(
-        None,
-        "of the small Llama, whose heads are 32 wide, two of q to one of k and v",
-        group=MODEL,
-        metavar="N",
-        range=Range(at_least=64, multiple_of=64),
-        default_is=f"{SMALL_LLAMA['hidden_size']}",
-    )
-    num_layers: int | None = option(
-        None,
-        "of the small Llama",
-        group=MODEL,
-        metavar="N",
-        range=COUNT,
-        default_is=f"{SMALL_LLAMA['num_layers']}",
-    )
-    vocab_size: int | None = option(
-        None,
-        "train a tokenizer of N tokens on the data",
-        group=MODEL,
-        metavar="N",
-        range=COUNT,
-        default_is="the one of --model, else 512",
-    )
-
-    pad_vocab_to_multiple_of: int | None = option(
-        None,
-        "rows of the embeddings, which grow by those that are no token and never generated",
-        group=MODEL,
-        metavar="N",
-        range=COUNT,
-        default_is=f"{VOCAB_MULTIPLE} on a GPU, else no padding",
-    )
-    dtype: str = dtype_option(TRAINABLE_DTYPES, MODEL)
-    trust_remote_code: bool = trust_option(MODEL)
-
-    recipe: str | None = recipe_option(DATA)
-    rule: str | None = rule_option(DATA)
-    databases: str | None = databases_option(DATA)
-    split: str | None = split_option(
-        "train without the samples out of distribution, and evaluate on them apart", DATA
-    )
-    train_samples: int | None = option(
-        None,
-        "train on the first N",
-        group=DATA,
-        metavar="N",
-        range=COUNT,
-        default_is=f"all of --data, {TRAIN_SAMPLES} built-in ones",
-    )
-    eval_samples: int = option(
-        EVAL_SAMPLES,
-        "evaluate on the first N held-out ones",
-        group=DATA,
-        metavar="N",
-        range=COUNT,
-    )
-    max_length: int | None = option(
-        None,
-        "tokens in a packed row at most",
-        group=DATA,
-        metavar="N",
-        range=COUNT,
-        default_is="one row per batch, without padding",
-    )
-    max_sequence_length: int | None = option(
-        None,
-        "tokens of a chat, and of a view, at most",
-        group=DATA,
-        metavar="N",
-        range=COUNT,
-        default_is="the positions of the model",
-    )
-    max_length_policy: str = option(
-        "refuse",
-        "for samples that are longer, or do not fit in a row. refuse: end with an error; skip: "
-        "leave them out and count them; truncate: cut the ends of chat and views off, as the "
-        "authors' code",
-        group=DATA,
-        choices=POLICIES,
-    )
-    streaming: bool = option(
-        False,
-        "read --data again and again during training, needs --max-steps: for data larger than "
-        "memory; --dataloader-num-workers tokenize",
-        group=DATA,
-    )
-    shuffle_buffer: int = option(
-        10_000,
-        "samples of a stream in memory, from which the next is drawn",
-        group=DATA,
-        metavar="N",
-        range=COUNT,
-    )
-    skip_bad_lines: bool = option(False, "leave malformed samples out and count them", group=DATA)
-    share_prefixes: bool = option(
-        True,
-        "store equal prefixes, such as the system prompt, once per row",
-        group=DATA,
-    )
-
     template: str = option(
         "chat",
         "chat: the tokenizer's chat template; plain: user content, a separator token, assistant "
@@ -393,6 +242,35 @@ examples:
     gather_negatives: bool = option(
         True, "infonce contrasts with the targets of all processes", group=OBJECTIVE
     )
+    sigreg_weight: float = option(
+        0.05,
+        "of SIGReg, which keeps the states that are compared apart",
+        group=OBJECTIVE,
+        metavar="WEIGHT",
+        range=NOT_NEGATIVE,
+    )
+    vicreg_weight: float = option(
+        1.0,
+        "of VICReg's variance and covariance, which do the same",
+        group=OBJECTIVE,
+        metavar="WEIGHT",
+        range=NOT_NEGATIVE,
+    )
+    linear_predictor: bool = option(
+        False,
+        "train a matrix that maps a prediction, and of STP the rest of the path, before it is "
+        "compared; saved beside the checkpoint",
+        group=OBJECTIVE,
+    )
+    projector_size: int | None = option(
+        None,
+        "train a perceptron of N units, behind which both views are compared and kept apart; saved "
+        "beside the checkpoint",
+        group=OBJECTIVE,
+        metavar="N",
+        range=COUNT,
+        default_is="none",
+    )
     loss_dropout: float = option(
         0.0,
         "fraction of the examples, drawn anew every epoch, that go without views and so without "
@@ -450,13 +328,19 @@ examples:
         default_is="without --model or with --seeds",
         recorded=False,
     )
-
     max_steps: int | None = option(
         None,
         "stop after N updates, whatever --epochs says",
         group=TRAINING,
         metavar="N",
         range=COUNT,
+    )
+    match: str = option(
+        "steps",
+        "what all objectives get alike: steps, the same updates on the same examples; tokens, as "
+        "many tokens through the model as the first objective: more updates where packing saves",
+        group=TRAINING,
+        choices=MATCHES,
     )
     gradient_accumulation_steps: int = option(
         1, "batches that make up an update", group=TRAINING, metavar="N", range=COUNT
@@ -489,14 +373,7 @@ examples:
     other: tuple[str, ...] = ()  # of TrainingArguments
 
     def check(self) -> None:
-        if self.from_scratch and self.model is None:
-            raise ValueError("--from-scratch needs --model, whose architecture it takes")
-        for name in SMALL_LLAMA:
-            if self.model is not None and getattr(self, name) is not None:
-                flag = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{flag} is for the small Llama, without --model")
-        if self.vocab_size is not None and not self.random_weights:
-            raise ValueError("--vocab-size is for a model --from-scratch")
+        super().check()
         if self.lora_rank is not None and self.random_weights:
             raise ValueError("--lora-rank adapts a trained --model, not random weights")
         if self.template == "plain" and self.layout != "shared":
@@ -528,13 +405,10 @@ examples:
                     raise ValueError(f"--streaming needs {flag}")
             if self.train_samples is not None:
                 raise ValueError("--train-samples does not go with --streaming: see --max-steps")
+            if self.match == "tokens":
+                raise ValueError("--match tokens does not go with --streaming")
             if self.loss_dropout_per == "step":
                 raise ValueError("--loss-dropout-per step does not go with --streaming")
-        if self.eval_split is not None:
-            if self.data is None or self.streaming:
-                raise ValueError("--eval-split needs --data that is read as a whole")
-            if self.eval_data is not None:
-                raise ValueError("--eval-split holds out a part of --data: --eval-data is another")
         if self.resume and self.overwrite:
             raise ValueError("--resume goes on with what --overwrite deletes: give one of them")
         if self.seeds and len(set(self.seeds)) < len(self.seeds):
@@ -547,11 +421,6 @@ examples:
 
     def recorded(self) -> dict[str, Any]:
         return {**super().recorded(), "other": list(self.other)}
-
-    @property
-    def random_weights(self) -> bool:
-        """Whether training begins with random weights, of whatever architecture."""
-        return self.from_scratch or self.model is None
 
     @property
     def compared_token(self) -> str | int:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import torch
 from torch.nn.functional import cosine_similarity
 from transformers.trainer_callback import ProgressCallback
 
@@ -26,9 +28,11 @@ from llmjepa_kernels.training.checkpoints import saving
 from llmjepa_kernels.training.collator import LLMJEPACollator, chat_tokens
 from llmjepa_kernels.training.loss_dropout import LossDropout
 from llmjepa_kernels.training.trainer import LLMJEPATrainer
+from llmjepa_kernels.training.view_head import add_view_head, view_head_of
 from llmjepa_kernels.tubes import TubeSampler
 
 VIEW_BATCH_SIZE = 64  # samples whose views are encoded at once
+MATCHED_BATCHES = 200  # whose tokens stand for those of all
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class TrainingRun:
         rule: Judges the held-out answers, if there are any.
         record: Of this run; gets its result.
         start: Its model is changed.
-        terms: Beside the next-token loss: "jepa", "stp".
+        terms: Beside the next-token loss, out of ``TITLES``.
     """
 
     options: TrainOptions
@@ -129,6 +133,7 @@ class TrainingRun:
     def trainer(self, left_out: LeftOut) -> LLMJEPATrainer:
         """Trains it; of a stream, what is left out is counted there."""
         options, data, record, start = self.options, self.data, self.record, self.start
+        self._add_head()
         return LLMJEPATrainer(
             start.model,
             training_arguments(options, record.directory, record.seed),
@@ -138,6 +143,8 @@ class TrainingRun:
             processing_class=start.tokenizer,
             jepa_weight=options.jepa_weight,
             stp_weight=options.stp_weight,
+            sigreg_weight=options.sigreg_weight if "sigreg" in self.terms else 0.0,
+            vicreg_weight=options.vicreg_weight if "vicreg" in self.terms else 0.0,
             ntp_weight=options.ntp_weight,
             weight_warmup=options.weight_warmup,
             metric=options.metric,
@@ -145,6 +152,34 @@ class TrainingRun:
             detach_target=options.detach_target,
             gather_negatives=options.gather_negatives,
         )
+
+    def _add_head(self) -> None:
+        """Gives the model the `ViewHead` that was asked for, if its losses have a use for any."""
+        options, with_pairs = self.options, "jepa" in self.terms
+        projector_size = options.projector_size if with_pairs else None
+        predictor = options.linear_predictor and with_pairs
+        tube_predictor = options.linear_predictor and "stp" in self.terms
+        if projector_size or predictor or tube_predictor:
+            add_view_head(
+                self.start.model,
+                projector_size=projector_size,
+                predictor=predictor,
+                tube_predictor=tube_predictor,
+                seed=self.record.seed,
+            )
+
+    def tokens_per_example(self) -> float:
+        """Through the model, padding included, of the first of its batches in the data's order."""
+        arguments = training_arguments(self.options, self.record.directory, self.record.seed)
+        data, collate = self._dataset(LeftOut(silent=True)), self._collator()
+        size = arguments.per_device_train_batch_size
+        starts = range(0, len(data), size)[:MATCHED_BATCHES]
+        batches = (
+            [data[i, update] for i in range(start, min(start + size, len(data)))]
+            for update, start in enumerate(starts)
+        )
+        tokens = sum(collate(batch)["input_ids"].numel() for batch in batches)
+        return tokens / min(len(data), len(starts) * size)
 
     def _announce(self, checkpoint: Path | None, faults: list[str]) -> None:
         options = self.options
@@ -186,6 +221,8 @@ class TrainingRun:
         if with_lora:
             model = model.merge_and_unload()
             model.save_pretrained(directory)
+            if (head := view_head_of(model)) is not None:
+                head.save(directory)
             share_as_umask_says(directory)
             self.start.tokenizer.save_pretrained(directory)
             self.start.example_format.save(directory)
@@ -197,6 +234,8 @@ class TrainingRun:
         tokens = sum(log["tokens_per_step"] for log in logs)
         seconds = sum(log["tokens_per_step"] / log["tokens_per_second"] for log in logs)
         cost = tokens / sum(log["tokens_per_step"] / log["relative_cost"] for log in logs)
+        steps = [0, *(log["step"] for log in logs)]
+        updates = [step - before for before, step in pairwise(steps)]
         if self.options.streaming:  # whose batches are all full
             batch_size = trainer.get_total_train_batch_size(trainer.args)
             tokens_per_example = tokens / len(logs) / batch_size
@@ -206,6 +245,11 @@ class TrainingRun:
             "loss": logs[-1]["loss"],
             "ntp_loss": logs[-1]["ntp_loss"],
             "relative_cost": cost,
+            "tokens": sum(n * log["tokens_per_step"] for n, log in zip(updates, logs, strict=True)),
+            "flops_per_step": sum(
+                n * log["flops_per_step"] for n, log in zip(updates, logs, strict=True)
+            )
+            / sum(updates),
             "tokens_per_example": tokens_per_example,
             "seconds_per_example": tokens_per_example * seconds / tokens,
         }
@@ -222,7 +266,13 @@ class TrainingRun:
             return []
         chunks = counted(_chunks(examples, VIEW_BATCH_SIZE), name, len(examples))
         batches = (pack(chunk) for chunk in chunks)
-        return cosine_similarity(*view_states(model, batches)).tolist()
+        predictors, targets = view_states(model, batches)
+        head = view_head_of(model)
+        if head is not None and example_format is self.start.example_format:
+            weights = next(head.parameters())
+            with torch.no_grad():
+                predictors, targets = head(predictors.to(weights), targets.to(weights))
+        return cosine_similarity(predictors, targets).tolist()
 
     def _accuracies(self, model: Any) -> dict[str, float]:
         metrics = {}

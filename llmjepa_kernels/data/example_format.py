@@ -22,6 +22,7 @@ from llmjepa_kernels.data.chat import (
     plain_prompt,
 )
 from llmjepa_kernels.data.predictor_tokens import known_predictor_tokens, predictor_tokens
+from llmjepa_kernels.files import file_of_checkpoint
 from llmjepa_kernels.packing import Example
 
 if TYPE_CHECKING:
@@ -187,14 +188,13 @@ class ExampleFormat:
             ValueError: The file is corrupt or of another version; names it. Or there is none, and
                 how many of the tokenizer's [PRED] tokens follow a view is not said.
         """
-        local = Path(directory)
-        path = local / FORMAT_FILE if local.exists() else _of_hub(str(directory))
-        if path is None or not path.is_file():
+        path = file_of_checkpoint(directory, FORMAT_FILE)
+        if path is None:
             known = 0 if tokenizer is None else known_predictor_tokens(tokenizer)
             if known and num_pred_tokens is None:
                 raise ValueError(
-                    f"there is no {local / FORMAT_FILE}, but the tokenizer has {known} [PRED] "
-                    "tokens: say how many of them follow a view and in which layout it was "
+                    f"there is no {Path(directory, FORMAT_FILE)}, but the tokenizer has {known} "
+                    "[PRED] tokens: say how many of them follow a view and in which layout it was "
                     "trained (num_pred_tokens, layout), which for the authors' is official"
                 )
             if num_pred_tokens is not None and not 0 <= num_pred_tokens <= known:
@@ -229,17 +229,6 @@ _DEFAULTS: dict[str, Any] = {
     "add_special_tokens": False,
     "template_kwargs": {},
 }
-
-
-def _of_hub(name: str) -> Path | None:
-    """The file in a model of the Hugging Face hub; None without it, or offline."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(name, FORMAT_FILE))
-    except EntryNotFoundError:
-        return None
 
 
 def _is_id(token: Any) -> bool:

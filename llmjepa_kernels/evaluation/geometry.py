@@ -20,15 +20,15 @@ POOLINGS = ("last", "mean")
 DEFINITIONS = {
     "singular_values": "the 100 largest singular values of Enc(Text) - Enc(Code), not centred",
     "pred_singular_values": "the same of Pred(Enc(Text)) - Enc(Code), of every pair that training "
-    "compares; null without [PRED] tokens",
+    "compares; null without [PRED] tokens or linear predictor",
     "relative_difference": "|Enc(Text) - Enc(Code)| / |Enc(Code)|, Frobenius norms: the size of "
     "the singular values whatever the scale of the states",
     "text_code_cosines": "cosine of Enc(Text) and Enc(Code) of every example",
     "pred_code_cosines": "cosine of every pair that training compares, Pred(Enc(Text)) and "
     "Enc(Code) unless the checkpoint was trained in another direction or the sample lists other "
-    "pairs; null without [PRED] tokens",
+    "pairs; null without [PRED] tokens or linear predictor",
     "text_code_cosine": "mean of text_code_cosines",
-    "pred_code_cosine": "mean of pred_code_cosines; null without [PRED] tokens",
+    "pred_code_cosine": "mean of pred_code_cosines; null without [PRED] tokens or linear predictor",
     "other_text_code_cosine": "mean cosine of the Text of an example and the Code of another: "
     "as high as text_code_cosine where the views collapse towards one direction",
     "other_pred_code_cosine": "the same for predictors and the targets of other pairs",

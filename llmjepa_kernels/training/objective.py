@@ -21,6 +21,8 @@ from llmjepa_kernels.ops.schedule import schedule_of
 from llmjepa_kernels.ops.tubes import semantic_tube_loss
 from llmjepa_kernels.packing import IGNORE
 from llmjepa_kernels.training.next_token_loss import MAX_LOGITS, is_distributed, next_token_loss
+from llmjepa_kernels.training.regularizers import sigreg, vicreg
+from llmjepa_kernels.training.view_head import rows_of, view_head_of
 
 if TYPE_CHECKING:  # builds of torch without distributed lack it
     from torch.distributed import ProcessGroup
@@ -33,12 +35,14 @@ class LLMJEPAOutput(ModelOutput):
     """Losses of one batch, float32 scalars (float64 for a float64 model).
 
     Attributes:
-        loss: ``ntp_weight * ntp_loss + jepa_weight * jepa_loss + stp_weight * stp_loss``, and
-            ``aux_weight * aux_loss`` where there is one: what to call backward on.
+        loss: The sum of ``ntp_weight * ntp_loss`` and the same for jepa, stp, sigreg, vicreg and
+            aux, where there is one: what to call backward on.
         ntp_loss: Sum over the supervised tokens divided by `num_items`, or by
             `num_items_in_batch` where that was given.
         jepa_loss: Sum over the pairs divided by `num_pairs`, or by `num_pairs_in_batch`.
         stp_loss: Sum over the tubes divided by `num_tubes`, or by `num_tubes_in_batch`.
+        sigreg_loss, vicreg_loss: Of predictions and targets, the mean of the two, times the share
+            of `num_pairs` in `num_pairs_in_batch`; None at weight 0.
         aux_loss: What a mixture of experts adds to balance their load, over all tokens but padding,
             times the share of `num_items` in `num_items_in_batch`; None if the model returns none.
         cosine: Cosine similarity of the pairs, normalised like `jepa_loss`, without gradient.
@@ -53,6 +57,8 @@ class LLMJEPAOutput(ModelOutput):
     ntp_loss: Tensor | None = None
     jepa_loss: Tensor | None = None
     stp_loss: Tensor | None = None
+    sigreg_loss: Tensor | None = None
+    vicreg_loss: Tensor | None = None
     aux_loss: Tensor | None = None
     cosine: Tensor | None = None
     num_items: Tensor | None = None
@@ -67,6 +73,8 @@ def llm_jepa_loss(
     *,
     jepa_weight: float = 1.0,
     stp_weight: float = 0.0,
+    sigreg_weight: float = 0.0,
+    vicreg_weight: float = 0.0,
     ntp_weight: float = 1.0,
     aux_weight: float | None = None,
     metric: str = "cosine",
@@ -76,13 +84,16 @@ def llm_jepa_loss(
     num_tubes_in_batch: int | Tensor | None = None,
     detach_target: bool = False,
     gather_negatives: bool | ProcessGroup = True,
+    slices_seed: int = 0,
     return_views: bool = False,
     max_logits: int | None = MAX_LOGITS,
 ) -> LLMJEPAOutput:
     """Next-token, LLM-JEPA and tube losses of packed rows from one forward pass.
 
     ``L = ntp_weight · L_NTP + jepa_weight · d(Pred(Enc(Text)), Enc(Code)) + stp_weight · L_STP``,
-    where the second term is over the pairs of the batch and the third over its tubes.
+    where the second term is over the pairs of the batch and the third over its tubes; and, against
+    collapse, two terms of the distribution of what the pairs compare. A `ViewHead` that the model
+    has been given by `add_view_head` stands between states and pairs, or tubes.
 
     The language model head runs on the supervised tokens only. For gradient accumulation, pass
     the counts of the whole accumulated batch: the losses of its parts then add up to the means
@@ -95,6 +106,8 @@ def llm_jepa_loss(
             of `supervised_positions` spares a GPU one synchronisation, and a schedule another.
         jepa_weight: λ of LLM-JEPA.
         stp_weight: λ of Semantic Tube Prediction.
+        sigreg_weight: Of `sigreg`, LeJEPA's; its paper takes 0.05 beside 0.95 of the distance.
+        vicreg_weight: Of `vicreg`, variance and covariance.
         ntp_weight: γ.
         aux_weight: Of the loss that balances the experts' load, which the model returns if its
             config has ``output_router_logits=True``. Default: the config's own factor.
@@ -107,7 +120,9 @@ def llm_jepa_loss(
         gather_negatives: With "infonce" under torch.distributed, contrast with the targets of all
             processes, or of a group of them: that of data parallelism, where processes share
             batches otherwise. All must call this together, with any number of pairs each. The
-            negatives are those of this forward, not of a whole accumulated batch.
+            negatives are those of this forward, not of a whole accumulated batch. In the same way
+            the terms against collapse are of the pairs of these processes, in this forward.
+        slices_seed: Of the directions of `sigreg`, see there.
         return_views: Also return what the pairs compare.
         max_logits: Keep at most so many logits at once, where there are more: the head then runs
             on a part of the tokens after the other, and again in the backward, for a third more of
@@ -130,6 +145,8 @@ def llm_jepa_loss(
     weights = {
         "jepa_weight": jepa_weight,
         "stp_weight": stp_weight,
+        "sigreg_weight": sigreg_weight,
+        "vicreg_weight": vicreg_weight,
         "ntp_weight": ntp_weight,
         "aux_weight": aux_weight,
     }
@@ -161,24 +178,41 @@ def llm_jepa_loss(
         # Of no sum over tokens: parts of a batch count by their supervised tokens.
         aux_loss = _divide(aux_loss.to(ntp_sum) * num_items, num_items_in_batch, num_items)
 
+    head = view_head_of(model)
     stp_sum, num_tubes = ntp_sum.new_zeros(()), num_items.new_zeros(())
     tubes = batch.get("tubes")
     if tubes is not None and tubes.shape[1]:
-        stp_sum = semantic_tube_loss(hidden, tubes, reduction="sum", impl=impl)
         num_tubes = count_tubes(tubes)
+        states = hidden
+        if head is not None and head.tube_predictor is not None:
+            states, tubes = _with_predicted_tubes(hidden, tubes, head.tube_predictor)
+        stp_sum = semantic_tube_loss(states, tubes, reduction="sum", impl=impl)
     stp_loss = _divide(stp_sum, num_tubes_in_batch, num_tubes)
 
     pairs = batch["view_pairs"]
     num_pairs = count_pairs(pairs)
-    if detach_target:
-        hidden, pairs = _with_detached_targets(hidden, pairs)
+    group = _group(gather_negatives)
+    against_collapse = {}
+    regularizers = {"sigreg": sigreg_weight, "vicreg": vicreg_weight}
+    wanted = [name for name, weight in regularizers.items() if isinstance(weight, Tensor) or weight]
+    if head is not None or detach_target or wanted:
+        real = pairs[..., 0].flatten() >= 0
+        predictors, targets = rows_of(hidden, pairs).unbind(dim=2)
+        if head is not None:
+            predictors, targets = head(predictors, targets)
+        for name in wanted:
+            both = (_regularizer(name, x, real, slices_seed, group) for x in (predictors, targets))
+            share = sum(both) / 2 * num_pairs
+            against_collapse[name] = _divide(share, num_pairs_in_batch, num_pairs)
+        hidden = torch.cat([predictors, targets.detach() if detach_target else targets], dim=1)
+        pairs = _places_of(pairs)
     jepa_sum = last_token_loss(
         hidden,
         pairs,
         metric=metric,
         reduction="sum",
         temperature=temperature,
-        group=_group(gather_negatives),
+        group=group,
         impl=impl,
     )
     jepa_loss = _divide(jepa_sum, num_pairs_in_batch, num_pairs)
@@ -190,6 +224,8 @@ def llm_jepa_loss(
         cosine = _divide(num_pairs - distance, num_pairs_in_batch, num_pairs)
         views = pair_views(hidden, pairs, impl=impl) if return_views else None
     loss = ntp_weight * ntp_loss + jepa_weight * jepa_loss + stp_weight * stp_loss
+    for name, term in against_collapse.items():
+        loss = loss + regularizers[name] * term
     if aux_loss is not None:
         if aux_weight is None:
             aux_weight = aux_weight_of(pretrained.config)
@@ -199,6 +235,8 @@ def llm_jepa_loss(
         ntp_loss=ntp_loss,
         jepa_loss=jepa_loss,
         stp_loss=stp_loss,
+        sigreg_loss=against_collapse.get("sigreg"),
+        vicreg_loss=against_collapse.get("vicreg"),
         aux_loss=aux_loss,
         cosine=cosine,
         num_items=num_items,
@@ -252,15 +290,35 @@ def _supervised(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     return positions, labels.gather(1, successors).masked_fill(positions < 0, IGNORE)
 
 
-def _with_detached_targets(hidden: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of all predictors, then of all targets cut off the graph, and the pairs among them."""
-    index = pairs.clamp(min=0).mT.flatten(1)
-    rows = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
-    predictors, targets = rows.chunk(2, dim=1)
+def _places_of(pairs: Tensor) -> Tensor:
+    """The pairs among rows of all predictors, then of all targets."""
     place = torch.arange(pairs.shape[1], device=pairs.device)
     place = torch.stack([place, place + pairs.shape[1]], dim=-1)
-    hidden = torch.cat([predictors, targets.detach()], dim=1)
-    return hidden, torch.where(pairs < 0, -1, place)
+    return torch.where(pairs < 0, -1, place)
+
+
+def _with_predicted_tubes(
+    hidden: Tensor, tubes: Tensor, predictor: nn.Module
+) -> tuple[Tensor, Tensor]:
+    """Rows of the first vectors' steps, predicted, then of the second ones', and the tubes of them.
+
+    A linear predictor of a sum of steps is the sum of what it makes of their ends.
+    """
+    first, second = tubes.unbind(dim=2)
+    rows = [predictor(rows_of(hidden, first.flatten(1))), rows_of(hidden, second.flatten(1))]
+    place = torch.arange(first[0].numel(), device=tubes.device)
+    places = torch.stack([place, place + len(place)]).view(2, *first.shape[1:])
+    places = places.transpose(0, 1)
+    return torch.cat(rows, dim=1), torch.where(tubes < 0, -1, places)
+
+
+def _regularizer(
+    name: str, states: Tensor, real: Tensor, seed: int, group: ProcessGroup | None
+) -> Tensor:
+    states = states.flatten(0, 1)
+    if name == "vicreg":
+        return vicreg(states, real, group=group)
+    return sigreg(states, real, seed=seed, group=group)
 
 
 def _group(gather_negatives: bool | ProcessGroup) -> ProcessGroup | None:

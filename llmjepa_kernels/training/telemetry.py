@@ -82,7 +82,8 @@ class CollapseTelemetry:
         warnings.warn(
             f"the views collapse: the cosine of the pairs is {cosine:.3f}, but that with the "
             f"targets of other pairs is {other_cosine:.3f}. The JEPA loss is met without telling "
-            "examples apart; a smaller jepa_weight or metric='infonce' may prevent that",
+            "examples apart; a smaller jepa_weight, metric='infonce' or a sigreg_weight may "
+            "prevent that",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate.data_loader import SeedableRandomSampler
@@ -23,13 +23,22 @@ from llmjepa_kernels.ops.common import real_tubes
 from llmjepa_kernels.packing import IGNORE, Example, without_views
 from llmjepa_kernels.training.checkpoints import MANIFEST, mark_complete, saving
 from llmjepa_kernels.training.collator import LLMJEPACollator
+from llmjepa_kernels.training.flops import FlopCount
 from llmjepa_kernels.training.loss_dropout import LossDropout
 from llmjepa_kernels.training.objective import llm_jepa_loss
 from llmjepa_kernels.training.sampler import UpdateSampler, example_work
 from llmjepa_kernels.training.telemetry import CollapseTelemetry
+from llmjepa_kernels.training.view_head import HEAD_FILE, load_view_head, view_head_of
 
 if TYPE_CHECKING:  # builds of torch without distributed lack it
     from torch.distributed import ProcessGroup
+
+
+# What is logged of a batch's outputs, and of what it is a mean if not of supervised tokens.
+MEANS = ("ntp_loss", "jepa_loss", "cosine", "sigreg_loss", "vicreg_loss", "stp_loss", "aux_loss")
+OF = dict.fromkeys(("jepa_loss", "cosine", "sigreg_loss", "vicreg_loss"), "pairs")
+OF["stp_loss"] = "tubes"
+SUMS = (*MEANS, "pairs", "tubes", "tokens", "sft_tokens", "flops")
 
 
 class LLMJEPATrainer(Trainer):
@@ -43,12 +52,12 @@ class LLMJEPATrainer(Trainer):
     Besides ``loss`` it logs, as means over the updates since the last log,
 
     - ``ntp_loss``; ``jepa_loss`` and ``cosine``, the mean cosine similarity of the pairs, over the
-      updates that have any; ``stp_loss`` over the updates that have tubes; ``aux_loss`` of a model
-      that balances its experts;
+      updates that have any; ``stp_loss`` over the updates that have tubes; ``sigreg_loss`` and
+      ``vicreg_loss`` where they have a weight; ``aux_loss`` of a model that balances its experts;
     - ``other_cosine``, ``target_variance`` and ``target_rank``, by which collapse shows, see
       `CollapseTelemetry`, which warns of it once;
-    - ``tokens_per_step``, all tokens through the model, padding included, and
-      ``tokens_per_second``, both over all processes;
+    - ``tokens_per_step``, all tokens through the model, padding included, ``tokens_per_second``
+      and ``flops_per_step`` by `FlopCount`, all over all processes;
     - ``relative_cost``, tokens through the model over the tokens of the same chats alone, packed
       without padding or prefix sharing: what plain fine-tuning on them takes.
 
@@ -57,9 +66,9 @@ class LLMJEPATrainer(Trainer):
     and sampling is random or sequential.
 
     Evaluation gives ``eval_loss``, ``eval_ntp_loss``, ``eval_jepa_loss``, ``eval_cosine``,
-    ``eval_stp_loss`` and ``eval_aux_loss`` as means over the whole set, in which Accelerate repeats
-    its first samples where several processes leave their last batches unfilled. Without any pair
-    there is neither ``jepa_loss`` nor ``cosine``, without any tube no ``stp_loss``. Rows differ in
+    ``eval_stp_loss`` and so on as means over the whole set, in which Accelerate repeats its first
+    samples where several processes leave their last batches unfilled. Without any pair there is
+    neither ``jepa_loss`` nor ``cosine``, without any tube no ``stp_loss``. Rows differ in
     shape and the head runs on supervised tokens only, so there are no predictions: `predict`
     returns the same metrics.
 
@@ -68,9 +77,13 @@ class LLMJEPATrainer(Trainer):
             yet is patched here. The collator defaults to ``LLMJEPACollator(processing_class)``.
         jepa_weight: λ of LLM-JEPA.
         stp_weight: λ of Semantic Tube Prediction, for which the collator draws `tubes`.
+        sigreg_weight, vicreg_weight: Of the terms against collapse, see `llm_jepa_loss`. They are
+            of the pairs of a micro-batch, over all processes, and no sums: fewer and larger
+            micro-batches estimate them better, and an update has the mean of theirs.
         ntp_weight: γ.
         aux_weight: Of a loss that balances experts, see `llm_jepa_loss`.
-        weight_warmup: Share of the updates over which both λ grow linearly from 0.
+        weight_warmup: Share of the updates over which λ of LLM-JEPA and of STP grow linearly from
+            0.
         metric: "cosine", "l2", "mse" or "infonce", see `last_token_loss`.
         temperature: Of "infonce", whose negatives are the other targets of the same micro-batch,
             over all processes.
@@ -78,13 +91,17 @@ class LLMJEPATrainer(Trainer):
         gather_negatives: False keeps the negatives to those of the process; a process group
             takes those of its members, which tensor parallelism needs. See `llm_jepa_loss`.
 
+    A `ViewHead`, which `add_view_head` gives the model beforehand, is trained along; it is saved
+    beside every checkpoint, and read from there by ``train(resume_from_checkpoint=…)``.
+
     Training stops at the first log, or save, of a loss or weights that are not finite, and saves
     none of those.
 
     Raises:
         FloatingPointError: By ``train`` and ``save_model``, see above.
         ValueError: `weight_warmup` is not from 0 to 1; or DataParallel, label smoothing, a loss
-            function or metrics of logits are asked for, none of which fits a packed row.
+            function or metrics of logits are asked for, none of which fits a packed row; or a
+            `ViewHead` under FSDP or DeepSpeed.
     """
 
     # Trainer must not divide by the accumulation steps what is already normalised over them.
@@ -98,6 +115,8 @@ class LLMJEPATrainer(Trainer):
         *other: Any,
         jepa_weight: float = 1.0,
         stp_weight: float = 0.0,
+        sigreg_weight: float = 0.0,
+        vicreg_weight: float = 0.0,
         ntp_weight: float = 1.0,
         aux_weight: float | None = None,
         weight_warmup: float = 0.0,
@@ -126,6 +145,8 @@ class LLMJEPATrainer(Trainer):
         self.loss_options: dict[str, Any] = {
             "jepa_weight": jepa_weight,
             "stp_weight": stp_weight,
+            "sigreg_weight": sigreg_weight,
+            "vicreg_weight": vicreg_weight,
             "ntp_weight": ntp_weight,
             "aux_weight": aux_weight,
             "metric": metric,
@@ -133,7 +154,8 @@ class LLMJEPATrainer(Trainer):
             "detach_target": detach_target,
             "gather_negatives": gather_negatives,
         }
-        if metric == "infonce" and gather_negatives is True and self.get_tp_size() > 1:
+        compares_batches = metric == "infonce" or sigreg_weight or vicreg_weight
+        if compares_batches and gather_negatives is True and self.get_tp_size() > 1:
             raise ValueError(
                 "gather_negatives must be the process group of data parallelism, or False, where "
                 "tensor parallelism lets processes share a batch; got True"
@@ -144,7 +166,15 @@ class LLMJEPATrainer(Trainer):
         self.add_callback(_SetEpoch(self))
         self.args.remove_unused_columns = False  # the collator takes the columns it knows
         self.model_accepts_loss_kwargs = True  # makes Trainer count the supervised tokens
+        # Terms that are there for some alone are not logged for all.
+        optional = {
+            "sigreg_loss": sigreg_weight,
+            "vicreg_loss": vicreg_weight,
+            "aux_loss": self._balances_experts,
+        }
+        self._watched = [name for name in MEANS if optional.get(name, True)]
         self._telemetry = CollapseTelemetry()
+        self._flops = FlopCount(to_train)
         self._num_pairs: Tensor | int = 0
         self._num_tubes: Tensor | int = 0
         self._eval_sums = torch.zeros(0)
@@ -163,13 +193,15 @@ class LLMJEPATrainer(Trainer):
             "compute_metrics": self.compute_metrics,
             "dispatch_batches": self.accelerator.dispatch_batches,
         }
+        if view_head_of(cast(Any, self.model)) is not None:
+            unsupported["a ViewHead under FSDP"] = self.is_fsdp_enabled
+            unsupported["a ViewHead under DeepSpeed"] = self.is_deepspeed_enabled
         for name, given in unsupported.items():
             if given:
                 raise ValueError(f"LLMJEPATrainer does not support {name}, got {given!r}")
 
     def _reset_train_sums(self) -> None:
-        # ntp_loss, jepa_loss, cosine, stp_loss, aux_loss, pairs, tubes, tokens, sft
-        self._train_sums = torch.zeros(9)
+        self._train_sums = torch.zeros(len(SUMS))
         self._updates = 0
         self._updates_with_pairs: Tensor | int = 0
         self._updates_with_tubes: Tensor | int = 0
@@ -283,21 +315,25 @@ class LLMJEPATrainer(Trainer):
             loss = loss * scale
             # Filled in on the device, since copying a number there would wait for it.
             tokens = torch.full((), batch["input_ids"].numel(), device=loss.device)
-            sft = tokens if sft_tokens is None else sft_tokens.sum()
-            means = [outputs.ntp_loss, outputs.jepa_loss, outputs.cosine, outputs.stp_loss]
-            means.append(_aux_loss(outputs))
-            shares = [scale * mean.detach() for mean in means]
-            values = (*shares, outputs.num_pairs, outputs.num_tubes, tokens, sft)
-            summands = torch.stack([value.to(loss.device) for value in values])
+            values = {name: scale * mean.detach() for name, mean in _means(outputs).items()} | {
+                "pairs": outputs.num_pairs,
+                "tubes": outputs.num_tubes,
+                "tokens": tokens,
+                "sft_tokens": tokens if sft_tokens is None else sft_tokens.sum(),
+                "flops": self._flops(batch, outputs.num_items),
+            }
+            summands = torch.stack([values[name].to(loss.device) for name in SUMS])
             self._train_sums = self._train_sums.to(loss.device) + summands
         return (loss, outputs) if return_outputs else loss
 
     def _warmed_up(self) -> dict[str, Any]:
         """The options of the loss at this update."""
+        # Of the same directions in all processes, and after a resume.
+        seed = (self.args.seed << 31) + self.state.global_step
         updates = self.weight_warmup * self.state.max_steps
         share = min(1.0, (self.state.global_step + 1) / updates) if updates else 1.0
         weights = {name: share * self.loss_options[name] for name in ("jepa_weight", "stp_weight")}
-        return {**self.loss_options, **weights}
+        return {**self.loss_options, **weights, "slices_seed": seed}
 
     def _loss_scale(self) -> int:
         """Makes the mean over processes, which DistributedDataParallel takes, a sum."""
@@ -309,30 +345,29 @@ class LLMJEPATrainer(Trainer):
         """Adds what was summed up since the last log to the log of the loss."""
         if "loss" in logs and self._started is not None:
             sums = self.accelerator.reduce(self._train_sums, reduction="mean") / self._updates
-            ntp_loss, jepa_loss, cosine, stp_loss, aux_loss, *counts = sums.tolist()
-            pairs, tubes, tokens, sft_tokens = counts
-            self._refuse_to_go_on_with(ntp_loss + jepa_loss + stp_loss + aux_loss)
-            with_pairs = int(self._updates_with_pairs) / self._updates
-            with_tubes = int(self._updates_with_tubes) / self._updates
-            tokens_per_step = tokens * self.accelerator.num_processes // self.get_tp_size()
+            found = dict(zip(SUMS, sums.tolist(), strict=True))
+            self._refuse_to_go_on_with(sum(found[name] for name in MEANS))
+            replicas = self.accelerator.num_processes / self.get_tp_size()
+            tokens_per_step = found["tokens"] * replicas // 1
             seconds = time.perf_counter() - self._started
-            logs["ntp_loss"] = ntp_loss
-            if pairs:
-                logs |= {"jepa_loss": jepa_loss / with_pairs, "cosine": cosine / with_pairs}
-            found = self._telemetry.logs(lambda x: self.accelerator.reduce(x, reduction="sum"))
-            if found and self.is_world_process_zero():
-                self._telemetry.warn_of_collapse(cosine / with_pairs, found["other_cosine"])
-            logs |= found
-            if tubes:
-                logs["stp_loss"] = stp_loss / with_tubes
-            if self._balances_experts:
-                logs["aux_loss"] = aux_loss
+            updates_with = {"pairs": self._updates_with_pairs, "tubes": self._updates_with_tubes}
+            for name in self._watched:
+                counted = OF.get(name, "items")
+                if counted == "items":
+                    logs[name] = found[name]
+                elif found[counted]:
+                    logs[name] = found[name] / (int(updates_with[counted]) / self._updates)
+            seen = self._telemetry.logs(lambda x: self.accelerator.reduce(x, reduction="sum"))
+            if seen and self.is_world_process_zero():
+                self._telemetry.warn_of_collapse(logs["cosine"], seen["other_cosine"])
+            logs |= seen
             logs |= {
                 "tokens_per_step": tokens_per_step,
                 "tokens_per_second": tokens_per_step * self._updates / seconds,
+                "flops_per_step": found["flops"] * replicas,
             }
-            if sft_tokens:
-                logs["relative_cost"] = tokens / sft_tokens
+            if found["sft_tokens"]:
+                logs["relative_cost"] = found["tokens"] / found["sft_tokens"]
             self._reset_train_sums()
         super().log(logs, start_time)
 
@@ -356,13 +391,26 @@ class LLMJEPATrainer(Trainer):
         super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir=None, state_dict=None):
-        """Saves a checkpoint's weights, and the collator's example format beside them."""
+        """Saves a checkpoint's weights; example format and view head beside them."""
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             share_as_umask_says(Path(output_dir or str(self.args.output_dir)))
         if self.args.should_save and isinstance(self.data_collator, LLMJEPACollator):
             directory: Any = output_dir or self.args.output_dir
             self.data_collator.example_format.save(directory)
+        head = view_head_of(cast(Any, self.model))
+        if self.args.should_save and head is not None:
+            head.save(output_dir or str(self.args.output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """Loads a checkpoint's weights, and those of the view head beside them."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        to_train: Any = self.model if model is None else model
+        has_head = view_head_of(to_train) is not None
+        if has_head and load_view_head(to_train, resume_from_checkpoint) is None:
+            raise ValueError(
+                f"{resume_from_checkpoint} has no {HEAD_FILE}, but the model has a ViewHead"
+            )
 
     def _save_checkpoint(self, model, trial):
         """Saves a checkpoint, marks it as complete, and only then deletes older ones."""
@@ -392,9 +440,14 @@ class LLMJEPATrainer(Trainer):
         batch = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, batch, return_outputs=True)
-        items, pairs, tubes = outputs.num_items, outputs.num_pairs, outputs.num_tubes
-        sums = [outputs.ntp_loss * items, outputs.jepa_loss * pairs, outputs.cosine * pairs]
-        sums += [outputs.stp_loss * tubes, _aux_loss(outputs) * items, items, pairs, tubes]
+        counts = {
+            "items": outputs.num_items,
+            "pairs": outputs.num_pairs,
+            "tubes": outputs.num_tubes,
+        }
+        means = _means(outputs)
+        sums = [means[name] * counts[OF.get(name, "items")] for name in MEANS]
+        sums += counts.values()
         self._eval_sums += torch.stack(sums).to(self._eval_sums)
         return loss, None, None
 
@@ -408,27 +461,25 @@ class LLMJEPATrainer(Trainer):
     ):
         """Evaluates; each loss is the mean over all tokens or pairs, however they are batched."""
         paused = time.perf_counter()
-        self._eval_sums = torch.zeros(8, device=self.args.device)
+        self._eval_sums = torch.zeros(len(MEANS) + 3, device=self.args.device)
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
-        sums = self.accelerator.reduce(self._eval_sums, reduction="sum")
-        ntp_loss, jepa_loss, cosine, stp_loss, aux_loss, items, pairs, tubes = sums.tolist()
+        *sums, items, pairs, tubes = self.accelerator.reduce(
+            self._eval_sums, reduction="sum"
+        ).tolist()
+        counts = {"items": items, "pairs": pairs, "tubes": tubes}
         means = {
-            "ntp": ntp_loss / max(items, 1),
-            "jepa": jepa_loss / max(pairs, 1),
-            "stp": stp_loss / max(tubes, 1),
+            name: total / max(counts[OF.get(name, "items")], 1)
+            for name, total in zip(MEANS, sums, strict=True)
         }
-        if self._balances_experts:
-            means["aux"] = aux_loss / max(items, 1)
-        loss = sum(self.loss_options[f"{name}_weight"] * mean for name, mean in means.items())
-        metrics = {"loss": loss, "ntp_loss": means["ntp"]}
-        if pairs:
-            metrics |= {"jepa_loss": means["jepa"], "cosine": cosine / pairs}
-        if tubes:
-            metrics["stp_loss"] = means["stp"]
-        if self._balances_experts:
-            metrics["aux_loss"] = means["aux"]
+        weights = {name.replace("_loss", "_weight"): name for name in MEANS if name != "cosine"}
+        loss = sum((self.loss_options[key] or 0) * means[name] for key, name in weights.items())
+        metrics = {"loss": loss} | {
+            name: means[name]
+            for name in self._watched
+            if counts[OF.get(name, "items")] or name == "ntp_loss"
+        }
         named = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
         output = output._replace(metrics={**(output.metrics or {}), **named})
         if self._started is not None:
@@ -461,5 +512,8 @@ def _is_patched(model: torch.nn.Module) -> bool:
     return True
 
 
-def _aux_loss(outputs: Any) -> Tensor:
-    return torch.zeros_like(outputs.ntp_loss) if outputs.aux_loss is None else outputs.aux_loss
+def _means(outputs: Any) -> dict[str, Tensor]:
+    """What is logged of the outputs of a loss; 0 for terms that it has none of."""
+    zero = torch.zeros_like(outputs.ntp_loss)
+    means = {name: getattr(outputs, name) for name in MEANS}
+    return {name: zero if mean is None else mean for name, mean in means.items()}

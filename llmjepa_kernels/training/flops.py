@@ -1,0 +1,65 @@
+"""How many floating point operations a training step takes, counted from its model and rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmjepa_kernels.hf.patch import pretrained_model
+from llmjepa_kernels.training.view_head import view_head_of
+
+
+class FlopCount:
+    """Operations of matrix products in one forward and one backward pass over packed rows.
+
+    A weight takes 2 of them for each token in the forward, 2 for the gradient of its input, and 2
+    for its own if it is trained; the head takes them for supervised tokens only; attention takes 12
+    for each unit of each query head and each query that sees a key. What is computed again, as
+    under checkpointing, does not count; nor do sliding windows, embeddings, a `ViewHead` and all
+    that is elementwise.
+
+    Args:
+        model: A causal language model, or a wrapper of one, whose parameters are whole.
+
+    Source: the counting of model FLOPs in PaLM, arXiv:2204.02311, appendix B.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        pretrained = pretrained_model(model)
+        config: Any = pretrained.config.get_text_config()
+        head: Any = pretrained.get_output_embeddings() or pretrained.get_input_embeddings()
+        apart = {id(p) for p in head.parameters()}
+        apart |= {id(p) for p in pretrained.get_input_embeddings().parameters()}
+        view_head = view_head_of(model)
+        apart |= set() if view_head is None else {id(p) for p in view_head.parameters()}
+        self.per_token = sum(_passes(p, config) for p in model.parameters() if id(p) not in apart)
+        self.per_label = sum(_passes(p, config) for p in head.parameters())
+        heads = getattr(config, "num_query_heads", None)  # of each layer, OpenELM's
+        if heads is None:
+            heads = [config.num_attention_heads] * config.num_hidden_layers
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.per_seen = 12 * sum(heads) * size
+
+    def __call__(self, batch: Mapping[str, Tensor], num_items: Tensor) -> Tensor:
+        """Of one batch with so many supervised tokens, a scalar on its device."""
+        visible_until = batch["visible_until"]
+        own = torch.arange(visible_until.shape[1], device=visible_until.device)
+        seen = (visible_until - own).sum(dtype=torch.float32)
+        return (
+            self.per_seen * seen
+            + self.per_label * num_items
+            + float(self.per_token * visible_until.numel())
+        )
+
+
+def _passes(parameter: nn.Parameter, config: Any) -> float:
+    """Operations of a weight for a token."""
+    if parameter.dim() < 2:
+        return 0.0
+    chosen = getattr(config, "num_experts_per_tok", None)
+    # All experts of a layer are one parameter.
+    used = chosen / len(parameter) if chosen and parameter.dim() == 3 else 1.0
+    return used * parameter.numel() * (4 + 2 * parameter.requires_grad)
