@@ -9,6 +9,7 @@ from torch import Tensor, distributed
 from torch.nn import functional
 
 from llmjepa_kernels.checks import check_finite
+from llmjepa_kernels.ops.collectives import gather_over
 from llmjepa_kernels.ops.common import compute_dtype, count_pairs
 from llmjepa_kernels.ops.registry import (
     backward_operation,
@@ -116,15 +117,13 @@ def _gather_targets(
     targets: Tensor, real: Tensor, group: ProcessGroup
 ) -> tuple[Tensor, Tensor, int]:
     """The targets of all processes, which of them are real, and where those of this one begin."""
-    from torch.distributed.nn import functional as differentiable
-
     longest = torch.tensor(max(len(targets), 1), device=targets.device)
     distributed.all_reduce(longest, distributed.ReduceOp.MAX, group=group)
     most = int(longest)
     # One collective carries both: what is real is one more column.
     rows = torch.cat([targets, real[:, None].to(targets)], dim=1)
     rows = functional.pad(rows, (0, 0, 0, most - len(rows)))
-    rows = torch.cat(differentiable.all_gather(rows, group))
+    rows = gather_over(rows, group)
     return rows[:, :-1], rows[:, -1] > 0, most * group.rank()
 
 

@@ -181,11 +181,15 @@ def llm_jepa_loss(
     head = view_head_of(model)
     stp_sum, num_tubes = ntp_sum.new_zeros(()), num_items.new_zeros(())
     tubes = batch.get("tubes")
-    if tubes is not None and tubes.shape[1]:
+    tube_predictor = None if head is None else head.tube_predictor
+    # What trains a matrix uses it in every step, as DistributedDataParallel expects.
+    if tubes is not None and (tubes.shape[1] or tube_predictor is not None):
         num_tubes = count_tubes(tubes)
         states = hidden
-        if head is not None and head.tube_predictor is not None:
-            states, tubes = _with_predicted_tubes(hidden, tubes, head.tube_predictor)
+        if tube_predictor is not None:
+            states, tubes = _apart(hidden, tubes)
+            first, second = states.chunk(2, dim=1)
+            states = torch.cat([tube_predictor(first), second], dim=1)
         stp_sum = semantic_tube_loss(states, tubes, reduction="sum", impl=impl)
     stp_loss = _divide(stp_sum, num_tubes_in_batch, num_tubes)
 
@@ -297,19 +301,15 @@ def _places_of(pairs: Tensor) -> Tensor:
     return torch.where(pairs < 0, -1, place)
 
 
-def _with_predicted_tubes(
-    hidden: Tensor, tubes: Tensor, predictor: nn.Module
-) -> tuple[Tensor, Tensor]:
-    """Rows of the first vectors' steps, predicted, then of the second ones', and the tubes of them.
+def _apart(hidden: Tensor, tubes: Tensor) -> tuple[Tensor, Tensor]:
+    """The states of all first vectors' steps, then of all second ones', and the tubes of them.
 
-    A linear predictor of a sum of steps is the sum of what it makes of their ends.
+    So a matrix can map the first: of a sum of steps it makes the sum of what it makes of each.
     """
-    first, second = tubes.unbind(dim=2)
-    rows = [predictor(rows_of(hidden, first.flatten(1))), rows_of(hidden, second.flatten(1))]
-    place = torch.arange(first[0].numel(), device=tubes.device)
-    places = torch.stack([place, place + len(place)]).view(2, *first.shape[1:])
-    places = places.transpose(0, 1)
-    return torch.cat(rows, dim=1), torch.where(tubes < 0, -1, places)
+    by_vector = tubes.transpose(1, 2)
+    states = rows_of(hidden, by_vector.flatten(1))
+    places = torch.arange(by_vector[0].numel(), device=tubes.device).view(by_vector.shape[1:])
+    return states, torch.where(tubes < 0, -1, places.transpose(0, 1))
 
 
 def _regularizer(

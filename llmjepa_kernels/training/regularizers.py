@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, distributed
 
+from llmjepa_kernels.ops.collectives import sum_over
+
 if TYPE_CHECKING:  # builds of torch without distributed lack it
     from torch.distributed import ProcessGroup
 
@@ -98,9 +100,7 @@ def _add_up(sums: Tensor, real: Tensor, group: ProcessGroup | None) -> tuple[Ten
     count = real.sum().to(sums.dtype)
     if group is None or distributed.get_world_size(group) < 2:
         return sums, count
-    from torch.distributed.nn import functional as differentiable
-
     # One collective carries both.
     both = torch.cat([sums.flatten(), count[None]])
-    both = differentiable.all_reduce(both, distributed.ReduceOp.SUM, group)
+    both = sum_over(both, group)
     return both[:-1].view(sums.shape), both[-1].detach()

@@ -28,7 +28,7 @@ from llmjepa_kernels.training.loss_dropout import LossDropout
 from llmjepa_kernels.training.objective import llm_jepa_loss
 from llmjepa_kernels.training.sampler import UpdateSampler, example_work
 from llmjepa_kernels.training.telemetry import CollapseTelemetry
-from llmjepa_kernels.training.view_head import HEAD_FILE, load_view_head, view_head_of
+from llmjepa_kernels.training.view_head import HEAD_FILE, NAME, load_view_head, view_head_of
 
 if TYPE_CHECKING:  # builds of torch without distributed lack it
     from torch.distributed import ProcessGroup
@@ -135,6 +135,9 @@ class LLMJEPATrainer(Trainer):
             patch_model(to_train)
         example_format = getattr(self.data_collator, "example_format", None)
         warn_if_frozen(to_train, getattr(example_format, "pred_ids", ()))
+        handler = self.accelerator.ddp_handler
+        if view_head_of(to_train) is not None and handler is not None:
+            handler.find_unused_parameters = False  # among which it would take the head's
         config = pretrained_model(to_train).config
         self._balances_experts = returns_aux_loss(config)
         if self._balances_experts and aux_weight is None:
@@ -401,6 +404,11 @@ class LLMJEPATrainer(Trainer):
         head = view_head_of(cast(Any, self.model))
         if self.args.should_save and head is not None:
             head.save(output_dir or str(self.args.output_dir))
+
+    def _issue_warnings_after_load(self, load_result):
+        """Warns of weights that are missing; those of the view head come from their own file."""
+        missing = [key for key in load_result.missing_keys if not key.startswith(f"{NAME}.")]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """Loads a checkpoint's weights, and those of the view head beside them."""

@@ -86,8 +86,9 @@ def add_view_head(
     """Gives a model a `ViewHead`, which `llm_jepa_loss` then uses and an optimizer trains.
 
     The model's own ``save_pretrained`` leaves it out; see `ViewHead.save`. With PEFT, wrap the
-    model first, as it freezes what is there. FSDP and DeepSpeed, which cut parameters apart, do not
-    gather these for the loss.
+    model first, as it freezes what is there. The loss uses it after the model's forward, so
+    DistributedDataParallel needs ``find_unused_parameters=False``; FSDP and DeepSpeed, which cut
+    parameters apart, do not gather these.
 
     Args:
         model: A causal language model, or a wrapper of one.

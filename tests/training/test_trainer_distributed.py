@@ -20,14 +20,20 @@ from llmjepa_kernels.data.tokenizer import train_tokenizer
 from llmjepa_kernels.packing import without_views
 from llmjepa_kernels.training.loss_dropout import LossDropout
 from llmjepa_kernels.training.trainer import LLMJEPATrainer
+from llmjepa_kernels.training.view_head import add_view_head
 from llmjepa_kernels.tubes import TubeSampler
 from tests.training.test_trainer import ROWS, arguments, build, relative
 
 datasets = pytest.importorskip("datasets")
 
+NAMES = {"loss", "ntp_loss", "jepa_loss", "stp_loss", "cosine", "epoch"}
+NAMES |= {"sigreg_loss", "vicreg_loss"}
 UPDATES, EXAMPLES = 4, 8  # in an update; there are sixteen in all
-METRICS = {"cosine": None, "l2": "example", "mse": "step", "infonce": "example"}  # loss dropout
+# And the loss dropout of each; "apart" is cosine with the terms against collapse, and a linear
+# predictor where that can be.
+METRICS = {"cosine": None, "l2": "example", "mse": "step", "infonce": "example", "apart": "example"}
 KINDS = ("ddp", "fsdp")
+RESUMED = ("mse", "apart")
 
 
 def whole(parameter: torch.Tensor) -> torch.Tensor:
@@ -62,7 +68,13 @@ def train(
     if processes > 1 and kind == "fsdp":
         # Accelerate offers FSDP on accelerators only, but nothing in it needs one.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+    more = {}
+    if metric == "apart":
+        more = {"sigreg_weight": 0.1, "vicreg_weight": 0.3}
+        if kind == "ddp":
+            add_view_head(model, projector_size=24, predictor=True, tube_predictor=True)
     stream = datasets.IterableDataset.from_generator(lambda: iter(ROWS[16:24]))
+    start = torch.cat([p.detach().flatten() for p in model.parameters()])
     trainer = LLMJEPATrainer(
         model,
         args,
@@ -72,10 +84,12 @@ def train(
         jepa_weight=2.0,
         stp_weight=0.5,
         weight_warmup=0.5,
-        metric=metric,
+        metric="cosine" if metric == "apart" else metric,
+        **more,
     )
     trainer.train(resume_from_checkpoint=resume and str(resume))
     result = {
+        "start": start,
         "parameters": torch.cat([whole(p).flatten() for p in model.parameters()]),
         "logs": trainer.state.log_history[:UPDATES],
         "sharded": any(isinstance(p, DTensor) for p in model.parameters()),
@@ -90,8 +104,10 @@ def main(directory: Path) -> None:
         (kind, metric): train(directory, kind, metric) for kind in KINDS for metric in METRICS
     }
     saving = {"save_strategy": "steps", "save_steps": 3}  # in the middle of an epoch
-    train(directory, "ddp", "mse", **saving)
-    results["resumed"] = train(directory, "ddp", "mse", resume=directory / "checkpoint-3")
+    for metric in RESUMED:
+        train(directory / metric, "ddp", metric, **saving)
+        last = directory / metric / "checkpoint-3"
+        results["resumed", metric] = train(directory, "ddp", metric, resume=last)
     if PartialState().is_main_process:
         torch.save(results, directory / "results.pt")
     torch.distributed.destroy_process_group()
@@ -111,7 +127,8 @@ def two_processes(tmp_path_factory):
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
     directory = tmp_path_factory.mktemp("one")
-    return {metric: train(directory, "ddp", metric) for metric in METRICS}
+    found: dict = {metric: train(directory, "ddp", metric) for metric in METRICS}
+    return found | {("apart", "no head"): train(directory, "one", "apart")}
 
 
 @pytest.mark.slow
@@ -119,13 +136,14 @@ def one_process(tmp_path_factory):
 @pytest.mark.parametrize("kind", KINDS)
 def test_updates_are_those_of_one_process(two_processes, one_process, kind, metric):
     one, two = one_process[metric], two_processes[kind, metric]
-    start, _ = build(train_tokenizer(ROWS, vocab_size=300))
-    start = torch.cat([p.detach().flatten() for p in start.parameters()])
+    if metric == "apart" and kind == "fsdp":  # which has no view head
+        one = one_process["apart", "no head"]
+    start = one["start"]
     assert two["sharded"] == (kind == "fsdp")
     assert relative(two["parameters"] - start, one["parameters"] - start) <= 1e-5
     for a, b in zip(one["logs"], two["logs"], strict=True):
         assert ("jepa_loss" in a) == ("jepa_loss" in b)
-        for name in {"loss", "ntp_loss", "jepa_loss", "stp_loss", "cosine", "epoch"} & a.keys():
+        for name in NAMES & a.keys():
             assert b[name] == pytest.approx(a[name], rel=1e-5, abs=1e-5), name
         assert b["relative_cost"] > a["relative_cost"]  # shorter rows share less
 
@@ -138,8 +156,9 @@ def test_evaluation_is_that_of_one_process(two_processes, one_process):
 
 
 @pytest.mark.slow
-def test_a_resume_in_the_middle_of_an_epoch_changes_nothing(two_processes):
-    resumed, through = two_processes["resumed"], two_processes["ddp", "mse"]
+@pytest.mark.parametrize("metric", RESUMED)
+def test_a_resume_in_the_middle_of_an_epoch_changes_nothing(two_processes, metric):
+    resumed, through = two_processes["resumed", metric], two_processes["ddp", metric]
     assert torch.equal(resumed["parameters"], through["parameters"])
 
 
