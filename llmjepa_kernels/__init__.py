@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # what `_LAZY` says, for type checkers and editors
     from llmjepa_kernels.training.collator import LLMJEPACollator
     from llmjepa_kernels.training.objective import LLMJEPAOutput, llm_jepa_loss
     from llmjepa_kernels.training.trainer import LLMJEPATrainer
+    from llmjepa_kernels.training.view_head import add_view_head
 
 __version__ = "0.1.0"  # the only place; pyproject.toml reads it here
 
@@ -40,6 +41,7 @@ _LAZY = {
     "add_predictor_tokens": "data.predictor_tokens",
     "LLMJEPACollator": "training.collator",
     "LLMJEPATrainer": "training.trainer",
+    "add_view_head": "training.view_head",
 }
 
 __all__ = [
@@ -55,6 +57,7 @@ __all__ = [
     "TokenPath",
     "TubeSampler",
     "add_predictor_tokens",
+    "add_view_head",
     "chat_example",
     "last_token_loss",
     "llm_jepa_example",

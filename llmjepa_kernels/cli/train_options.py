@@ -403,10 +403,10 @@ examples:
             for flag, given in (("--data", self.data), ("--max-steps", self.max_steps)):
                 if given is None:
                     raise ValueError(f"--streaming needs {flag}")
-            if self.train_samples is not None:
-                raise ValueError("--train-samples does not go with --streaming: see --max-steps")
             if self.match == "tokens":
                 raise ValueError("--match tokens does not go with --streaming")
+            if self.train_samples is not None:
+                raise ValueError("--train-samples does not go with --streaming: see --max-steps")
             if self.loss_dropout_per == "step":
                 raise ValueError("--loss-dropout-per step does not go with --streaming")
         if self.resume and self.overwrite:

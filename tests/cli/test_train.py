@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import torch
 
 pytest.importorskip("transformers")
 
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmjepa_kernels.cli import main as cli
@@ -92,6 +94,55 @@ def test_objectives_are_trained_side_by_side_and_logged_apart(tmp_path):
     assert tubes[0] == pytest.approx(tubes[1], rel=1e-4)  # the same draws of the same weights
     # Shared prefixes and no further tokens: cheaper than plain fine-tuning.
     assert runs["STP"]["metrics"]["relative_cost"] < 1
+
+
+def test_terms_against_collapse_and_trained_heads(tmp_path, capsys):
+    options = ["--objective", "jepa+sigreg", "jepa+vicreg", "jepa+stp", "--linear-predictor"]
+    options += ["--projector-size", 16, "--sigreg-weight", 0.2, "--vicreg-weight", 0.3]
+    options += ["--max-steps", 2, "--output-dir", tmp_path, "--no-compare"]
+    assert run(*MINIATURE, *options) == 0
+    runs = report(tmp_path)
+    for name, own in (("SIGReg", "sigreg"), ("VICReg", "vicreg"), ("STP", "stp")):
+        first = runs[f"LLM-JEPA + {name}"]["history"][0]
+        assert {"sigreg_loss", "vicreg_loss", "stp_loss"} & first.keys() == {f"{own}_loss"}
+        weight = {"sigreg": 0.2, "vicreg": 0.3, "stp": 0.02}[own]
+        terms = first["jepa_loss"] + weight * first[f"{own}_loss"]
+        assert first["loss"] == pytest.approx(first["ntp_loss"] + terms, rel=1e-4)
+        metrics = runs[f"LLM-JEPA + {name}"]["metrics"]
+        assert f"eval_{own}_loss" in metrics
+        # Predicted as in training, behind the head.
+        evaluated = runs[f"LLM-JEPA + {name}"]["history"][-1]["eval_cosine"]
+        assert metrics["pair_cosine"] == pytest.approx(evaluated, abs=1e-5)
+        head = load_file(tmp_path / f"llm-jepa-{own}" / "view_head.safetensors")
+        assert len(head["predictor.weight"]) == 16
+        assert ("tube_predictor.weight" in head) == (own == "stp")
+    found = analyze_pairs(tmp_path / "llm-jepa-vicreg")
+    expected = runs["LLM-JEPA + VICReg"]["metrics"]["pair_cosine"]
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+def analyze_pairs(checkpoint):
+    directory = checkpoint / "analysis"
+    options = [checkpoint, "--samples", 6, "--output-dir", directory]
+    assert cli.main(["analyze", *map(str, options)]) == 0
+    analysis = json.loads((directory / "analysis.json").read_text())
+    return analysis["checkpoints"][0]["pred_code_cosine"]
+
+
+def test_equal_tokens(tmp_path, capsys):
+    """Objectives that take fewer tokens a step make more of them."""
+    options = ["--objective", "ntp", "stp", "--output-dir", tmp_path, "--match", "tokens"]
+    assert run(*MINIATURE, *options, "--epochs", 4) == 0
+    runs = report(tmp_path)
+    ntp, stp = (runs[name]["metrics"] for name in ("NTP only", "STP"))
+    assert ntp["epoch"] == 4 < stp["epoch"]
+    assert stp["tokens"] == pytest.approx(ntp["tokens"], rel=0.15)  # to a whole update
+    assert stp["flops_per_step"] < ntp["flops_per_step"]
+    assert "tokens in all" in (tmp_path / "report.txt").read_text()
+    capsys.readouterr()
+    assert run(*MINIATURE, *options, "--max-steps", 8, "--dry-run") == 0
+    updates = re.findall(r"(\d+) updates", capsys.readouterr().out)
+    assert int(updates[0]) == 8 < int(updates[1])
 
 
 @pytest.mark.parametrize("name", ["ntp-only", "llm-jepa"])
@@ -274,6 +325,10 @@ def test_overlong_example_is_named_by_line(tmp_path, capsys):
         (["--separator", ";"], "--separator is for --format plain"),
         (["--streaming"], "--streaming needs --data"),
         (["--streaming", "--data", "x"], "--streaming needs --max-steps"),
+        (
+            ["--streaming", "--data", "x", "--max-steps", 1, "--match", "tokens"],
+            "--match tokens does not go with --streaming",
+        ),
         (["--shuffle-buffer", "0"], "--shuffle-buffer must be at least 1, got 0"),
         (["--seeds", "1", "2", "1"], "--seeds must differ, got [1, 2, 1]"),
         (["--split", "depth"], "split must be depth:N"),
