@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from functools import cache, partial
+from functools import cache, lru_cache, partial
+from typing import Any
 
 import torch
 import triton.language as tl
@@ -23,6 +24,7 @@ ROW_PADDING = 128  # the largest tile: row statistics of the backward are padded
 DELTA_ROWS = 32
 SUM_ROWS = 32
 MIN_PART = 16  # products of a part of a list
+MAX_LAYOUTS = 4096  # shapes and strides whose treatment is remembered
 
 
 def attention_forward(
@@ -82,7 +84,6 @@ def attention_backward(
     dq, dk, dv = empty_seq_major(q), empty_seq_major(k), empty_seq_major(v)
     lse2, delta, dsinks = _row_statistics(dout, out, lse, _sinks(options))
     padded = lse2.shape[-1]
-    operand = cache(_operand)  # kernels of one shape of tile share descriptors
 
     part_size, num_slots = _parts(mask, num_kv_heads, group_size, _multiprocessors(q.device))
     num_blocks = mask.q_full_start.shape[1]
@@ -97,10 +98,10 @@ def attention_backward(
         places = num_blocks + mask.q_indices.shape[1] * group_size // part_size
         grid = (places * (block_n // config.block_n) * planes,)
         kernels._attention_dkdv_kernel[grid](
-            operand(q, config.block_m, config),
-            operand(k, config.block_n, config),
-            operand(v, config.block_n, config),
-            operand(dout, config.block_m, config),
+            _operand(q, config.block_m, config),
+            _operand(k, config.block_n, config),
+            _operand(v, config.block_n, config),
+            _operand(dout, config.block_m, config),
             lse2,
             delta,
             _strided(dk),
@@ -149,10 +150,10 @@ def attention_backward(
     def launch_dq(config: Config) -> None:
         grid = (-(-seq // config.block_m) * batch * num_heads,)
         kernels._attention_dq_kernel[grid](
-            operand(q, config.block_m, config),
-            operand(k, config.block_n, config),
-            operand(v, config.block_n, config),
-            operand(dout, config.block_m, config),
+            _operand(q, config.block_m, config),
+            _operand(k, config.block_n, config),
+            _operand(v, config.block_n, config),
+            _operand(dout, config.block_m, config),
             lse2,
             delta,
             _strided(dq),
@@ -279,8 +280,9 @@ def _scaling(options: AttentionOptions) -> tuple[float, float | None]:
 
 
 def _constants(config: Config, q: Tensor, mask: BlockMask, window: int | None) -> dict:
-    head_dim = q.shape[3]
-    precision = triton_configs.dot_precision(q.dtype, triton_configs.current_arch(), head_dim)
+    head_dim, precision = q.shape[3], "ieee"
+    if q.dtype == torch.float32:
+        precision = triton_configs.dot_precision(q.dtype, triton_configs.current_arch(), head_dim)
     constants = {
         "D": HeadDim(head_dim, head_dim_pieces(head_dim, config.pieces), precision),
         "MASK_M": mask.block_size[0],
@@ -302,31 +304,50 @@ def _operand(x: Tensor, rows: int, config: Config) -> Strided | TensorDescriptor
     """What a kernel reads x through: its pointer and strides, or a tensor descriptor."""
     if not config.tma:
         return _strided(x)
+    # Its checks would take longer than all else here; they depend on nothing but what was seen.
+    descriptor = object.__new__(TensorDescriptor)
+    vars(descriptor).update(_described(x.shape, x.stride(), x.dtype, rows, config.pieces), base=x)
+    return descriptor
+
+
+@lru_cache(MAX_LAYOUTS)
+def _described(
+    shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype, rows: int, pieces: int
+) -> dict[str, Any]:
+    """The fields of a descriptor of such tensors, but for its base."""
     # A stride over a dimension of size 1 is arbitrary, but the hardware wants it aligned.
-    strides = [s if n > 1 else x.shape[3] for n, s in zip(x.shape, x.stride(), strict=True)]
+    strides = [s if n > 1 else shape[3] for n, s in zip(shape, stride, strict=True)]
     strides[3] = 1
-    (width,) = set(head_dim_pieces(x.shape[3], config.pieces))
-    return TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, width])
+    (width,) = set(head_dim_pieces(shape[3], pieces))
+    base = torch.empty(0, dtype=dtype)
+    fields = vars(TensorDescriptor(base, list(shape), strides, [1, 1, rows, width]))
+    return {name: value for name, value in fields.items() if name != "base"}
 
 
 def _strided(x: Tensor) -> Strided:
+    return Strided(x, *_strides(x.shape, x.stride()))
+
+
+@lru_cache(MAX_LAYOUTS)
+def _strides(shape: torch.Size, stride: tuple[int, ...]) -> tuple[int, int, tl.constexpr]:
     # Over a dimension of size 1 a stride is arbitrary: zero keeps it from compiling anew. The
     # stride between tokens is a constant of the model; known to the compiler, it turns most
     # addresses into immediates.
-    batch, head, row, _ = x.stride()
-    num_rows, num_heads, *_ = x.shape
-    return Strided(x, batch if num_rows > 1 else 0, head if num_heads > 1 else 0, tl.constexpr(row))
+    batch, head, row, _ = stride
+    num_rows, num_heads, *_ = shape
+    return batch if num_rows > 1 else 0, head if num_heads > 1 else 0, tl.constexpr(row)
 
 
 def _aligned(x: Tensor) -> bool:
     """Whether a tensor descriptor can address x."""
-    if x.data_ptr() % 16:
-        return False
-    batch, heads, seq, _ = x.shape
-    size = x.element_size()
+    return x.data_ptr() % 16 == 0 and _aligned_strides(x.shape, x.stride(), x.element_size())
+
+
+@lru_cache(MAX_LAYOUTS)
+def _aligned_strides(shape: torch.Size, stride: tuple[int, ...], size: int) -> bool:
     return all(
-        n == 1 or (stride > 0 and stride * size % 16 == 0)
-        for n, stride in zip((batch, heads, seq), x.stride(), strict=False)
+        n == 1 or (step > 0 and step * size % 16 == 0)
+        for n, step in zip(shape[:3], stride, strict=False)
     )
 
 
