@@ -12,6 +12,8 @@ from llmjepa_kernels.ops.common import check_pairs, count_pairs
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 BLOCK_D = 1024
 BLOCK_SLOTS = 64  # pair sides compared at once when looking for repeated indices
+# The tile of a sum over the pairs that share a row: pairs and columns at once.
+SUM_ROWS, SUM_D = 8, 512
 
 EPS = tl.constexpr(1e-8)  # as torch.nn.functional.cosine_similarity
 
@@ -52,7 +54,7 @@ def distance_backward(
     batch, num_pairs, _ = pairs.shape
     dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
     if pairs.numel():
-        grid = (batch * num_pairs * 2, triton.cdiv(hidden.shape[2], BLOCK_D))
+        grid = (batch * num_pairs * 2, triton.cdiv(hidden.shape[2], SUM_D))
         _distance_backward_kernel[grid](
             ddistance,
             hidden,
@@ -64,8 +66,9 @@ def distance_backward(
             hidden.shape[1],
             hidden.shape[2],
             METRIC=metric,
-            BLOCK_D=BLOCK_D,
+            BLOCK_D=SUM_D,
             BLOCK_SLOTS=BLOCK_SLOTS,
+            BLOCK_ROWS=SUM_ROWS,
             enable_fp_fusion=True,
         )
     return dhidden
@@ -105,7 +108,7 @@ def views_backward(
         _views_dot_kernel[(pairs.numel(),)](
             dviews, views, dots, hidden.shape[2], BLOCK_D=BLOCK_D, enable_fp_fusion=True
         )
-        grid = (pairs.numel(), triton.cdiv(hidden.shape[2], BLOCK_D))
+        grid = (pairs.numel(), triton.cdiv(hidden.shape[2], SUM_D))
         _views_backward_kernel[grid](
             dviews,
             views,
@@ -117,8 +120,9 @@ def views_backward(
             pairs.shape[1],
             hidden.shape[1],
             hidden.shape[2],
-            BLOCK_D=BLOCK_D,
+            BLOCK_D=SUM_D,
             BLOCK_SLOTS=BLOCK_SLOTS,
+            BLOCK_ROWS=SUM_ROWS,
             enable_fp_fusion=True,
         )
     return dhidden
@@ -202,13 +206,14 @@ def _occurrences(pairs, slot, index, num_slots, BLOCK_SLOTS: tl.constexpr):
 
 
 @triton.jit
-def _coefficients(stats, pair, side, hidden_size, METRIC: tl.constexpr):
+def _coefficients(stats, pair, side, real, hidden_size, METRIC: tl.constexpr):
     """The gradient of the distance by the row on one side is a * that row - c * the other row."""
-    first = tl.load(stats + pair * 3)
+    stats += pair * 3
+    first = tl.load(stats, mask=real, other=0.0)
     if METRIC == "cosine":
-        own_norm = tl.sqrt_rn(tl.load(stats + pair * 3 + 1 + side))
+        own_norm = tl.sqrt_rn(tl.load(stats + 1 + side, mask=real, other=0.0))
         own = tl.maximum(own_norm, EPS)
-        other = tl.maximum(tl.sqrt_rn(tl.load(stats + pair * 3 + 2 - side)), EPS)
+        other = tl.maximum(tl.sqrt_rn(tl.load(stats + 2 - side, mask=real, other=0.0)), EPS)
         c = tl.div_rn(1.0, own * other)
         # Below the clamp the norm is a constant; NaN is not.
         a = tl.where(own_norm <= EPS, 0.0, tl.div_rn(first * c, own * own))
@@ -216,7 +221,7 @@ def _coefficients(stats, pair, side, hidden_size, METRIC: tl.constexpr):
         c = tl.where(first == 0, 0.0, tl.div_rn(1.0, tl.sqrt_rn(first)))
         a = c
     else:
-        c = tl.div_rn(2.0, hidden_size * 1.0)
+        c = tl.zeros_like(first) + tl.div_rn(2.0, hidden_size * 1.0)
         a = c
     return a, c
 
@@ -225,9 +230,10 @@ def _coefficients(stats, pair, side, hidden_size, METRIC: tl.constexpr):
 def _distance_backward_kernel(
     ddistance, hidden, stride_batch, stride_seq, pairs, stats, dhidden, num_pairs, seq_len,
     hidden_size, METRIC: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    # A row may occur in several pairs: the first slot that names it sums them all, in their
-    # order, and is the only one to write. So it does in _views_backward_kernel.
+    # A row may occur in several pairs: the first slot that names it sums them all, some at once,
+    # and is the only one to write. So it does in _views_backward_kernel.
     num_slots = num_pairs * 2
     b = (tl.program_id(0) // num_slots).to(tl.int64)
     slot = tl.program_id(0) % num_slots
@@ -244,14 +250,18 @@ def _distance_backward_kernel(
         own = tl.load(hidden + index * stride_seq + offs_d, mask=inside, other=0.0).to(tl.float32)
         gradient = tl.zeros([BLOCK_D], tl.float32)
         while occurrences > 0:
-            if _slot_indices(pairs, slot, num_slots) == index:
-                pair, side = slot // 2, slot % 2
-                other_row = hidden + tl.load(pairs + pair * 2 + 1 - side) * stride_seq
-                other = tl.load(other_row + offs_d, mask=inside, other=0.0).to(tl.float32)
-                a, c = _coefficients(stats, pair, side, hidden_size, METRIC)
-                gradient += (a * own - c * other) * tl.load(ddistance + pair)
-                occurrences -= 1
-            slot += 1
+            slots = slot + tl.arange(0, BLOCK_ROWS)
+            same = _slot_indices(pairs, slots, num_slots) == index
+            pair, side = slots // 2, slots % 2
+            there = same[:, None] & inside[None, :]
+            other_row = tl.load(pairs + pair * 2 + 1 - side, mask=same, other=0) * stride_seq
+            other = tl.load(hidden + (other_row[:, None] + offs_d), mask=there, other=0.0)
+            a, c = _coefficients(stats, pair, side, same, hidden_size, METRIC)
+            weight = tl.load(ddistance + pair, mask=same, other=0.0)
+            terms = (a[:, None] * own - c[:, None] * other.to(tl.float32)) * weight[:, None]
+            gradient += tl.sum(tl.where(there, terms, 0.0), axis=0)
+            occurrences -= tl.sum(same.to(tl.int32))
+            slot += BLOCK_ROWS
         row = dhidden + (b * seq_len + index) * hidden_size
         tl.store(row + offs_d, gradient.to(dhidden.dtype.element_ty), mask=inside)
 
@@ -298,7 +308,7 @@ def _views_dot_kernel(dviews, views, dots, hidden_size, BLOCK_D: tl.constexpr):
 @triton.jit(do_not_specialize=["batch", "num_pairs", "seq_len"])
 def _views_backward_kernel(
     dviews, views, squares, dots, pairs, dhidden, batch, num_pairs, seq_len, hidden_size,
-    BLOCK_D: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     num_slots = num_pairs * 2
     b = (tl.program_id(0) // num_slots).to(tl.int64)
@@ -312,15 +322,19 @@ def _views_backward_kernel(
         inside = offs_d < hidden_size
         gradient = tl.zeros([BLOCK_D], tl.float32)
         while occurrences > 0:
-            if _slot_indices(pairs, slot, num_slots) == index:
-                view = (slot % 2 * batch + b) * num_pairs + slot // 2
-                norm = tl.sqrt_rn(tl.load(squares + view))
-                # Below the clamp the norm is a constant; NaN is not.
-                along = tl.where(norm <= EPS, 0.0, tl.load(dots + view))
-                x = tl.load(views + view * hidden_size + offs_d, mask=inside, other=0.0)
-                dx = tl.load(dviews + view * hidden_size + offs_d, mask=inside, other=0.0)
-                gradient += tl.div_rn(dx - along * x, tl.maximum(norm, EPS))
-                occurrences -= 1
-            slot += 1
+            slots = slot + tl.arange(0, BLOCK_ROWS)
+            same = _slot_indices(pairs, slots, num_slots) == index
+            view = (slots % 2 * batch + b) * num_pairs + slots // 2
+            norm = tl.sqrt_rn(tl.load(squares + view, mask=same, other=0.0))
+            # Below the clamp the norm is a constant; NaN is not.
+            along = tl.where(norm <= EPS, 0.0, tl.load(dots + view, mask=same, other=0.0))
+            there = same[:, None] & inside[None, :]
+            offsets = view[:, None] * hidden_size + offs_d
+            x = tl.load(views + offsets, mask=there, other=0.0)
+            dx = tl.load(dviews + offsets, mask=there, other=0.0)
+            terms = tl.div_rn(dx - along[:, None] * x, tl.maximum(norm, EPS)[:, None])
+            gradient += tl.sum(tl.where(there, terms, 0.0), axis=0)
+            occurrences -= tl.sum(same.to(tl.int32))
+            slot += BLOCK_ROWS
         row = dhidden + (b * seq_len + index) * hidden_size
         tl.store(row + offs_d, gradient.to(dhidden.dtype.element_ty), mask=inside)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llmjepa_kernels.ops.common import check_pairs
-from llmjepa_kernels.ops.triton.loss import check_dtype, row_strides
+from llmjepa_kernels.ops.triton.loss import SUM_D, SUM_ROWS, check_dtype, row_strides
 
 BLOCK_D = 1024
 
@@ -45,7 +45,7 @@ def tubes_backward(dvectors: Tensor, tubes: Tensor, seq: int, dtype: torch.dtype
         # A stable sort brings them together, in their order.
         rows, slots = tubes.flatten(1).sort(dim=1, stable=True)
         num_slots = rows.shape[1]
-        _tubes_backward_kernel[(rows.numel(), triton.cdiv(hidden_size, BLOCK_D))](
+        _tubes_backward_kernel[(rows.numel(), triton.cdiv(hidden_size, SUM_D))](
             dvectors,
             rows,
             slots,
@@ -54,7 +54,8 @@ def tubes_backward(dvectors: Tensor, tubes: Tensor, seq: int, dtype: torch.dtype
             seq,
             hidden_size,
             SLOTS=num_slots // (2 * tubes.shape[1]),
-            BLOCK_D=BLOCK_D,
+            BLOCK_D=SUM_D,
+            BLOCK_ROWS=SUM_ROWS,
             enable_fp_fusion=True,
         )
     return dhidden
@@ -89,9 +90,10 @@ def _row_at(rows, place, num_slots):
 @triton.jit(do_not_specialize=["num_slots", "seq_len"])
 def _tubes_backward_kernel(
     dvectors, rows, slots, dhidden, num_slots, seq_len, hidden_size,
-    SLOTS: tl.constexpr, BLOCK_D: tl.constexpr,
+    SLOTS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    # The first of the slots that name a row sums them all, and is the only one to write.
+    # The first of the slots that name a row sums them all, some at once, and is the only one to
+    # write.
     b = (tl.program_id(0) // num_slots).to(tl.int64)
     place = tl.program_id(0) % num_slots
     rows += b * num_slots
@@ -103,11 +105,13 @@ def _tubes_backward_kernel(
         inside = offs_d < hidden_size
         gradient = tl.zeros([BLOCK_D], tl.float32)
         while _row_at(rows, place, num_slots) == row:
-            slot = tl.load(slots + place)
-            vector = dvectors + slot // SLOTS * hidden_size
-            dvector = tl.load(vector + offs_d, mask=inside, other=0.0)
+            places = place + tl.arange(0, BLOCK_ROWS)
+            same = _row_at(rows, places, num_slots) == row
+            slot = tl.load(slots + places, mask=same, other=0)
+            offsets = (slot // SLOTS * hidden_size)[:, None] + offs_d
+            dvector = tl.load(dvectors + offsets, mask=same[:, None] & inside[None, :], other=0.0)
             # A row gains it where it ends a step, and loses it where it starts one.
-            gradient += tl.where(slot % 2 == 1, dvector, -dvector)
-            place += 1
+            gradient += tl.sum(tl.where((slot % 2 == 1)[:, None], dvector, -dvector), axis=0)
+            place += BLOCK_ROWS
         out = dhidden + (b * seq_len + row) * hidden_size
         tl.store(out + offs_d, gradient.to(dhidden.dtype.element_ty), mask=inside)
