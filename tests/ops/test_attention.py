@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 from llmjepa_kernels import BlockMask, view_attention
-from llmjepa_kernels.ops import attention, choice, loss, registry
+from llmjepa_kernels.ops import attention, choice, loss, registry, tubes
 from llmjepa_kernels.ops.dense import visible
 from tests.support.helpers import AttentionCase, random_rows
 
@@ -222,34 +222,41 @@ def test_back_ends_run_on_the_device_of_their_inputs(monkeypatch):
         def __exit__(self, *_):
             entered.pop()
 
+    results = {"attention_backward": 4, "distance_backward": 1, "views_backward": 1}
+    results |= {"tubes_forward": 1, "tubes_backward": 1}
+
     class Backend:
-        @staticmethod
-        def attention_forward(q, *_):
-            seen.append(("forward", *entered))
-            return q, q
+        def __getattr__(self, name):
+            def run(x, *_, **__):
+                seen.append((name, *entered))
+                count = results.get(name, 2)
+                return x if count == 1 else (x,) * count
 
-        @staticmethod
-        def attention_backward(dout, *_):
-            seen.append(("backward", *entered))
-            return dout, dout, dout, None
-
-        @staticmethod
-        def distance_forward(hidden, *_, **__):
-            seen.append(("distance", *entered))
-            return hidden, hidden
+            return run
 
     monkeypatch.setattr(torch.accelerator, "device_index", Guard)
     for module in (choice, loss):
         monkeypatch.setitem(module.BACKENDS, "triton", "fake")
-    monkeypatch.setattr(registry, "_module", {"fake": Backend}.__getitem__)
+    monkeypatch.setitem(tubes.BACKENDS, "triton", "fake")
+    monkeypatch.setattr(registry, "_module", {"fake": Backend()}.__getitem__)
     with FakeTensorMode():
         q = torch.empty(1, 1, 4, 8, device="cuda:1")
         mask = [torch.empty(1, 4, dtype=torch.int32, device="cuda:1")] * 7
         flat = (mask, (4, 4), None, [], None, None, None, 1.0, None, None)
         attention._attention_forward(q, q, q, *flat)
         attention._attention_backward(q, q, q, q, q, q, *flat)
-        loss._pair_distance(q, mask[0], "cosine", "sum", None)
-    assert seen == [("forward", 1), ("backward", 1), ("distance", 1)]
+        pairs = torch.empty(1, 2, 2, dtype=torch.int64, device="cuda:1")
+        steps = torch.empty(1, 2, 2, 3, 2, dtype=torch.int64, device="cuda:1")
+        each = torch.empty(1, 2, device="cuda:1")
+        loss._pair_distance(q, pairs, "cosine", "sum", None)
+        loss._pair_distance_backward(each, q, pairs, q, "cosine", "none", None)
+        loss._pair_views(q, pairs, None)
+        loss._pair_views_backward(q, q, pairs, q, q, None)
+        tubes._tube_vectors(q, steps, None)
+        tubes._tube_vectors_backward(q, steps, 4, torch.float32, None)
+    passes = ("forward", "backward")
+    kinds = ("attention", "distance", "views", "tubes")
+    assert seen == [(f"{kind}_{each}", 1) for kind in kinds for each in passes]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "+".join(o) or "plain")
