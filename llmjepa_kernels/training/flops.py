@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,13 +35,13 @@ class FlopCount:
         apart |= {id(p) for p in pretrained.get_input_embeddings().parameters()}
         view_head = view_head_of(model)
         apart |= set() if view_head is None else {id(p) for p in view_head.parameters()}
-        self.per_token = sum(_passes(p, config) for p in model.parameters() if id(p) not in apart)
-        self.per_label = sum(_passes(p, config) for p in head.parameters())
-        heads = getattr(config, "num_query_heads", None)  # of each layer, OpenELM's
-        if heads is None:
-            heads = [config.num_attention_heads] * config.num_hidden_layers
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.per_seen = 12 * sum(heads) * size
+        # One for each layer, where they may differ and this version of Transformers says so.
+        layers = getattr(config, "per_layer_config", None)
+        layers = layers or [config] * getattr(config, "num_hidden_layers", 0)
+        chosen = getattr(layers[0], "num_experts_per_tok", None) if layers else None
+        self.per_token = sum(_passes(p, chosen) for p in model.parameters() if id(p) not in apart)
+        self.per_label = sum(_passes(p, None) for p in head.parameters())
+        self.per_seen = 12 * _query_width(config, layers)
 
     def __call__(self, batch: Mapping[str, Tensor], num_items: Tensor) -> Tensor:
         """Of one batch with so many supervised tokens, a scalar on its device."""
@@ -55,11 +55,23 @@ class FlopCount:
         )
 
 
-def _passes(parameter: nn.Parameter, config: Any) -> float:
-    """Operations of a weight for a token."""
+def _query_width(config: Any, layers: Sequence[Any]) -> int:
+    """Units of all query heads of all layers; 0 where the configs do not tell."""
+    heads = getattr(config, "num_query_heads", None)
+    if heads is not None:  # of each layer, OpenELM's
+        return sum(heads) * config.head_dim
+    width = 0
+    for layer in layers:
+        count = getattr(layer, "num_attention_heads", None) or 0
+        size = getattr(layer, "head_dim", None) or layer.hidden_size // max(count, 1)
+        width += count * size
+    return width
+
+
+def _passes(parameter: nn.Parameter, chosen: int | None) -> float:
+    """Operations of a weight for a token, which takes so many of a layer's experts."""
     if parameter.dim() < 2:
         return 0.0
-    chosen = getattr(config, "num_experts_per_tok", None)
     # All experts of a layer are one parameter.
     used = chosen / len(parameter) if chosen and parameter.dim() == 3 else 1.0
     return used * parameter.numel() * (4 + 2 * parameter.requires_grad)

@@ -59,7 +59,8 @@ def sigreg(
     normal = torch.exp(-knots.square() / 2)
     # The integrand is even, so the half line counts twice, but for its ends.
     weights = torch.full_like(knots, 2 * LAST_KNOT / (NUM_KNOTS - 1))
-    weights[[0, -1]] /= 2
+    weights[0] /= 2
+    weights[-1] /= 2
     with torch.autocast(states.device.type, enabled=False):
         at = (states @ slices)[..., None] * knots
     waves = torch.stack([at.cos(), at.sin()]) * real[:, None, None]
