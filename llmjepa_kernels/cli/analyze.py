@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -193,7 +194,7 @@ def analyze_model(
         predicted = states(trained, chats, "Pred, Code")
     if predicted is not None and head is not None:
         with torch.no_grad():
-            predicted = head.cpu().float()(*predicted)
+            predicted = deepcopy(head).cpu().float()(*predicted)
     numbers = view_geometry(text, code, predicted)
     with console.status(f"{progress}: t-SNE"):
         places = dict(zip(("text", "code"), embed_views(text, code), strict=True))

@@ -48,6 +48,10 @@ def _by_start(key: str) -> str:
     return f"{FINE_TUNE[key]:g} with --model, else {SCRATCH[key]:g}"
 
 
+def _default(name: str) -> Any:
+    return TrainOptions.__dataclass_fields__[name].default
+
+
 @dataclass(frozen=True)
 class TrainOptions(ModelAndData):
     """What ``llmjepa train`` is asked for; see `Options`."""
@@ -240,18 +244,21 @@ examples:
         False, "let no gradient flow into the predicted view", group=OBJECTIVE
     )
     gather_negatives: bool = option(
-        True, "infonce contrasts with the targets of all processes", group=OBJECTIVE
+        True,
+        "infonce contrasts with the targets of all processes, SIGReg and VICReg are of the pairs "
+        "of all",
+        group=OBJECTIVE,
     )
     sigreg_weight: float = option(
         0.05,
-        "of SIGReg, which keeps the states that are compared apart",
+        "of SIGReg, which keeps the states that are compared apart, see --objective",
         group=OBJECTIVE,
         metavar="WEIGHT",
         range=NOT_NEGATIVE,
     )
     vicreg_weight: float = option(
         1.0,
-        "of VICReg's variance and covariance, which do the same",
+        "of VICReg's variance and covariance, which do the same, see --objective",
         group=OBJECTIVE,
         metavar="WEIGHT",
         range=NOT_NEGATIVE,
@@ -316,7 +323,7 @@ examples:
     )
     weight_warmup: float = option(
         0.0,
-        "fraction of the updates over which both λ grow linearly from 0",
+        "fraction of the updates over which λ of JEPA and of STP grow linearly from 0",
         group=OBJECTIVE,
         metavar="RATE",
         range=FRACTION,
@@ -409,6 +416,22 @@ examples:
                 raise ValueError("--train-samples does not go with --streaming: see --max-steps")
             if self.loss_dropout_per == "step":
                 raise ValueError("--loss-dropout-per step does not go with --streaming")
+        terms = {term for objective in self.objectives for term in objective.split("+")}
+        for flag, given, needed in (
+            ("--stp-weight", self.stp_weight != _default("stp_weight"), {"stp"}),
+            ("--tube-form", self.tube_form != _default("tube_form"), {"stp"}),
+            ("--tube-count", self.tube_count != _default("tube_count"), {"stp"}),
+            ("--tube-max-length", self.tube_max_length is not None, {"stp"}),
+            ("--sigreg-weight", self.sigreg_weight != _default("sigreg_weight"), {"sigreg"}),
+            ("--vicreg-weight", self.vicreg_weight != _default("vicreg_weight"), {"vicreg"}),
+            ("--projector-size", self.projector_size is not None, {"jepa"}),
+            ("--linear-predictor", self.linear_predictor, {"jepa", "stp"}),
+        ):
+            if given and not needed & terms:
+                raise ValueError(
+                    f"{flag} needs an --objective with {' or '.join(sorted(needed))}, got "
+                    f"{' '.join(self.objectives)}"
+                )
         if self.resume and self.overwrite:
             raise ValueError("--resume goes on with what --overwrite deletes: give one of them")
         if self.seeds and len(set(self.seeds)) < len(self.seeds):

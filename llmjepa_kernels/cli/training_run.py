@@ -28,7 +28,7 @@ from llmjepa_kernels.training.checkpoints import saving
 from llmjepa_kernels.training.collator import LLMJEPACollator, chat_tokens
 from llmjepa_kernels.training.loss_dropout import LossDropout
 from llmjepa_kernels.training.trainer import LLMJEPATrainer
-from llmjepa_kernels.training.view_head import add_view_head, view_head_of
+from llmjepa_kernels.training.view_head import add_view_head, remove_view_head, view_head_of
 from llmjepa_kernels.tubes import TubeSampler
 
 VIEW_BATCH_SIZE = 64  # samples whose views are encoded at once
@@ -156,6 +156,7 @@ class TrainingRun:
     def _add_head(self) -> None:
         """Gives the model the `ViewHead` that was asked for, if its losses have a use for any."""
         options, with_pairs = self.options, "jepa" in self.terms
+        remove_view_head(self.start.model)  # of another objective's rehearsal
         projector_size = options.projector_size if with_pairs else None
         predictor = options.linear_predictor and with_pairs
         tube_predictor = options.linear_predictor and "stp" in self.terms
@@ -236,6 +237,10 @@ class TrainingRun:
         cost = tokens / sum(log["tokens_per_step"] / log["relative_cost"] for log in logs)
         steps = [0, *(log["step"] for log in logs)]
         updates = [step - before for before, step in pairwise(steps)]
+
+        def per_update(key: str) -> float:  # those after the last log taken for like the others
+            return sum(n * log[key] for n, log in zip(updates, logs, strict=True)) / sum(updates)
+
         if self.options.streaming:  # whose batches are all full
             batch_size = trainer.get_total_train_batch_size(trainer.args)
             tokens_per_example = tokens / len(logs) / batch_size
@@ -245,11 +250,8 @@ class TrainingRun:
             "loss": logs[-1]["loss"],
             "ntp_loss": logs[-1]["ntp_loss"],
             "relative_cost": cost,
-            "tokens": sum(n * log["tokens_per_step"] for n, log in zip(updates, logs, strict=True)),
-            "flops_per_step": sum(
-                n * log["flops_per_step"] for n, log in zip(updates, logs, strict=True)
-            )
-            / sum(updates),
+            "tokens": trainer.state.global_step * per_update("tokens_per_step"),
+            "flops_per_step": per_update("flops_per_step"),
             "tokens_per_example": tokens_per_example,
             "seconds_per_example": tokens_per_example * seconds / tokens,
         }

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from llmjepa_kernels.hf.patch import pretrained_model
 from llmjepa_kernels.training.view_head import view_head_of
 
+EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "top_k_experts", "num_experts_per_token")
+
 
 class FlopCount:
     """Operations of matrix products in one forward and one backward pass over packed rows.
@@ -38,7 +40,10 @@ class FlopCount:
         # One for each layer, where they may differ and this version of Transformers says so.
         layers = getattr(config, "per_layer_config", None)
         layers = layers or [config] * getattr(config, "num_hidden_layers", 0)
-        chosen = getattr(layers[0], "num_experts_per_tok", None) if layers else None
+        chosen = None
+        if layers:
+            found = (getattr(layers[0], name, None) for name in EXPERTS_PER_TOKEN)
+            chosen = next((count for count in found if count), None)
         self.per_token = sum(_passes(p, chosen) for p in model.parameters() if id(p) not in apart)
         self.per_label = sum(_passes(p, None) for p in head.parameters())
         self.per_seen = 12 * _query_width(config, layers)

@@ -49,6 +49,13 @@ def sigreg(
 
     Source: LeJEPA, arXiv:2511.08544.
     """
+    with torch.autocast(states.device.type, enabled=False):
+        return _sigreg(states, real, seed, num_slices, group)
+
+
+def _sigreg(
+    states: Tensor, real: Tensor, seed: int, num_slices: int, group: ProcessGroup | None
+) -> Tensor:
     states = states.to(torch.promote_types(states.dtype, torch.float32))
     generator = torch.Generator(states.device).manual_seed(seed)
     slices = torch.randn(
@@ -61,8 +68,7 @@ def sigreg(
     weights = torch.full_like(knots, 2 * LAST_KNOT / (NUM_KNOTS - 1))
     weights[0] /= 2
     weights[-1] /= 2
-    with torch.autocast(states.device.type, enabled=False):
-        at = (states @ slices)[..., None] * knots
+    at = (states @ slices)[..., None] * knots
     waves = torch.stack([at.cos(), at.sin()]) * real[:, None, None]
     sums, count = _add_up(waves.sum(dim=1), real, group)
     cosine, sine = sums / count.clamp(min=1)

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -196,9 +197,12 @@ class LLMJEPATrainer(Trainer):
             "compute_metrics": self.compute_metrics,
             "dispatch_batches": self.accelerator.dispatch_batches,
         }
-        if view_head_of(cast(Any, self.model)) is not None:
+        head = view_head_of(cast(Any, self.model))
+        if head is not None:
             unsupported["a ViewHead under FSDP"] = self.is_fsdp_enabled
             unsupported["a ViewHead under DeepSpeed"] = self.is_deepspeed_enabled
+            frozen = [name for name, p in head.named_parameters() if not p.requires_grad]
+            unsupported["a frozen ViewHead (call get_peft_model before add_view_head)"] = frozen
         for name, given in unsupported.items():
             if given:
                 raise ValueError(f"LLMJEPATrainer does not support {name}, got {given!r}")
@@ -332,7 +336,7 @@ class LLMJEPATrainer(Trainer):
     def _warmed_up(self) -> dict[str, Any]:
         """The options of the loss at this update."""
         # Of the same directions in all processes, and after a resume.
-        seed = (self.args.seed << 31) + self.state.global_step
+        seed = Random(f"{self.args.seed},{self.state.global_step}").getrandbits(32)
         updates = self.weight_warmup * self.state.max_steps
         share = min(1.0, (self.state.global_step + 1) / updates) if updates else 1.0
         weights = {name: share * self.loss_options[name] for name in ("jepa_weight", "stp_weight")}
@@ -413,12 +417,21 @@ class LLMJEPATrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """Loads a checkpoint's weights, and those of the view head beside them."""
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        to_train: Any = self.model if model is None else model
-        has_head = view_head_of(to_train) is not None
-        if has_head and load_view_head(to_train, resume_from_checkpoint) is None:
-            raise ValueError(
-                f"{resume_from_checkpoint} has no {HEAD_FILE}, but the model has a ViewHead"
-            )
+        self._load_head(resume_from_checkpoint, self.model if model is None else model)
+
+    def _load_best_model(self):
+        """Loads the best checkpoint's weights, and those of the view head beside them."""
+        super()._load_best_model()
+        self._load_head(self.state.best_model_checkpoint, self.model)
+
+    def _load_head(self, checkpoint: Any, model: Any) -> None:
+        has_head, was_saved = view_head_of(model) is not None, Path(checkpoint, HEAD_FILE).is_file()
+        if has_head and not was_saved:
+            raise ValueError(f"{checkpoint} has no {HEAD_FILE}, but the model has a ViewHead")
+        if was_saved and not has_head:
+            raise ValueError(f"{checkpoint} has a {HEAD_FILE}, but the model has no ViewHead")
+        if has_head:
+            load_view_head(model, checkpoint)
 
     def _save_checkpoint(self, model, trial):
         """Saves a checkpoint, marks it as complete, and only then deletes older ones."""
@@ -484,9 +497,7 @@ class LLMJEPATrainer(Trainer):
         weights = {name.replace("_loss", "_weight"): name for name in MEANS if name != "cosine"}
         loss = sum((self.loss_options[key] or 0) * means[name] for key, name in weights.items())
         metrics = {"loss": loss} | {
-            name: means[name]
-            for name in self._watched
-            if counts[OF.get(name, "items")] or name == "ntp_loss"
+            name: means[name] for name in self._watched if counts[OF.get(name, "items")]
         }
         named = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
         output = output._replace(metrics={**(output.metrics or {}), **named})

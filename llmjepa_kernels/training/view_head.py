@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
 from llmjepa_kernels.checks import check_whole
-from llmjepa_kernels.files import file_of_checkpoint
+from llmjepa_kernels.files import file_of_checkpoint, write_whole
 from llmjepa_kernels.hf.patch import pretrained_model
 
 HEAD_FILE = "view_head.safetensors"
@@ -72,7 +72,7 @@ class ViewHead(nn.Module):
     def save(self, directory: str | PathLike[str]) -> None:
         """Writes ``view_head.safetensors`` into a directory that exists."""
         weights = {key: value.detach().contiguous() for key, value in self.state_dict().items()}
-        save_file(weights, Path(directory) / HEAD_FILE)
+        write_whole(Path(directory) / HEAD_FILE, serialize(weights))
 
 
 def add_view_head(
@@ -94,7 +94,14 @@ def add_view_head(
         model: A causal language model, or a wrapper of one.
         projector_size, predictor, tube_predictor: As in `ViewHead`.
         seed: Of its first weights.
+
+    Raises:
+        ValueError: None of the three is asked for, or `projector_size` is below 1.
     """
+    if projector_size is None and not predictor and not tube_predictor:
+        raise ValueError(
+            "one of projector_size, predictor and tube_predictor must be given, got none of them"
+        )
     pretrained = pretrained_model(model)
     reads_states: Any = pretrained.get_output_embeddings() or pretrained.get_input_embeddings()
     with torch.random.fork_rng(devices=[]):
@@ -113,6 +120,13 @@ def add_view_head(
 def view_head_of(model: nn.Module) -> ViewHead | None:
     """The one that a model was given, if any."""
     return getattr(pretrained_model(model), NAME, None)
+
+
+def remove_view_head(model: nn.Module) -> None:
+    """Takes it away again, if there is one."""
+    pretrained = pretrained_model(model)
+    if view_head_of(pretrained) is not None:
+        delattr(pretrained, NAME)
 
 
 def load_view_head(model: nn.Module, directory: str | PathLike[str]) -> ViewHead | None:

@@ -325,6 +325,10 @@ def test_overlong_example_is_named_by_line(tmp_path, capsys):
         (["--separator", ";"], "--separator is for --format plain"),
         (["--streaming"], "--streaming needs --data"),
         (["--streaming", "--data", "x"], "--streaming needs --max-steps"),
+        (["--objective", "ntp", "--linear-predictor"], "needs an --objective with jepa or stp"),
+        (["--objective", "stp", "--projector-size", 8], "--projector-size needs an --objective"),
+        (["--sigreg-weight", 2], "--sigreg-weight needs an --objective with sigreg, got ntp jepa"),
+        (["--tube-count", 2], "--tube-count needs an --objective with stp, got ntp jepa"),
         (
             ["--streaming", "--data", "x", "--max-steps", 1, "--match", "tokens"],
             "--match tokens does not go with --streaming",

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from llmjepa_kernels import Example, Segment, pack
 from llmjepa_kernels.hf.patch import patch_model
@@ -42,6 +43,49 @@ def test_weights_and_head(family, frozen):
     queries = config.num_attention_heads * config.num_hidden_layers * width
     attention = count(causal, torch.tensor(0)) - count.per_token * 10
     assert attention.item() == pytest.approx(12 * queries * 55)
+
+
+def test_layers_of_different_heads():
+    if "gemma4_text" not in CONFIG_MAPPING:
+        pytest.skip("this version of Transformers has no Gemma 4")
+    config = CONFIG_MAPPING["gemma4_text"](
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        global_head_dim=16,
+        layer_types=["sliding_attention", "full_attention"],
+        vocab_size_per_layer_input=50,
+        hidden_size_per_layer_input=8,
+        pad_token_id=0,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    assert FlopCount(model).per_seen == 12 * 4 * (8 + 16)
+
+
+def test_experts_by_another_name():
+    config = CONFIG_MAPPING["aria_text"](
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        moe_num_experts=8,
+        moe_topk=2,
+        moe_num_shared_experts=1,
+        pad_token_id=0,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    apart = {id(p) for p in (*model.lm_head.parameters(), *model.model.embed_tokens.parameters())}
+    weights = [p for p in model.parameters() if p.dim() > 1 and id(p) not in apart]
+    experts = sum(p.numel() for p in weights if p.dim() == 3)
+    others = sum(p.numel() for p in weights if p.dim() == 2)
+    assert experts > 0
+    assert FlopCount(model).per_token == 6 * (others + experts / 4)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

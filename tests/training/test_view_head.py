@@ -18,6 +18,7 @@ from llmjepa_kernels.training.view_head import (
     HEAD_FILE,
     add_view_head,
     load_view_head,
+    remove_view_head,
     rows_of,
     view_head_of,
 )
@@ -58,8 +59,7 @@ def pair_states(hidden, batch):
     return hidden[row[:, None], batch["view_pairs"][row, pair]].unbind(dim=1)
 
 
-@pytest.mark.parametrize("projector_size", [None, 12])
-@pytest.mark.parametrize("predictor", [False, True])
+@pytest.mark.parametrize(("projector_size", "predictor"), [(None, True), (12, False), (12, True)])
 def test_pairs_are_compared_behind_it(model, chats, projector_size, predictor):
     add_view_head(model, projector_size=projector_size, predictor=predictor)
     output = llm_jepa_loss(model, chats, ntp_weight=0.0, return_views=True)
@@ -160,6 +160,8 @@ def test_what_cannot_be_loaded_is_named(tmp_path, model):
         load_view_head(model, tmp_path)
     with pytest.raises(ValueError, match="projector_size must be"):
         add_view_head(model, projector_size=0)
+    with pytest.raises(ValueError, match="must be given, got none of them"):
+        add_view_head(model)
 
 
 def trainer(model, collator, directory, **options):
@@ -181,9 +183,40 @@ def test_the_trainer_trains_saves_and_resumes_it(tmp_path, caplog):
     trainer(start, collator, tmp_path).train(str(tmp_path / "checkpoint-2"))
     assert torch.equal(parameters(start), parameters(model))
     assert "missing keys" not in caplog.text or "view_head" not in caplog.text
+    modes = {path.stat().st_mode for path in (tmp_path / "checkpoint-4").glob("*.safetensors")}
+    assert len(modes) == 1  # others may read the head if they may read the model
+    remove_view_head(start)
+    with pytest.raises(ValueError, match=f"has a {HEAD_FILE}, but the model has no ViewHead"):
+        trainer(start, collator, tmp_path).train(str(tmp_path / "checkpoint-2"))
+    add_view_head(start, predictor=True, tube_predictor=True)
     (tmp_path / "checkpoint-2" / HEAD_FILE).unlink()
     with pytest.raises(ValueError, match=f"has no {HEAD_FILE}, but the model has a ViewHead"):
         trainer(start, collator, tmp_path).train(str(tmp_path / "checkpoint-2"))
+
+
+def test_the_best_model_comes_with_its_head(tmp_path):
+    model, collator = build(train_tokenizer(ROWS, vocab_size=300))
+    head = add_view_head(model, predictor=True)
+    data = [collator.example(row) for row in ROWS[:16]]
+    steps = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    best = {"metric_for_best_model": "ntp_loss", "greater_is_better": True}  # the first one
+    args = arguments(tmp_path, max_steps=3, load_best_model_at_end=True, **steps, **best)
+    trained = LLMJEPATrainer(model, args, collator, train_dataset=data, eval_dataset=data)
+    trained.train()
+    assert trained.state.best_model_checkpoint.endswith("checkpoint-1")
+    saved = load_file(tmp_path / "checkpoint-1" / HEAD_FILE)
+    assert torch.equal(head.predictor.weight, saved["predictor.weight"])
+
+
+def test_directions_differ_between_seeds_and_updates(tmp_path):
+    """In the low 32 bits, which are all that torch's generator on the CPU takes."""
+    found = set()
+    for seed in range(4):
+        model, collator = build(train_tokenizer(ROWS, vocab_size=300))
+        one = trainer(model, collator, tmp_path, seed=seed)
+        for one.state.global_step in range(3):
+            found.add(one._warmed_up()["slices_seed"] % 2**32)
+    assert len(found) == 12
 
 
 def test_beside_lora(tmp_path):
@@ -200,3 +233,9 @@ def test_beside_lora(tmp_path):
     assert not any("view_head" in key for key in adapter)
     assert (tmp_path / "checkpoint-4" / HEAD_FILE).is_file()
     assert view_head_of(lora.merge_and_unload()) is head
+
+    late, collator = build(train_tokenizer(ROWS, vocab_size=300))
+    add_view_head(late, predictor=True)
+    late = add_lora(late, 4, new_ids=collator.example_format.pred_ids)
+    with pytest.raises(ValueError, match="call get_peft_model before add_view_head"):
+        trainer(late, collator, tmp_path)
