@@ -45,7 +45,8 @@ def write_report(runs: Sequence[dict[str, Any]], directory: Path, about: dict[st
             Trainer; ``cosines``, one per held-out pair of views, maybe empty; and maybe
             ``accuracy_interval``, that of 95 %. Runs of the same name differ in their seed.
         directory: Made if it does not exist.
-        about: ``model``, ``data``, ``options`` and ``versions`` that the numbers depend on.
+        about: ``model``, ``data``, ``options`` and ``versions`` that the numbers depend on; maybe
+            ``remarks``, lines for the reader.
     """
     directory.mkdir(parents=True, exist_ok=True)
     found = compare(runs)
@@ -116,6 +117,7 @@ def notes(runs: Sequence[dict[str, Any]], about: dict[str, Any]) -> list[str]:
             lines.append(f"95 % interval of the held-out accuracy of {title}: {low} to {high}")
     if len(runs) > 1 and len({run["seed"] for run in runs}) == 1:
         lines.append("One seed: --seeds 1 2 3 shows how much of a difference is chance.")
+    lines += about.get("remarks", ())
     lines.append("Numbers vary in their last digits with CPU, threads and versions.")
     lines.append(f"model: {about['model']}, data: {about['data']}")
     lines.append(", ".join(f"{name} {version}" for name, version in about["versions"].items()))
