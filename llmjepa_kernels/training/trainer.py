@@ -164,6 +164,9 @@ class LLMJEPATrainer(Trainer):
                 "gather_negatives must be the process group of data parallelism, or False, where "
                 "tensor parallelism lets processes share a batch; got True"
             )
+        if not self.is_deepspeed_enabled:
+            # Transformers 5.5 has Accelerate divide by them what is normalised over them already.
+            self.accelerator.gradient_accumulation_steps = 1
         # A stream is read by every process; a batch packed by the first could not be cut apart.
         self.accelerator.dataloader_config.dispatch_batches = False
         self._update_sampler: UpdateSampler | None = None
