@@ -9,7 +9,7 @@ from llmjepa_kernels import TubeSampler, llm_jepa_example, llm_jepa_loss, pack, 
 from llmjepa_kernels.packing import with_tubes
 from llmjepa_kernels.training.objective import supervised_positions
 from llmjepa_kernels.tubes import TokenPath
-from tests.support.models import FAMILIES, MIXTURES, tiny_model
+from tests.support.models import BEFORE_5_17, FAMILIES, MIXTURES, tiny_model
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +40,8 @@ def batch():
 @pytest.mark.parametrize("metric", ["cosine", "infonce"])
 @pytest.mark.parametrize("family", [*dict.fromkeys([*FAMILIES, *MIXTURES]), "openelm"])
 def test_no_value_is_looked_at(family, metric, batch):
+    if family == "granitemoe" and BEFORE_5_17:
+        pytest.skip("its own router looks at values there")
     model = tiny_model(family).to("meta")
     if family in MIXTURES or family == "gpt_oss":
         # Transformers' own loop over the experts asks which of them have tokens.
