@@ -23,7 +23,9 @@ FAMILIES = {"gemma3": None, "openelm": None, "llama": "flash"}
 
 def wrap(model, kind):
     if kind == "ddp":
-        return DistributedDataParallel(model)
+        # Gemma 3 of Transformers 5.5 has its frequencies in another order in each process, where
+        # this would exchange them.
+        return DistributedDataParallel(model, broadcast_buffers=False)
     if kind == "fsdp checkpointed":
         checkpoint_activations(model)
     dtype = torch.bfloat16 if kind == "fsdp bfloat16" else None
