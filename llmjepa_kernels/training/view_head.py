@@ -96,13 +96,19 @@ def add_view_head(
         seed: Of its first weights.
 
     Raises:
-        ValueError: None of the three is asked for, or `projector_size` is below 1.
+        ValueError: None of the three is asked for, `projector_size` is below 1, or the model has no
+            language model head.
     """
     if projector_size is None and not predictor and not tube_predictor:
         raise ValueError(
             "one of projector_size, predictor and tube_predictor must be given, got none of them"
         )
     pretrained = pretrained_model(model)
+    if pretrained.base_model is pretrained:
+        raise ValueError(
+            f"model must be a causal language model, got {type(pretrained).__name__}, which is the "
+            "part of one that llm_jepa_loss does not look at"
+        )
     reads_states: Any = pretrained.get_output_embeddings() or pretrained.get_input_embeddings()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)

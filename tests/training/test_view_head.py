@@ -160,6 +160,8 @@ def test_what_cannot_be_loaded_is_named(tmp_path, model):
         load_view_head(model, tmp_path)
     with pytest.raises(ValueError, match="projector_size must be"):
         add_view_head(model, projector_size=0)
+    with pytest.raises(ValueError, match="must be a causal language model, got LlamaModel"):
+        add_view_head(model.model, predictor=True)
     with pytest.raises(ValueError, match="must be given, got none of them"):
         add_view_head(model)
 
