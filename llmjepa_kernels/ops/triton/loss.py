@@ -13,7 +13,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 BLOCK_D = 1024
 BLOCK_SLOTS = 64  # pair sides compared at once when looking for repeated indices
 # The tile of a sum over the pairs that share a row: pairs and columns at once.
-SUM_ROWS, SUM_D = 8, 512
+SUM_ROWS, SUM_D = 8, 256
 
 EPS = tl.constexpr(1e-8)  # as torch.nn.functional.cosine_similarity
 
