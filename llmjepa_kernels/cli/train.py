@@ -88,11 +88,10 @@ def train(options: TrainOptions) -> None:
     if is_main and (options.dry_run or options.streaming):
         print_left_out(data.left_out)
     if options.dry_run:
-        for record in records[: len(options.objectives)]:
-            own = options_of[record.name]
-            run = TrainingRun(own, data, rule, record, first, terms_of(record.name))
-            if is_main:
-                print(rehearsal(run, training_arguments(own, options.output_dir, seeds[0])))
+        for run in runs if is_main else ():
+            own = options_of[run.record.name]
+            matched = replace(run, options=own)
+            print(rehearsal(matched, training_arguments(own, options.output_dir, seeds[0])))
         return
     # The main process alone writes; the others agree with it on what is finished already.
     with only_process(options.output_dir) if is_main else nullcontext():

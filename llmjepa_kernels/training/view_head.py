@@ -168,7 +168,10 @@ def load_view_head(model: nn.Module, directory: str | PathLike[str]) -> ViewHead
 
 
 def rows_of(hidden: Tensor, index: Tensor) -> Tensor:
-    """The states of tokens, as a look-up of embeddings: its backward is deterministic.
+    """The states of tokens, of which some may be named often.
+
+    A look-up of embeddings, whose backward adds repeated rows in the same order every time; that of
+    `gather_tokens` does so only where none is repeated, as in the head.
 
     Args:
         hidden: (batch, seq, hidden_size).

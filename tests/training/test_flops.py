@@ -13,6 +13,10 @@ from tests.support.helpers import random_examples
 from tests.support.models import FAMILIES, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+SMALL = {
+    **{"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0},
+}
 PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm)  # of weights; attention's are bmm
 
 
@@ -49,18 +53,12 @@ def test_layers_of_different_heads():
     if not hasattr(LlamaConfig(), "per_layer_config"):
         pytest.skip("this version of Transformers does not say where layers differ")
     config = CONFIG_MAPPING["gemma4_text"](
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        **SMALL,
         head_dim=8,
         global_head_dim=16,
         layer_types=["sliding_attention", "full_attention"],
         vocab_size_per_layer_input=50,
         hidden_size_per_layer_input=8,
-        pad_token_id=0,
     )
     model = AutoModelForCausalLM.from_config(config)
     assert FlopCount(model).per_seen == 12 * 4 * (8 + 16)
@@ -68,16 +66,10 @@ def test_layers_of_different_heads():
 
 def test_experts_by_another_name():
     config = CONFIG_MAPPING["aria_text"](
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        **SMALL,
         moe_num_experts=8,
         moe_topk=2,
         moe_num_shared_experts=1,
-        pad_token_id=0,
     )
     model = AutoModelForCausalLM.from_config(config)
     apart = {id(p) for p in (*model.lm_head.parameters(), *model.model.embed_tokens.parameters())}
