@@ -151,7 +151,7 @@ def format_accuracies(results: dict[str, dict[str, Accuracy]], split: Split | No
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("checkpoint", overflow="fold")
     table.add_column("samples" if split is None else f"samples, split {split}")
-    for header in ("accuracy", "95 % interval", "correct"):
+    for header in ("accuracy", "95 % interval", "correct", "do not end"):
         table.add_column(header, justify="right")
     for name, parts in results.items():
         for part, accuracy in parts.items():
@@ -162,6 +162,7 @@ def format_accuracies(results: dict[str, dict[str, Accuracy]], split: Split | No
                 f"{accuracy.value:.1%}" if accuracy.total else "-",
                 f"{low:.1%} to {high:.1%}" if accuracy.total else "-",
                 f"{accuracy.correct} / {accuracy.total}",
+                str(accuracy.unfinished),
             )
     return plain_text(table)
 
@@ -171,6 +172,7 @@ def _as_json(found: dict[str, Accuracy]) -> dict[str, dict[str, Any]]:
         part: {
             "correct": accuracy.correct,
             "total": accuracy.total,
+            "unfinished": accuracy.unfinished,
             "accuracy": accuracy.value if accuracy.total else None,
             "interval_95": accuracy.interval(),
         }

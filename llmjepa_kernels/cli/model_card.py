@@ -20,6 +20,7 @@ RECORDED = ("options", "result")
 METRICS = {
     "accuracy": "accuracy on held-out data",
     "ood_accuracy": "accuracy out of distribution",
+    "unfinished": "answers to held-out data that do not end",
     "eval_ntp_loss": "next-token loss on held-out data",
     "ntp_loss": "last next-token loss in training",
     "pair_cosine": "cosine of prediction and target, held out",

@@ -184,8 +184,12 @@ class PredictionFile:
         sample = self._samples[index]
         if texts["answer"] != answer_of(sample):
             raise ValueError(f"answer must be that of sample {index}, got {texts['answer']!r}")
+        finished = values.get("finished")
+        if not isinstance(finished, bool):
+            raise ValueError(f"finished must be true or false, got {finished!r}")
         correct = self._rule.is_correct(texts["completion"], sample)
-        return texts.pop("checkpoint"), Prediction(index=index, **texts, correct=correct)
+        name = texts.pop("checkpoint")
+        return name, Prediction(index=index, **texts, correct=correct, finished=finished)
 
     def _write_report(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

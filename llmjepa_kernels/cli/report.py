@@ -26,6 +26,7 @@ ROWS = (
     ("eval_vicreg_loss", "held-out VICReg loss", ".4f"),
     ("accuracy", "held-out accuracy", ".1%"),
     ("ood_accuracy", "  out of distribution", ".1%"),
+    ("unfinished", "answers that do not end", ".1%"),
     ("view_cosine", "cosine of Text and Code", ".3f"),
     ("pair_cosine", "cosine of Pred and Code", ".3f"),
     ("tokens_per_example", "tokens / example", ".1f"),

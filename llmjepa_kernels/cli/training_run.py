@@ -18,9 +18,9 @@ from llmjepa_kernels.cli.run_record import RunRecord
 from llmjepa_kernels.cli.starting_point import StartingPoint
 from llmjepa_kernels.cli.train_options import TrainOptions
 from llmjepa_kernels.cli.training_arguments import training_arguments
-from llmjepa_kernels.cli.training_data import LeftOut, TrainingData
+from llmjepa_kernels.cli.training_data import LeftOut, Part, TrainingData
 from llmjepa_kernels.evaluation.geometry import view_states
-from llmjepa_kernels.evaluation.predict import Accuracy, predict
+from llmjepa_kernels.evaluation.predict import Accuracy, accuracy, predict
 from llmjepa_kernels.evaluation.rules import Rule
 from llmjepa_kernels.files import share_as_umask_says
 from llmjepa_kernels.packing import pack
@@ -89,12 +89,14 @@ class TrainingRun:
             metrics["pair_cosine"] = mean(cosines)
             views = replace(self.start.example_format, pred_ids=())
             metrics["view_cosine"] = mean(self._pair_cosines(model, views, "cosines of views"))
-        metrics |= self._accuracies(model)
         result = {"metrics": metrics, "history": history, "cosines": cosines}
-        if "accuracy" in metrics:
-            total = len(self.data.held_out)
-            found = Accuracy(round(metrics["accuracy"] * total), total)
+        found = self._accuracy(model, self.data.held_out, "accuracy")
+        if found.total:
+            metrics |= {"accuracy": found.value, "unfinished": found.unfinished / found.total}
             result["accuracy_interval"] = found.interval()
+        found = self._accuracy(model, self.data.out_of_distribution, "accuracy out of distribution")
+        if found.total:
+            metrics["ood_accuracy"] = found.value
         return self.record.finish(result)
 
     @property
@@ -276,16 +278,14 @@ class TrainingRun:
                 predictors, targets = head(predictors.to(weights), targets.to(weights))
         return cosine_similarity(predictors, targets).tolist()
 
-    def _accuracies(self, model: Any) -> dict[str, float]:
-        metrics = {}
+    def _accuracy(self, model: Any, part: Part, name: str) -> Accuracy:
+        """Of the answers to a part of the held-out data; of nothing where it has no samples."""
+        if not part.samples:
+            return Accuracy(0, 0)
         tokenizer, example_format = self.start.tokenizer, self.start.example_format
-        parts = {"accuracy": self.data.held_out, "ood_accuracy": self.data.out_of_distribution}
-        for key, part in parts.items():
-            if part.samples:
-                batches = predict(model, tokenizer, part.samples, example_format, self.rule)
-                found = counted(batches, key.replace("_", " "), len(part.samples))
-                metrics[key] = mean(each.correct for batch in found for each in batch)
-        return metrics
+        batches = predict(model, tokenizer, part.samples, example_format, self.rule)
+        found = counted(batches, name, len(part.samples))
+        return accuracy([each for batch in found for each in batch])
 
 
 def print_left_out(left_out: LeftOut) -> None:

@@ -33,6 +33,7 @@ class Prediction:
         answer: The sample's own answer.
         completion: The model's.
         correct: Whether the completion is right by the rule.
+        finished: Whether the model ended it; False where it was cut, see `max_new_tokens`.
     """
 
     index: int
@@ -40,14 +41,16 @@ class Prediction:
     answer: str
     completion: str
     correct: bool
+    finished: bool
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Correct answers out of a total."""
+    """Correct answers out of a total, and those that the model did not end."""
 
     correct: int
     total: int
+    unfinished: int = 0
 
     @property
     def value(self) -> float:
@@ -177,10 +180,12 @@ def predict(
         )
         predictions = []
         for i, ids in zip(batch, generated, strict=True):
+            finished = ids[-1] in stops
             if rule.choices:
-                completion = choice_ids[ids[0]]
+                completion, finished = choice_ids[ids[0]], True
             else:
-                completion = cast(str, tokenizer.decode(ids, skip_special_tokens=True))
+                answer = ids[:-1] if finished else ids
+                completion = cast(str, tokenizer.decode(answer, skip_special_tokens=True))
             predictions.append(
                 Prediction(
                     index=i,
@@ -188,6 +193,7 @@ def predict(
                     answer=answer_of(samples[i]),
                     completion=completion,
                     correct=rule.is_correct(completion, samples[i]),
+                    finished=finished,
                 )
             )
         yield predictions
@@ -218,15 +224,24 @@ def accuracies(
         predictions: Of some or all of the samples.
         samples: What `evaluate` got.
     """
-    correct: dict[str, list[bool]] = {"all": []}
+    parts: dict[str, list[Prediction]] = {"all": []}
     if split is not None:
-        correct |= {"in_distribution": [], "out_of_distribution": []}
+        parts |= {"in_distribution": [], "out_of_distribution": []}
     for prediction in predictions:
-        correct["all"].append(prediction.correct)
+        parts["all"].append(prediction)
         if split is not None:
             out = split.is_out_of_distribution(samples[prediction.index])
-            correct["out_of_distribution" if out else "in_distribution"].append(prediction.correct)
-    return {name: Accuracy(sum(found), len(found)) for name, found in correct.items()}
+            parts["out_of_distribution" if out else "in_distribution"].append(prediction)
+    return {name: accuracy(found) for name, found in parts.items()}
+
+
+def accuracy(predictions: Sequence[Prediction]) -> Accuracy:
+    """That of all of them together."""
+    return Accuracy(
+        correct=sum(each.correct for each in predictions),
+        total=len(predictions),
+        unfinished=sum(not each.finished for each in predictions),
+    )
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example]) -> set[int]:
@@ -274,7 +289,10 @@ def _generate(
     max_new_tokens: int,
     allowed_ids: list[int],
 ) -> list[list[int]]:
-    """The most likely next tokens of one batch, up to a stop token; of `allowed_ids`, if any."""
+    """The most likely next tokens of one batch, up to a stop token and with it.
+
+    Of `allowed_ids`, if any.
+    """
     stop_ids = sorted(set(stop_ids))
     pad_token_id = tokenizer.pad_token_id
     if pad_token_id is None:
@@ -305,7 +323,7 @@ def _generate(
     answers = []
     for tokens in generated[:, width:].tolist():
         end = next((n for n, token in enumerate(tokens) if token in stop_ids), len(tokens))
-        answers.append(tokens[:end])
+        answers.append(tokens[: end + 1])
     return answers
 
 

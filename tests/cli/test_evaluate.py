@@ -92,10 +92,13 @@ def test_table_and_files(command, checkpoint, monkeypatch):
     assert status == 0
     rows = [line.split() for line in printed.out.splitlines()[:-1] if name in line.split()]
     assert printed.out.splitlines()[-1] == f"next: llmjepa generate {name}"
-    assert [row[-4:] for row in rows] == [["76.3%", "5", "/", "10"]] * 2 + [["-", "0", "/", "0"]]
+    # None of its answers ends by itself, but they are cut where the right ones end.
+    right = ["76.3%", "5", "/", "10", "10"]
+    assert [row[-5:] for row in rows] == [right, right, ["-", "0", "/", "0", "0"]]
     found = sorted(lines(output), key=lambda line: line["index"])
     assert [line["index"] for line in found] == list(range(COUNT))
     assert [line["correct"] for line in found] == [False, True] * 5
+    assert not any(line["finished"] for line in found)
     assert {line["checkpoint"] for line in found} == {name}
     assert all(line["completion"] == line["answer"] for line in found[1::2])
     assert all(line["prompt"].endswith("<|assistant|>") for line in found)
@@ -106,6 +109,7 @@ def test_table_and_files(command, checkpoint, monkeypatch):
     assert result["accuracy"]["out_of_distribution"] == {
         "correct": 0,
         "total": 0,
+        "unfinished": 0,
         "accuracy": None,
         "interval_95": [0.0, 1.0],
     }
@@ -115,7 +119,7 @@ def test_built_in_data_reach_what_a_split_asks_for(checkpoint, monkeypatch, caps
     monkeypatch.chdir(checkpoint.parent)
     options = ["--split", "depth:2", "--samples", "30", "--max-new-tokens", "1"]
     assert cli.main(["evaluate", checkpoint.name, *options]) == 0
-    counts = [int(line.split()[-1]) for line in capsys.readouterr().out.splitlines()[2:-1]]
+    counts = [int(line.split()[-2]) for line in capsys.readouterr().out.splitlines()[2:-1]]
     assert counts[0] == 30 == counts[1] + counts[2]
     assert min(counts) > 5
 

@@ -61,15 +61,13 @@ def with_answers(samples, answers):
 
 
 @torch.no_grad()
-def argmax_completion(model, tokenizer, prompt) -> str:
-    """One token after the other, without cache, batch and padding."""
-    ids = list(prompt)
-    for _ in range(MAX_NEW_TOKENS):
-        token = int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
-        if token == tokenizer.eos_token_id:
-            break
-        ids.append(token)
-    return tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
+def argmax_completion(model, tokenizer, prompt) -> tuple[str, bool]:
+    """One token after the other, without cache, batch and padding; and whether it ends."""
+    ids, finished = list(prompt), False
+    while not finished and len(ids) < len(prompt) + MAX_NEW_TOKENS:
+        ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        finished = ids[-1] == tokenizer.eos_token_id
+    return tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True), finished
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
@@ -82,7 +80,8 @@ def test_predictions_are_the_argmax(model, tokenizer, samples, batch_size, templ
     )
     prompts = [example_format.prompt(sample, tokenizer) for sample in samples]
     assert len({len(prompt) for prompt in prompts}) > 2  # so that there is padding
-    expected = [argmax_completion(model, tokenizer, prompt) for prompt in prompts]
+    answers = [argmax_completion(model, tokenizer, prompt) for prompt in prompts]
+    expected, finished = [completion for completion, _ in answers], [end for _, end in answers]
     assert len(set(expected)) > 2
     # What a model's own configuration asks for must not bend it.
     model.generation_config.update(do_sample=True, temperature=9.0, repetition_penalty=5.0)
@@ -96,6 +95,7 @@ def test_predictions_are_the_argmax(model, tokenizer, samples, batch_size, templ
         batch_size=batch_size,
     )
     assert [p.completion for p in found] == expected
+    assert [p.finished for p in found] == finished
     assert [p.index for p in found] == list(range(6))
     assert [p.correct for p in found] == [False, True] * 3
     assert [p.answer for p in found] == [s["messages"][-1]["content"] for s in mixed]
@@ -123,7 +123,9 @@ class Parrot(torch.nn.Module):
 
 def test_whole_answers_are_compared_up_to_the_stop_token(tokenizer, samples):
     parrot = Parrot(tokenizer, samples[0]["messages"][-1]["content"])
-    assert [p.correct for p in evaluate(parrot, tokenizer, samples)] == [True] + [False] * 5
+    found = evaluate(parrot, tokenizer, samples)
+    assert [p.correct for p in found] == [True] + [False] * 5
+    assert all(p.finished for p in found)
     assert parrot.training  # as before
     lengths = [len(tokenizer(s["messages"][-1]["content"])["input_ids"]) for s in samples]
     # The longest answer with the end of its turn, and one more.
@@ -215,10 +217,12 @@ def test_nothing_has_no_accuracy():
 
 def test_accuracies_in_and_out_of_distribution(samples):
     answered = with_answers(samples, ["a", "abc", "b", "abcd", "c", "abcde"])
-    predictions = [Prediction(i, "", "", "", correct=i in (0, 2, 3)) for i in (5, 3, 2, 0)]
-    assert accuracies(predictions, answered) == {"all": Accuracy(3, 4)}
+    predictions = [
+        Prediction(i, "", "", "", correct=i in (0, 2, 3), finished=i != 5) for i in (5, 3, 2, 0)
+    ]
+    assert accuracies(predictions, answered) == {"all": Accuracy(3, 4, unfinished=1)}
     assert accuracies(predictions, answered, Split.parse("length:2")) == {
-        "all": Accuracy(3, 4),
+        "all": Accuracy(3, 4, unfinished=1),
         "in_distribution": Accuracy(2, 2),
-        "out_of_distribution": Accuracy(1, 2),
+        "out_of_distribution": Accuracy(1, 2, unfinished=1),
     }
