@@ -44,8 +44,8 @@ class RunRecord:
 
         Raises:
             ValueError: Without `resume` and `overwrite`, there is an earlier run; with `resume`,
-                that run had other options, or is to be longer and has no checkpoint, or its record
-                is corrupt.
+                that run had other options or was of a version with others, or is to be longer and
+                has no checkpoint, or its record is corrupt.
         """
         if not resume:
             if not overwrite and (found := self._leftovers()):
@@ -63,8 +63,14 @@ class RunRecord:
         except (ValueError, LookupError, TypeError) as error:
             raise ValueError(f"{path} is no record of a run: {error!r}") from error
         now = json.loads(json.dumps(self.options, default=str))
-        changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
-        if changed and all(_is_longer(k, before.get(k), now.get(k)) for k in changed):
+        if unknown := sorted(before.keys() ^ now.keys()):
+            raise ValueError(
+                f"--resume: the run in {self.directory} is of another version of llmjepa_kernels, "
+                f"with other options than this one: {', '.join(unknown)}; choose another "
+                "--output-dir"
+            )
+        changed = sorted(k for k in now if before[k] != now[k])
+        if changed and all(_is_longer(k, before[k], now[k]) for k in changed):
             if self.checkpoint()[0] is None:
                 raise ValueError(
                     f"--resume: the run in {self.directory} has no checkpoint to go on from to "
@@ -75,7 +81,7 @@ class RunRecord:
         if changed:
             raise ValueError(
                 f"--resume: the run in {self.directory} had other options: "
-                + ", ".join(f"{k} {before.get(k)!r}, now {now.get(k)!r}" for k in changed)
+                + ", ".join(f"{k} {before[k]!r}, now {now[k]!r}" for k in changed)
                 + "; choose another --output-dir"
             )
         self.result = result

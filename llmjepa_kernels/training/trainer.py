@@ -499,9 +499,8 @@ class LLMJEPATrainer(Trainer):
         }
         weights = {name.replace("_loss", "_weight"): name for name in MEANS if name != "cosine"}
         loss = sum((self.loss_options[key] or 0) * means[name] for key, name in weights.items())
-        metrics = {"loss": loss} | {
-            name: means[name] for name in self._watched if counts[OF.get(name, "items")]
-        }
+        seen = {name: means[name] for name in self._watched if counts[OF.get(name, "items")]}
+        metrics = {"loss": loss, **seen} if seen else {}
         named = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
         output = output._replace(metrics={**(output.metrics or {}), **named})
         if self._started is not None:

@@ -391,6 +391,9 @@ def test_resume_refuses_other_options(miniature, capsys):
     record.write_text(before.replace('"processes": 1', '"processes": 2'))
     assert run(*options) == 2
     assert "processes 2, now 1" in capsys.readouterr().err
+    record.write_text(before.replace('"jepa_weight"', '"lambda"'))
+    assert run(*options) == 2
+    assert "with other options than this one: jepa_weight, lambda;" in capsys.readouterr().err
     record.write_text(before)
 
 

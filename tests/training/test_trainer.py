@@ -324,6 +324,17 @@ def test_evaluation_is_a_mean_over_the_whole_set(tokenizer, tmp_path, metric):
     assert predicted.metrics["test_loss"] == metrics["eval_loss"]
 
 
+def test_evaluation_leaves_out_the_losses_of_what_is_not_there(tokenizer, tmp_path):
+    model, collator = build(tokenizer)
+    plain = [without_views(collator.example(row)) for row in ROWS[:3]]
+    trainer = LLMJEPATrainer(model, arguments(tmp_path), collator)
+    metrics = trainer.evaluate(plain)
+    assert metrics["eval_loss"] == metrics["eval_ntp_loss"] > 0
+    assert not {"eval_jepa_loss", "eval_cosine"} & metrics.keys()
+    nothing = trainer.evaluate([])  # a loss of 0 would pass for the best checkpoint
+    assert not {"eval_loss", "eval_ntp_loss", "eval_jepa_loss"} & nothing.keys()
+
+
 def test_evaluation_during_training_is_not_logged_as_training(tokenizer, tmp_path):
     losses = []
     for strategy in ("no", "steps"):
