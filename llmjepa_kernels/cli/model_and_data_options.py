@@ -9,6 +9,7 @@ from llmjepa_kernels.cli.shared_options import (
     EVAL_SAMPLES,
     databases_option,
     dtype_option,
+    load_in_option,
     recipe_option,
     rule_option,
     split_option,
@@ -95,6 +96,7 @@ class ModelAndData(Options):
         default_is=f"{VOCAB_MULTIPLE} on a GPU, else no padding",
     )
     dtype: str = dtype_option(TRAINABLE_DTYPES, MODEL)
+    load_in: str | None = load_in_option(MODEL)
     trust_remote_code: bool = trust_option(MODEL)
     recipe: str | None = recipe_option(DATA)
     rule: str | None = rule_option(DATA)

@@ -104,10 +104,11 @@ def dtype_option(choices: Iterable[str], group: str | None = None) -> Any:
     return option("float32", "of the weights", group=group, choices=choices)
 
 
-def load_in_option() -> Any:
+def load_in_option(group: str | None = None) -> Any:
     return option(
         None,
         "quantise the weights with bitsandbytes; --dtype is then that of products",
+        group=group,
         choices=QUANTIZATIONS,
         default_is="they stay whole",
     )

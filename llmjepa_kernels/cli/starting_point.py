@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import set_seed
 
 from llmjepa_kernels.cli.fingerprints import weights_fingerprint
@@ -22,6 +23,7 @@ from llmjepa_kernels.data.predictor_tokens import (
 from llmjepa_kernels.data.tokenizer import train_tokenizer
 from llmjepa_kernels.evaluation.predict import max_positions
 from llmjepa_kernels.hf import load as models
+from llmjepa_kernels.hf.dtypes import weight_shape
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class StartingPoint:
 
     def count_parameters(self) -> tuple[int, int]:
         """All of them, and those that are trained."""
-        sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
+        parameters = list(self.model.parameters())
+        sizes = [(weight_shape(p).numel(), p.requires_grad) for p in parameters]
         return sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
 
 
@@ -60,6 +63,7 @@ def starting_point(
 
     Raises:
         ValueError: The tokenizer has no chat template, but is asked for it.
+        ImportError: It is to be quantised, and bitsandbytes is not installed.
         OSError: The model is not there.
     """
     set_seed(seed)
@@ -69,7 +73,11 @@ def starting_point(
         models.cast_weights(model, options.dtype)
     else:
         model, tokenizer = models.load_pretrained(
-            str(options.model), options.dtype, trust_remote_code=options.trust_remote_code
+            str(options.model),
+            options.dtype,
+            load_in=options.load_in,
+            device=PartialState().device if options.load_in else None,
+            trust_remote_code=options.trust_remote_code,
         )
         weights = weights_fingerprint(model)
     if options.template == "chat" and not tokenizer.chat_template:

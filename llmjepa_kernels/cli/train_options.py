@@ -383,6 +383,8 @@ examples:
         super().check()
         if self.lora_rank is not None and self.random_weights:
             raise ValueError("--lora-rank adapts a trained --model, not random weights")
+        if self.load_in is not None and self.lora_rank is None:
+            raise ValueError("--load-in needs --lora-rank: quantised weights are not trained")
         if self.template == "plain" and self.layout != "shared":
             raise ValueError(f"--format plain has the shared --layout only, got {self.layout}")
         for flag, changed in (

@@ -212,16 +212,18 @@ class TrainingRun:
     def _save(self, trainer: LLMJEPATrainer) -> Any:
         """A checkpoint for ``AutoModelForCausalLM.from_pretrained``, LoRA merged into it.
 
+        An adapter of quantised weights stays one, which is for the whole weights as well.
+
         Returns:
             The model in it; in the main process only.
         """
         directory = Path(str(trainer.args.output_dir))
-        with_lora = self.options.lora_rank is not None
-        trainer.save_model(str(directory / "adapter" if with_lora else directory))
+        merged = self.options.lora_rank is not None and self.options.load_in is None
+        trainer.save_model(str(directory / "adapter" if merged else directory))
         if not trainer.is_world_process_zero():
             return None
         model = trainer.accelerator.unwrap_model(trainer.model)
-        if with_lora:
+        if merged:
             model = model.merge_and_unload()
             model.save_pretrained(directory)
             if (head := view_head_of(model)) is not None:

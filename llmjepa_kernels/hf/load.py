@@ -285,17 +285,20 @@ def add_lora(model: Any, rank: int, *, new_ids: Sequence[int] = ()) -> Any:
     The embedding rows of new tokens are trained, and tied weights stay tied.
 
     Args:
-        model: A causal language model of Transformers.
+        model: A causal language model of Transformers. What is not quantised of one that is, such
+            as its embeddings, is cast to float32 (QLoRA, arXiv:2305.14314).
         rank: r ≥ 1.
         new_ids: From `add_predictor_tokens`, and a separator if it is new.
 
     Returns:
         A PEFT model around `model`.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
+    if getattr(model, "is_quantized", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmjepa_kernels.hf.dtypes import weight_shape
 from llmjepa_kernels.hf.patch import pretrained_model
 from llmjepa_kernels.training.view_head import view_head_of
 
@@ -75,8 +76,9 @@ def _query_width(config: Any, layers: Sequence[Any]) -> int:
 
 def _passes(parameter: nn.Parameter, chosen: int | None) -> float:
     """Operations of a weight for a token, which takes so many of a layer's experts."""
-    if parameter.dim() < 2:
+    shape = weight_shape(parameter)
+    if len(shape) < 2:
         return 0.0
     # All experts of a layer are one parameter.
-    used = chosen / len(parameter) if chosen and parameter.dim() == 3 else 1.0
-    return used * parameter.numel() * (4 + 2 * parameter.requires_grad)
+    used = chosen / shape[0] if chosen and len(shape) == 3 else 1.0
+    return used * shape.numel() * (4 + 2 * parameter.requires_grad)

@@ -13,6 +13,8 @@ from llmjepa_kernels.cli import main as cli
 from llmjepa_kernels.data import grammar
 from llmjepa_kernels.data.tokenizer import train_tokenizer
 from llmjepa_kernels.hf import load as models
+from llmjepa_kernels.training.collator import LLMJEPACollator
+from llmjepa_kernels.training.flops import FlopCount
 
 # The relative error of logits: a product of rows in 8 bits has some 1 / 127 of noise per layer,
 # NF4 has 16 values for a normal distribution, a tenth of its deviation from one to the next.
@@ -61,3 +63,35 @@ def test_commands(checkpoints, tmp_path, load_in):
     options = ["--samples", "4", "--output-dir", str(tmp_path)]
     assert cli.main(["analyze", name, *options, *how]) == 0
     assert cli.main(["generate", name, "--prompt", "a", "--max-new-tokens", "2", *how]) == 0
+
+
+@pytest.mark.parametrize("load_in", NOISE)
+def test_qlora(checkpoints, tmp_path, load_in, capsys):
+    """Adapters of a quantised model are trained, resumed, and taken by the other commands."""
+    options = ["--model", str(checkpoints / "model"), "--lora-rank", "4", "--load-in", load_in]
+    options += ["--learning-rate", "1e-2", "--train-samples", "32", "--eval-samples", "4"]
+    options += ["--batch-size", "8", "--save-steps", "4", "--output-dir", str(tmp_path)]
+    assert cli.main(["train", *options, "--epochs", "1"]) == 0
+    whole, _ = models.load_pretrained(str(checkpoints / "model"))
+    assert f"{sum(p.numel() for p in whole.parameters()) / 1e6:.1f} M parameters" in (
+        capsys.readouterr().out
+    )
+    assert cli.main(["train", *options, "--epochs", "2", "--resume"]) == 0
+    (run,) = json.loads((tmp_path / "report.json").read_text())["runs"]
+    losses = [log["ntp_loss"] for log in run["history"] if "ntp_loss" in log]
+    assert losses[-1] < losses[0] - 0.5
+    adapter = str(tmp_path / "llm-jepa")
+    assert models.is_adapter(adapter)
+    assert cli.main(["evaluate", adapter, "--samples", "2", "--load-in", load_in]) == 0
+    assert cli.main(["export", adapter, str(tmp_path / "exported"), "--merge"]) == 0
+
+
+@pytest.mark.parametrize("load_in", NOISE)
+def test_flops_are_those_of_the_whole_weights(checkpoints, load_in):
+    tokenizer = models.load_tokenizer(str(checkpoints / "model"))
+    batch = LLMJEPACollator(tokenizer)(grammar.generate(3, seed=4))
+    counts = []
+    for how in (None, load_in):
+        model, _ = models.load_pretrained(str(checkpoints / "model"), load_in=how)
+        counts.append(FlopCount(model.requires_grad_(False))(batch, torch.tensor(30.0)))
+    assert counts[0] == counts[1]
