@@ -5,6 +5,7 @@ tests run natively and those marked `gpu` add what only a GPU can show.
 """
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -91,8 +92,10 @@ def test_tiles_that_subdivide_the_mask_block(tile, window, seq, monkeypatch):
     check(case, block_size=(64, 64))
 
 
-@pytest.mark.parametrize(("seq", "block"), [(60, 256), (130, 512)])
-def test_nothing_past_the_statistics_of_a_row_is_read(seq, block, monkeypatch):
+@pytest.mark.parametrize(
+    ("seq", "block", "window"), [(60, 256, None), (130, 512, None), (600, 256, 100)]
+)
+def test_nothing_past_the_statistics_of_a_row_is_read(seq, block, window, monkeypatch):
     statistics = triton_attention._row_statistics
 
     def with_nan_behind(*arguments):
@@ -105,8 +108,13 @@ def test_nothing_past_the_statistics_of_a_row_is_read(seq, block, monkeypatch):
         ), dsinks
 
     monkeypatch.setattr(triton_attention, "_row_statistics", with_nan_behind)
-    case = AttentionCase.random(heads=1, seq=seq, head_dim=16, mean_length=1000, seed=10)
-    check(case, torch.float32, block_size=(block, block))
+    case = AttentionCase.random(
+        heads=1, seq=seq, head_dim=16, mean_length=1000, window=window, seed=10
+    )
+    if window is not None:  # the mask's last block of queries is seen in parts, others whole
+        case.visible_until[:] = torch.cat([torch.full((550,), 550), torch.full((50,), 600)])
+    # A mask that knows of no window lists its partial tiles before the whole ones.
+    check(case, torch.float32, block_size=(block, block), mask_window=window is None)
 
 
 @pytest.mark.parametrize(("part_size", "heads", "kv_heads"), [(1, 2, 2), (7, 4, 1)])
@@ -293,6 +301,53 @@ def test_where_a_configuration_has_no_room_a_smaller_one_runs_and_is_remembered(
         triton_configs.launch("dq", never_fits, **kind)
     with pytest.raises(OutOfResources):
         triton_configs.launch("dq", never_fits, **kind)
+
+
+def test_what_does_not_fit_is_remembered_without_its_tensors(monkeypatch):
+    monkeypatch.setattr(triton_configs, "_too_large", {})
+    q = torch.zeros(3)
+    alive = weakref.ref(q)
+
+    def run(config, q=q):
+        if config.num_stages > 1 or config.block_m > 16:
+            raise OutOfResources(2, 1, "shared memory")
+
+    kind = {"head_dim": 64, "dtype": torch.float16, "block_size": (64, 64), "allow_tma": False}
+    triton_configs.launch("forward", run, **kind)
+    assert triton_configs._too_large
+    del q, run
+    assert alive() is None
+
+
+@pytest.fixture
+def matmul_precision():
+    """Precision settings, put back as they were."""
+    before = torch.get_float32_matmul_precision()
+    own = torch.backends.cuda.matmul.fp32_precision
+    yield
+    torch.backends.fp32_precision = "none"
+    torch.backends.cuda.matmul.fp32_precision = own
+    torch.set_float32_matmul_precision(before)
+    torch.backends.cuda.matmul.fp32_precision = own
+
+
+def test_tf32_where_torch_allows_it_by_either_setting(matmul_precision):
+    def found():
+        return triton_configs.dot_precision(torch.float32, "sm_90", 64)
+
+    for legacy, expected in (("high", "tf32x3"), ("medium", "tf32"), ("highest", "ieee")):
+        torch.set_float32_matmul_precision(legacy)
+        assert found() == expected
+    # As TrainingArguments(tf32=True) does; then torch refuses to tell the older setting.
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    assert found() == "tf32x3"
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    assert found() == "ieee"
+    torch.set_float32_matmul_precision("medium")
+    assert triton_configs.dot_precision(torch.float32, "sm_75", 64) == "ieee"
+    assert triton_configs.dot_precision(torch.float32, "sm_90", 80) == "ieee"
+    assert triton_configs.dot_precision(torch.float16, "sm_90", 64) == "ieee"
 
 
 @pytest.mark.gpu

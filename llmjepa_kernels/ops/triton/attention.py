@@ -20,7 +20,7 @@ from llmjepa_kernels.ops.triton.attention_tiles import HeadDim, Strided
 from llmjepa_kernels.ops.triton.configs import Config, head_dim_pieces
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-ROW_PADDING = 128  # the largest tile: row statistics of the backward are padded to it
+ROW_PADDING = 128  # the largest tile: row statistics of the backward are padded to it at least
 DELTA_ROWS = 32
 SUM_ROWS = 32
 MIN_PART = 16  # products of a part of a list
@@ -82,7 +82,7 @@ def attention_backward(
     num_kv_heads = k.shape[1]
     group_size = num_heads // num_kv_heads
     dq, dk, dv = empty_seq_major(q), empty_seq_major(k), empty_seq_major(v)
-    lse2, delta, dsinks = _row_statistics(dout, out, lse, _sinks(options))
+    lse2, delta, dsinks = _row_statistics(dout, out, lse, _sinks(options), mask.block_size[0])
     padded = lse2.shape[-1]
 
     part_size, num_slots = _parts(mask, num_kv_heads, group_size, _multiprocessors(q.device))
@@ -181,11 +181,16 @@ def attention_backward(
 
 
 def _row_statistics(
-    dout: Tensor, out: Tensor, lse: Tensor, sinks: Tensor | None
+    dout: Tensor, out: Tensor, lse: Tensor, sinks: Tensor | None, block_m: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """lse in base 2 and delta, (batch, num_heads, padded seq), and the gradient of the sinks."""
+    """lse in base 2 and delta, (batch, num_heads, padded seq), and the gradient of the sinks.
+
+    They are padded to whole blocks of the mask: one that is not the last of a list is visited
+    whole, even behind the row.
+    """
     batch, num_heads, seq, head_dim = out.shape
-    padded = -(-seq // ROW_PADDING) * ROW_PADDING
+    padding = max(ROW_PADDING, block_m)
+    padded = -(-seq // padding) * padding
     tiles = padded // DELTA_ROWS
     lse2 = lse.new_empty(batch, num_heads, padded)
     delta = torch.empty_like(lse2)

@@ -284,11 +284,12 @@ def launch(
         try:
             return run(config)
         except OutOfResources as error:
-            _too_large[work] = error
-    raise _too_large[work]
+            # Not the error itself: its traceback holds the tensors of this call.
+            _too_large[work] = (error.required, error.limit, error.name)
+    raise OutOfResources(*_too_large[work])
 
 
-_too_large: dict[tuple, OutOfResources] = {}
+_too_large: dict[tuple, tuple] = {}
 
 
 def _smaller(config: Config) -> Iterator[Config]:
@@ -324,14 +325,23 @@ TF32_HEAD_DIMS = (16, 32, 64, 128)
 
 
 def dot_precision(dtype: torch.dtype, arch: str, head_dim: int) -> str:
-    """How the kernels multiply float32: as `torch.get_float32_matmul_precision()` allows."""
+    """How the kernels multiply float32: TF32 where torch allows it to matrix products on GPUs.
+
+    "high" and what the newer ``torch.backends`` calls "tf32", which set the same, take three
+    products of TF32, "medium" one.
+    """
     match = re.fullmatch(r"sm_(\d+)", arch)
     if dtype != torch.float32 or not match or int(match[1]) < 80:  # no TF32 there
         return "ieee"
     if head_dim not in TF32_HEAD_DIMS:
         return "ieee"
-    allowed = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
-    return allowed[torch.get_float32_matmul_precision()]
+    if torch.backends.cuda.matmul.fp32_precision != "tf32":
+        return "ieee"
+    try:
+        one_product = torch.get_float32_matmul_precision() == "medium"
+    except RuntimeError:  # it refuses to answer where the newer settings were used
+        one_product = False
+    return "tf32" if one_product else "tf32x3"
 
 
 INTERPRETED = triton.knobs.runtime.interpret  # as it was when the kernels were defined
