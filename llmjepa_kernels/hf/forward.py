@@ -147,6 +147,8 @@ def _after(module: PreTrainedModel, args: tuple, kwargs: dict[str, Any], outputs
             f"head_positions, got {type(outputs).__name__}"
         )
     hidden = outputs["last_hidden_state"]
+    if not torch.compiler.is_compiling() and torch.is_autocast_enabled(hidden.device.type):
+        running.autocast = torch.get_autocast_dtype(hidden.device.type)
     outputs["last_hidden_state"] = gather_tokens(hidden, positions)
     # Those of the layers too, if they are asked for.
     of_layers = outputs.get("hidden_states") if kwargs.get("output_hidden_states") else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,7 +20,13 @@ class Head:
 
     Args:
         model: A patched causal language model, or a wrapper of one.
+
+    Attributes:
+        autocast: What products are cast to in `precision`, as they were in the model's forward,
+            which Accelerate puts under autocast by itself. Default: as the caller has it.
     """
+
+    autocast: torch.dtype | None = None
 
     def __init__(self, model: nn.Module) -> None:
         self.model = pretrained_model(model)
@@ -39,7 +46,13 @@ class Head:
             logits = logits / self.divisor
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
-        return logits
+        return logits.to(hidden.device)  # a device_map may keep the head on another one
+
+    def precision(self, device: torch.device) -> AbstractContextManager:
+        """The context to call it in."""
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(device.type, dtype=self.autocast)
 
     @property
     def is_exact(self) -> bool | None:
@@ -53,10 +66,13 @@ class Head:
         # Outside the model's own forward, FSDP may hold a part of the weight, DeepSpeed none.
         whole = isinstance(weight, Tensor) and weight.numel() == weight.shape[0] * hidden.shape[-1]
         exact = whole and not hasattr(weight, "placements")
-        if exact:
-            own = self(hidden)
-            exact = own.shape == logits.shape and own.dtype == logits.dtype
-            tolerance = 16 * torch.finfo(logits.dtype).eps * logits.abs().max()
-            exact = exact and bool(((own - logits).abs() <= tolerance).all())
+        with self.precision(hidden.device):
+            casts = torch.is_autocast_enabled(hidden.device.type)
+            exact = exact and (casts or weight.dtype == hidden.dtype)
+            if exact:
+                own = self(hidden)
+                exact = own.shape == logits.shape and (casts or own.dtype == logits.dtype)
+                tolerance = 16 * torch.finfo(own.dtype).eps * logits.abs().max()
+                exact = exact and bool(((own - logits).abs() <= tolerance).all())
         _is_exact[self.model] = exact
         return exact

@@ -20,6 +20,7 @@ class _Running(threading.local):
     """The forward of a model that this thread is in."""
 
     attended: set[int] | None = None  # modules whose attention was `view_attention`
+    autocast: torch.dtype | None = None  # where the head of the last forward ran; None if not known
 
 
 running = _Running()

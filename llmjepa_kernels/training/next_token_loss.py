@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llmjepa_kernels.hf.forward import gather_tokens
 from llmjepa_kernels.hf.head import Head
+from llmjepa_kernels.hf.layer import running
 from llmjepa_kernels.packing import IGNORE
 
 MAX_LOGITS = 2**27  # 0.5 GiB in float32, of which the loss and its backward keep four copies
@@ -42,10 +43,14 @@ def next_token_loss(
         finds_out = head.is_exact is None and is_distributed()
         if head.is_exact is not False and (targets.numel() > rows or finds_out):
             few = positions[:, :2]  # 2, since torch.compile makes a graph of its own for 1
+            running.autocast = None
             outputs = _forward(model, tensors, few)
+            head.autocast = running.autocast
             hidden = gather_tokens(outputs.hidden_states[-1], positions)
             if head.is_exact or head.compare(hidden[:, : few.shape[1]], outputs.logits):
-                return outputs, cross_entropy_in_parts(head, hidden, targets, rows)
+                with head.precision(hidden.device):
+                    return outputs, cross_entropy_in_parts(head, hidden, targets, rows)
+            del outputs, hidden  # their graph, before that of another forward
     outputs = _forward(model, tensors, positions)
     return outputs, cross_entropy_sum(outputs.logits, targets)
 
