@@ -28,10 +28,14 @@ class CollapseTelemetry:
     It warns once, when the cosine of the pairs is above 0.95 and that with other targets no more
     than 0.05 lower.
 
+    Args:
+        device: Of what is summed up over the processes, whose collectives may not take others.
+
     Source: RankMe, arXiv:2210.02885.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._targets: deque[Tensor] = deque()
         self._warned = False
         self._reset()
@@ -39,7 +43,7 @@ class CollapseTelemetry:
     def _reset(self) -> None:
         # Of all ordered pairs of different pairs of a batch: dot products of prediction and target
         # and of two targets, and their number.
-        self._sums = torch.zeros(3)
+        self._sums = torch.zeros(3, device=self._device)
 
     def add(self, views: Tensor) -> None:
         """Takes the views of a batch.
@@ -54,7 +58,7 @@ class CollapseTelemetry:
         others = predictor_sum @ target_sum - (predictors * targets).sum()
         target_others = target_sum.square().sum() - count
         summands = torch.stack([others, target_others, count * (count - 1)])
-        self._sums = self._sums.to(summands.device) + summands
+        self._sums += summands.to(self._device)
         self._targets.append(targets)
         while sum(map(len, self._targets)) - len(self._targets[0]) >= WINDOW:
             self._targets.popleft()

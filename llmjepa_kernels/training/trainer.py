@@ -180,7 +180,7 @@ class LLMJEPATrainer(Trainer):
             "aux_loss": self._balances_experts,
         }
         self._watched = [name for name in MEANS if optional.get(name, True)]
-        self._telemetry = CollapseTelemetry()
+        self._telemetry = CollapseTelemetry(self.args.device)
         self._flops = FlopCount(to_train)
         self._num_pairs: Tensor | int = 0
         self._num_tubes: Tensor | int = 0
@@ -211,7 +211,7 @@ class LLMJEPATrainer(Trainer):
                 raise ValueError(f"LLMJEPATrainer does not support {name}, got {given!r}")
 
     def _reset_train_sums(self) -> None:
-        self._train_sums = torch.zeros(len(SUMS))
+        self._train_sums = torch.zeros(len(SUMS), device=self.args.device)
         self._updates = 0
         self._updates_with_pairs: Tensor | int = 0
         self._updates_with_tubes: Tensor | int = 0
@@ -283,8 +283,10 @@ class LLMJEPATrainer(Trainer):
         """Collects the batches of an update, and counts their pairs and tubes."""
         if self._started is None:
             self._started = time.perf_counter()
-        self._updates += 1
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:  # a stream has ended, and is begun again
+            return batches, num_items
+        self._updates += 1
         pairs = [batch["view_pairs"][..., 0] >= 0 for batch in batches]
         self._num_pairs = self._count(pairs, device)
         self._updates_with_pairs = self._updates_with_pairs + (self._num_pairs > 0)
@@ -332,8 +334,8 @@ class LLMJEPATrainer(Trainer):
                 "sft_tokens": tokens if sft_tokens is None else sft_tokens.sum(),
                 "flops": self._flops(batch, outputs.num_items),
             }
-            summands = torch.stack([values[name].to(loss.device) for name in SUMS])
-            self._train_sums = self._train_sums.to(loss.device) + summands
+            device = self._train_sums.device
+            self._train_sums += torch.stack([values[name].to(device) for name in SUMS])
         return (loss, outputs) if return_outputs else loss
 
     def _warmed_up(self) -> dict[str, Any]:
@@ -354,19 +356,26 @@ class LLMJEPATrainer(Trainer):
     def log(self, logs, start_time=None):
         """Adds what was summed up since the last log to the log of the loss."""
         if "loss" in logs and self._started is not None:
-            sums = self.accelerator.reduce(self._train_sums, reduction="mean") / self._updates
-            found = dict(zip(SUMS, sums.tolist(), strict=True))
+            own = [
+                torch.as_tensor(count, dtype=torch.float32, device=self._train_sums.device)
+                for count in (self._updates_with_pairs, self._updates_with_tubes)
+            ]
+            sums = torch.cat([self._train_sums, torch.stack(own)])
+            *sums, with_pairs, with_tubes = (
+                self.accelerator.reduce(sums, reduction="mean") / self._updates
+            ).tolist()
+            found = dict(zip(SUMS, sums, strict=True))
             self._refuse_to_go_on_with(sum(found[name] for name in MEANS))
             replicas = self.accelerator.num_processes / self.get_tp_size()
             tokens_per_step = found["tokens"] * replicas // 1
             seconds = time.perf_counter() - self._started
-            updates_with = {"pairs": self._updates_with_pairs, "tubes": self._updates_with_tubes}
+            updates_with = {"pairs": with_pairs, "tubes": with_tubes}
             for name in self._watched:
                 counted = OF.get(name, "items")
                 if counted == "items":
                     logs[name] = found[name]
                 elif found[counted]:
-                    logs[name] = found[name] / (int(updates_with[counted]) / self._updates)
+                    logs[name] = found[name] / updates_with[counted]
             seen = self._telemetry.logs(lambda x: self.accelerator.reduce(x, reduction="sum"))
             if seen and self.is_world_process_zero():
                 self._telemetry.warn_of_collapse(logs["cosine"], seen["other_cosine"])
@@ -516,13 +525,19 @@ class _SetEpoch(TrainerCallback):
 
     def __init__(self, trainer: LLMJEPATrainer):
         self.trainer = trainer
+        self.epoch: int | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.epoch = None
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        # Counted, since the state's stays below 1 over a stream of unknown length.
+        self.epoch = int(state.epoch or 0) if self.epoch is None else self.epoch + 1
         dataset = getattr(train_dataloader, "dataset", None)
         for stage in (dataset, self.trainer._update_sampler, self.trainer.data_collator):
             set_epoch = getattr(stage, "set_epoch", None)
             if set_epoch is not None:
-                set_epoch(int(state.epoch or 0))
+                set_epoch(self.epoch)
 
 
 def _is_patched(model: torch.nn.Module) -> bool:

@@ -90,7 +90,7 @@ def test_what_training_logs_of_collapse():
     unit = code / code.norm(dim=1, keepdim=True)
     numbers = view_geometry(randn(40, 6, seed=1), code)
     assert numbers["code_variance"] == pytest.approx(unit.var(dim=0).sum().item())
-    telemetry = CollapseTelemetry()
+    telemetry = CollapseTelemetry(torch.device("cpu"))
     telemetry.add(torch.stack([unit, unit])[:, None].float())
     logs = telemetry.logs(lambda x: x)
     assert numbers["code_variance"] == pytest.approx(logs["target_variance"], rel=1e-4)

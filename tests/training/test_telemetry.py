@@ -14,6 +14,8 @@ from tests.training.test_trainer import ROWS, arguments, build
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+CPU = torch.device("cpu")
+
 
 def random_views(seed, batch=2, num_pairs=5, hidden_size=7):
     """At length 1, with padding."""
@@ -24,7 +26,7 @@ def random_views(seed, batch=2, num_pairs=5, hidden_size=7):
 
 
 def test_numbers_are_those_of_all_pairs_of_pairs():
-    telemetry, others, targets_apart, targets = CollapseTelemetry(), [], [], []
+    telemetry, others, targets_apart, targets = CollapseTelemetry(CPU), [], [], []
     for seed in range(3):
         views = random_views(seed)
         telemetry.add(views)
@@ -41,9 +43,19 @@ def test_numbers_are_those_of_all_pairs_of_pairs():
 
 
 def test_a_single_pair_has_no_other():
-    telemetry = CollapseTelemetry()
+    telemetry = CollapseTelemetry(CPU)
     telemetry.add(random_views(0, batch=1, num_pairs=1))
     assert telemetry.logs(lambda x: x) == {}
+
+
+def test_what_processes_add_up_is_on_their_device_even_without_views():
+    """A collective of GPUs takes no tensors of the CPU."""
+
+    def reduce(sums):
+        assert sums.device.type == "meta"
+        return torch.zeros(3)
+
+    assert CollapseTelemetry(torch.device("meta")).logs(reduce) == {}
 
 
 def test_rank_me():
@@ -58,7 +70,7 @@ def test_rank_me():
 
 
 def test_the_rank_is_that_of_the_last_targets():
-    telemetry = CollapseTelemetry()
+    telemetry = CollapseTelemetry(CPU)
     telemetry.add(random_views(0, batch=1, num_pairs=2 * WINDOW))
     same = torch.zeros(2, 1, WINDOW, 7)
     same[..., 0] = 1

@@ -372,6 +372,21 @@ def test_evaluation_during_training_is_not_logged_as_training(tokenizer, tmp_pat
     assert losses[0] == losses[1]
 
 
+def test_a_stream_that_ends_is_begun_again(tokenizer, tmp_path):
+    model, collator = build(tokenizer)
+    epochs = []
+    set_epoch = collator.set_epoch
+    collator.set_epoch = lambda epoch: (epochs.append(epoch), set_epoch(epoch))
+    stream = datasets.IterableDataset.from_generator(lambda: iter(ROWS[:12]))
+    args = arguments(tmp_path, per_device_train_batch_size=4, max_steps=7)
+    trainer = LLMJEPATrainer(model, args, collator, train_dataset=stream)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert len(logs) == 7
+    assert logs[0]["tokens_per_step"] == logs[3]["tokens_per_step"] == logs[6]["tokens_per_step"]
+    assert epochs == [0, 1, 2]  # so that tubes are drawn anew
+
+
 def test_columns_of_a_dataset_reach_the_collator(tokenizer, tmp_path):
     model, collator = build(tokenizer)
     rows = [row | {"text": row["messages"][1]["content"][:10]} for row in ROWS]
