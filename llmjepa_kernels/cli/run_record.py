@@ -111,7 +111,7 @@ class RunRecord:
 
     def _leftovers(self) -> list[Path]:
         """What an earlier run has left: its record, checkpoints and weights."""
-        names = (RECORD, "adapter", "*.safetensors", "*.safetensors.index.json")
+        names = (RECORD, "adapter", "adapter_config.json", "*.safetensors", "*.index.json")
         found = [path for name in names for path in sorted(self.directory.glob(name))]
         return found + checkpoints(self.directory)
 

@@ -33,16 +33,14 @@ class StartingPoint:
     Attributes:
         model, tokenizer, example_format: Of the run.
         weights: The fingerprint of those that were loaded; None of random ones.
+        max_positions: Tokens that the model can tell the places of; None if it does not say.
     """
 
     model: Any
     tokenizer: Any
     example_format: ExampleFormat
     weights: str | None
-
-    @property
-    def max_positions(self) -> int | None:
-        return max_positions(self.model)
+    max_positions: int | None
 
     def count_parameters(self) -> tuple[int, int]:
         """All of them, and those that are trained."""
@@ -72,6 +70,11 @@ def starting_point(
         model, tokenizer = _random(options, samples)
         models.cast_weights(model, options.dtype)
     else:
+        if options.load_in is not None and models.is_adapter(str(options.model)):
+            raise ValueError(
+                f"--model {options.model} is a LoRA adapter, which --load-in cannot merge into its "
+                "base model: merge it by llmjepa export --merge first"
+            )
         model, tokenizer = models.load_pretrained(
             str(options.model),
             options.dtype,
@@ -88,7 +91,7 @@ def starting_point(
     example_format, new_ids = _format(options, model, tokenizer, seed)
     if options.lora_rank is not None:
         model = models.add_lora(model, options.lora_rank, new_ids=new_ids)
-    return StartingPoint(model, tokenizer, example_format, weights)
+    return StartingPoint(model, tokenizer, example_format, weights, max_positions(model))
 
 
 class StartingPoints:

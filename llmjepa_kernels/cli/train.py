@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate.utils.memory import clear_device_cache
 from transformers import TrainingArguments
 from transformers.utils import logging
 
@@ -104,6 +105,7 @@ def train(options: TrainOptions) -> None:
         results: list[dict[str, Any]] = []
         diverged: dict[str, str] = {}  # why, by title
         starts = StartingPoints(options, chats, first, seeds[0])
+        del first, runs  # and so the model, once its own run has ended
         for record in records:
             if record.result is not None:
                 results.append(record.result)
@@ -111,9 +113,16 @@ def train(options: TrainOptions) -> None:
                     print(f"\n{record.title}: finished before, kept")
                 continue
             try:
-                start, own = starts.take(record.seed), options_of[record.name]
-                run = TrainingRun(own, data, rule, record, start, terms_of(record.name))
-                results.append(run.run())
+                results.append(
+                    TrainingRun(
+                        options_of[record.name],
+                        data,
+                        rule,
+                        record,
+                        starts.take(record.seed),
+                        terms_of(record.name),
+                    ).run()
+                )
             except FloatingPointError as error:
                 diverged[record.title] = f"{record.title}: {error}"
                 if is_main:
@@ -122,6 +131,7 @@ def train(options: TrainOptions) -> None:
                         f"\n{diverged[record.title]}; last good checkpoint: {good or 'none'}",
                         flush=True,
                     )
+            clear_device_cache(garbage_collection=True)  # before the next model comes
         if is_main and results:
             print("\n" + write_report(results, options.output_dir, _about(options)))
             print(f"Checkpoints, report.txt, report.json and report.png: {options.output_dir}/")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
 from typing import Any, NamedTuple
@@ -313,7 +313,8 @@ class TrainingData:
         start: StartingPoint,
         left_out: LeftOut,
     ) -> None:
-        self._options, self._start = options, start
+        # This lives longer than a model, of which there should not be two in memory.
+        self._options, self._start = options, replace(start, model=None)
         self.left_out = left_out
         # What a stream begins with is counted as it is trained on.
         counted = LeftOut(silent=True) if options.streaming else left_out

@@ -236,6 +236,8 @@ class TrainingRun:
     def _last_losses_and_cost(self, trainer: LLMJEPATrainer) -> dict[str, float]:
         """The last losses, and what an example costs."""
         logs = [log for log in trainer.state.log_history if "tokens_per_step" in log]
+        if not logs:  # --logging-strategy no, or --logging-steps beyond the end
+            return {}
         tokens = sum(log["tokens_per_step"] for log in logs)
         seconds = sum(log["tokens_per_step"] / log["tokens_per_second"] for log in logs)
         cost = tokens / sum(log["tokens_per_step"] / log["relative_cost"] for log in logs)

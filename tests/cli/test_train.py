@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from statistics import mean, stdev
 
 import pytest
@@ -23,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llmjepa_kernels.cli import main as cli
 from llmjepa_kernels.cli.starting_point import starting_point
 from llmjepa_kernels.cli.train_options import TrainOptions
+from llmjepa_kernels.cli.training_run import TrainingRun
 from llmjepa_kernels.data import grammar
 from llmjepa_kernels.data.example_format import ExampleFormat
 from llmjepa_kernels.data.predictor_tokens import add_tokens
@@ -344,6 +346,27 @@ def test_mistakes_are_named_before_training(tmp_path, capsys, options, message):
     assert error.splitlines()[-1].startswith("llmjepa train: error: ")
     assert message in error
     assert not (tmp_path / "out").exists()
+
+
+def test_only_one_model_is_kept_in_memory(tmp_path, monkeypatch):
+    models, alive, run_of = [], [], TrainingRun.run
+
+    def watched(self):
+        alive.append(sum(model() is not None for model in models))
+        models.append(weakref.ref(self.start.model))
+        return run_of(self)
+
+    monkeypatch.setattr(TrainingRun, "run", watched)
+    options = [*MINIATURE, "--max-steps", 1, "--hidden-size", 64, "--num-layers", 1]
+    assert run(*options, "--seeds", 1, 2, "--output-dir", tmp_path) == 0
+    assert alive == [0] * 4
+
+
+def test_a_run_without_a_log_is_reported(tmp_path):
+    options = [*MINIATURE, "--max-steps", 2, "--hidden-size", 64, "--num-layers", 1]
+    assert run(*options, "--logging-steps", 50, "--output-dir", tmp_path) == 0
+    for found in report(tmp_path).values():
+        assert {"accuracy", "eval_ntp_loss"} <= found["metrics"].keys()
 
 
 def test_seeds_and_a_split(tmp_path):

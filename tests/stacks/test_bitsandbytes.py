@@ -84,6 +84,13 @@ def test_qlora(checkpoints, tmp_path, load_in, capsys):
     assert models.is_adapter(adapter)
     assert cli.main(["evaluate", adapter, "--samples", "2", "--load-in", load_in]) == 0
     assert cli.main(["export", adapter, str(tmp_path / "exported"), "--merge"]) == 0
+    again = ["--model", adapter, *options[2:], "--output-dir", str(tmp_path / "again")]
+    assert cli.main(["train", *again]) == 2
+    assert "is a LoRA adapter" in capsys.readouterr().err
+    del options[4:6]  # without --load-in
+    assert cli.main(["train", *options, "--max-steps", "1", "--overwrite"]) == 0
+    assert not models.is_adapter(adapter)
+    assert cli.main(["evaluate", adapter, "--samples", "2"]) == 0
 
 
 @pytest.mark.parametrize("load_in", NOISE)
