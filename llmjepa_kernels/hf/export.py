@@ -101,7 +101,13 @@ def export_adapter(source: Path, tokenizer: Any, removed: Collection[str], direc
         weights = load_file(source / ADAPTER_WEIGHTS)
     except Exception as error:  # of safetensors
         raise OSError(f"{source / ADAPTER_WEIGHTS} cannot be read: {error}") from error
-    plain = {name: w for name, w in weights.items() if TOKEN_ROWS not in name}
+    # PEFT also keeps the frozen embeddings and head of a base model that was resized.
+    whole = tuple(f".{name}.weight" for name in config.get("modules_to_save") or ())
+    plain = {
+        name: w
+        for name, w in weights.items()
+        if TOKEN_ROWS not in name and ("lora_" in name or name.endswith(whole))
+    }
     save_file(plain, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     config["trainable_token_indices"] = None
     (directory / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -232,8 +232,11 @@ def _load_adapter(
     model, _ = load_pretrained(base, base_dtype, load_in=load_in, device=device, **trust)
     with _loading(directory):
         saved = load_peft_weights(directory, device="cpu")
-    # It has [PRED] tokens, and maybe padding, if its base was resized for it.
-    sizes = [len(x) for name, x in saved.items() if "token_adapter.base_layer" in name]
+    # It has [PRED] tokens, and maybe padding, if its base was resized for it: PEFT then keeps all
+    # embeddings, in one of two places.
+    embeddings = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
+    kept = (f".{embeddings}.weight", f".{embeddings}.token_adapter.base_layer.weight")
+    sizes = [len(x) for name, x in saved.items() if name.endswith(kept)]
     rows = max([len(tokenizer), *sizes])
     if rows > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(rows, mean_resizing=False)

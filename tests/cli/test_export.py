@@ -129,12 +129,14 @@ def test_a_process_without_this_package_reads_it(tmp_path):
     assert cli.main(["evaluate", str(out), "--samples", "3"]) == 0
 
 
-@pytest.fixture
-def adapter(tmp_path):
+@pytest.fixture(params=[True, False], ids=["tied", "untied"])
+def adapter(tmp_path, request):
     """An adapter that trains [PRED] rows, and its base."""
     tokenizer = train_tokenizer(grammar.generate(20, seed=3), vocab_size=300)
     torch.manual_seed(0)
     base = models.small_llama(tokenizer, hidden_size=64, num_layers=1)
+    base.config.tie_word_embeddings = request.param
+    base = type(base)(base.config)
     models.cast_weights(base, "bfloat16")
     base.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
@@ -194,9 +196,12 @@ def test_an_adapter_whose_tokens_would_move(tmp_path, capsys):
     assert export(tmp_path / "adapter", tmp_path / "out", "--merge") == 0
 
 
-def test_an_adapter_of_a_padded_vocabulary_is_loaded_again(tmp_path):
+@pytest.mark.parametrize("num_pred_tokens", [0, 1])
+def test_an_adapter_of_a_padded_vocabulary_is_loaded_again(tmp_path, num_pred_tokens):
     options = ["--train-samples", 20, "--eval-samples", 2, "--max-steps", 1, "--no-compare"]
-    small = ["--hidden-size", 64, "--num-layers", 1, "--output-dir", tmp_path / "first"]
+    options += ["--num-pred-tokens", num_pred_tokens]
+    small = ["--hidden-size", 64, "--num-layers", 1, "--vocab-size", 300]
+    small += ["--output-dir", tmp_path / "first"]
     assert cli.main(["train", *map(str, options + small)]) == 0
     more = ["--model", tmp_path / "first" / "llm-jepa", "--lora-rank", 2]
     more += ["--pad-vocab-to-multiple-of", 64, "--output-dir", tmp_path / "second"]
