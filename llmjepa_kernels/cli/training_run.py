@@ -84,12 +84,17 @@ class TrainingRun:
             return {}
         history = trainer.state.log_history
         metrics |= self._last_losses_and_cost(trainer)
+        result = {"metrics": metrics, "history": history, "cosines": []}
+        if _is_sharded(trainer):  # this process alone has no whole model that could answer
+            if self.data.held_out.samples:
+                print(f"for answers to held-out data: llmjepa evaluate {self.record.directory}")
+            return self.record.finish(result)
         cosines = self._pair_cosines(model, self.start.example_format, "cosines of pairs")
         if cosines:
+            result["cosines"] = cosines
             metrics["pair_cosine"] = mean(cosines)
             views = replace(self.start.example_format, pred_ids=())
             metrics["view_cosine"] = mean(self._pair_cosines(model, views, "cosines of views"))
-        result = {"metrics": metrics, "history": history, "cosines": cosines}
         found = self._accuracy(model, self.data.held_out, "accuracy")
         if found.total:
             metrics |= {"accuracy": found.value, "unfinished": found.unfinished / found.total}
@@ -212,13 +217,15 @@ class TrainingRun:
     def _save(self, trainer: LLMJEPATrainer) -> Any:
         """A checkpoint for ``AutoModelForCausalLM.from_pretrained``, LoRA merged into it.
 
-        An adapter of quantised weights stays one, which is for the whole weights as well.
+        An adapter of quantised weights stays one, which is for the whole weights as well, and so
+        does one under FSDP or DeepSpeed.
 
         Returns:
             The model in it; in the main process only.
         """
         directory = Path(str(trainer.args.output_dir))
         merged = self.options.lora_rank is not None and self.options.load_in is None
+        merged = merged and not _is_sharded(trainer)
         trainer.save_model(str(directory / "adapter" if merged else directory))
         if not trainer.is_world_process_zero():
             return None
@@ -300,6 +307,10 @@ def print_left_out(left_out: LeftOut) -> None:
             if kind == "truncated"
             else f"left out {count} samples: {kind}"
         )
+
+
+def _is_sharded(trainer: LLMJEPATrainer) -> bool:
+    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
 
 
 def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:

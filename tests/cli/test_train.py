@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmjepa_kernels.cli import main as cli
+from llmjepa_kernels.cli import training_run
 from llmjepa_kernels.cli.starting_point import starting_point
 from llmjepa_kernels.cli.train_options import TrainOptions
 from llmjepa_kernels.cli.training_run import TrainingRun
@@ -360,6 +361,22 @@ def test_only_one_model_is_kept_in_memory(tmp_path, monkeypatch):
     options = [*MINIATURE, "--max-steps", 1, "--hidden-size", 64, "--num-layers", 1]
     assert run(*options, "--seeds", 1, 2, "--output-dir", tmp_path) == 0
     assert alive == [0] * 4
+
+
+def test_a_sharded_model_is_not_asked_by_one_process(tmp_path, monkeypatch, capsys):
+    """It would wait for the others for ever."""
+    small = [*MINIATURE, "--max-steps", 1, "--no-compare"]
+    first = [*small, "--hidden-size", 64, "--num-layers", 1, "--output-dir", tmp_path / "first"]
+    assert run(*first) == 0
+    monkeypatch.setattr(training_run, "_is_sharded", lambda trainer: True)
+    options = ["--model", tmp_path / "first" / "llm-jepa", "--lora-rank", 2]
+    assert run(*small, *options, "--output-dir", tmp_path / "second") == 0
+    metrics = report(tmp_path / "second")["LLM-JEPA"]["metrics"]
+    assert "eval_ntp_loss" in metrics
+    assert not {"accuracy", "pair_cosine"} & metrics.keys()
+    directory = tmp_path / "second" / "llm-jepa"
+    assert f"llmjepa evaluate {directory}" in capsys.readouterr().out
+    assert cli.main(["evaluate", str(directory), "--samples", "2"]) == 0
 
 
 def test_a_run_without_a_log_is_reported(tmp_path):
