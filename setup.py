@@ -5,9 +5,11 @@ them, and building it takes nothing but GCC or Clang. Where that fails the packa
 without it and uses its plain PyTorch reference on CPU tensors.
 """
 
+import hashlib
 import os
 import platform
 import sys
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -15,7 +17,11 @@ from setuptools.command.build_ext import build_ext
 
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden"]
 FLAGS += ["-Wall", "-Wextra", "-Wno-psabi"]
-FLAGS += os.environ.get("LLMJEPA_CPU_FLAGS", "").split()  # for sanitizers
+# Last, so that it counts more than -Ofast in CFLAGS, which in linking flushes all subnormals to 0.
+EXACT = ["-fno-fast-math"]
+FLAGS += EXACT + os.environ.get("LLMJEPA_CPU_FLAGS", "").split()  # for sanitizers
+# By which cpu.py sees in a checkout that a library is older than the sources.
+SOURCES = sorted(Path(__file__).with_name("csrc").glob("*.[ch]*"))
 
 # Instruction sets of each machine: namespace, bytes and number of vector registers, flags.
 # Which of them runs is decided when the library is loaded. To compile for another machine, name it
@@ -42,6 +48,8 @@ class BuildKernels(build_ext):
         try:
             super().run()
         except Exception as error:
+            for extension in self.extensions:  # an older one would not be that of these sources
+                Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
             print(
                 "\n*** The CPU kernels could not be compiled; llmjepa_kernels will use plain "
                 f"PyTorch on CPU tensors.\n*** They need GCC or Clang: {error}\n",
@@ -52,6 +60,9 @@ class BuildKernels(build_ext):
         machine = os.environ.get("LLMJEPA_CPU_MACHINE") or platform.machine().lower()
         isas = INSTRUCTION_SETS.get(machine, (("portable", 16, 16, []),))
         defines = [f"-DLK_WITH_{name.upper()}" for name, *_ in isas]
+        sources = b"".join(path.read_bytes() for path in SOURCES)
+        digest = hashlib.blake2b(sources, digest_size=8).hexdigest()
+        defines.append(f'-DLK_SOURCES="{digest}"')
         common = [source for source in ext.sources if not source.endswith("kernels.cpp")]
         objects = self.compiler.compile(
             common, output_dir=self.build_temp, extra_postargs=[*FLAGS, *defines]
@@ -71,7 +82,7 @@ class BuildKernels(build_ext):
         self.compiler.link_shared_object(
             objects,
             self.get_ext_fullpath(ext.name),
-            extra_postargs=["-pthread"],
+            extra_postargs=["-pthread", *EXACT],
             target_lang="c++",
         )
 

@@ -181,6 +181,8 @@ int64_t lk_pairs_size() { return sizeof(LkPairs); }
 
 int64_t lk_tubes_size() { return sizeof(LkTubes); }
 
+const char* lk_sources() { return LK_SOURCES; }
+
 const char* lk_isa_name(int32_t index) {
   return index < static_cast<int32_t>(isas().size()) ? isas()[index].name : nullptr;
 }

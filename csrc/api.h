@@ -86,6 +86,8 @@ LK_EXPORT void lk_set_parallel(LkParallel parallel);
 LK_EXPORT int64_t lk_attention_size();
 LK_EXPORT int64_t lk_pairs_size();
 LK_EXPORT int64_t lk_tubes_size();
+// The digest of csrc/ that setup.py compiled it from.
+LK_EXPORT const char* lk_sources();
 // Instruction sets this library was built for and this machine has, best first; null at the end.
 LK_EXPORT const char* lk_isa_name(int32_t index);
 

@@ -247,7 +247,11 @@ void read_lanes(const LkTensor& x, int64_t row, int64_t head, int64_t query, int
     if (i < valid) {
       read_row(base + (query + i) * x.seq_stride, out, shape.dim, shape.padded, poison);
       if (factor == T(1)) continue;
-      for (int d = 0; d < shape.padded; d += kLanes<T>) store(out + d, load(out + d) * factor);
+      for (int d = 0; d < shape.padded; d += kLanes<T>) {
+        const Vec<T> x = load(out + d) * factor;
+        *poison += x * T(0);  // it may have become infinite
+        store(out + d, x);
+      }
     } else {
       for (int d = 0; d < shape.padded; d += kLanes<T>) store(out + d, Vec<T>{});
     }

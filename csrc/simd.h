@@ -13,6 +13,10 @@
 #include <cstring>
 #include <utility>
 
+#ifdef __FAST_MATH__
+#error "the kernels round, and tell NaN and infinity apart: compile without -ffast-math"
+#endif
+
 #define LK_INLINE inline __attribute__((always_inline))
 #define LK_INLINE_LAMBDA __attribute__((always_inline))
 #ifdef __clang__

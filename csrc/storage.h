@@ -31,12 +31,16 @@ using HalfVec = SimdTraits<float>::HalfVec;
 LK_INLINE FloatVec from_half_bits(BitsVec bits, Bfloat16) { return bit_cast<FloatVec>(bits << 16); }
 
 LK_INLINE FloatVec from_half_bits(BitsVec bits, Float16) {
-  // Shift exponent and mantissa into place; multiplying by 2^112 corrects the bias and makes
-  // subnormals right. Infinity and NaN have exponent 31, which becomes 143 and must be 255.
-  const BitsVec magnitude = (bits & 0x7fffu) << 13;
-  const FloatVec finite = bit_cast<FloatVec>(magnitude) * 0x1p112f;
-  const BitsVec special = bit_cast<BitsVec>(magnitude >= (0x7c00u << 13)) & 0x7f800000u;
-  return bit_cast<FloatVec>(bit_cast<BitsVec>(finite) | special | ((bits & 0x8000u) << 16));
+  // Normal: shift exponent and mantissa into place and correct the bias. Infinity and NaN have
+  // exponent 31, which must become 255. A subnormal is its bits in units of 2^-24, which are the
+  // last ones of floats from 1/2 on: so no subnormal float arises, which a process may flush to 0.
+  const BitsVec magnitude = bits & 0x7fffu;
+  const BitsVec subnormal =
+      bit_cast<BitsVec>(bit_cast<FloatVec>(magnitude | 0x3f000000u) - 0.5f);
+  BitsVec value = (magnitude << 13) + (112u << 23);
+  value = magnitude >= 0x7c00u ? (magnitude << 13) | 0x7f800000u : value;
+  value = magnitude < 0x400u ? subnormal : value;
+  return bit_cast<FloatVec>(value | ((bits & 0x8000u) << 16));
 }
 
 LK_INLINE BitsVec to_half_bits(FloatVec x, Bfloat16) {

@@ -117,13 +117,14 @@ class _EagerAttention(torch.autograd.Function):
         with on_device_of(q):
             backend, mask = choose(impl, (q, k, v), block_mask, flash_plan, options)
             out, lse = backend.attention_forward(q, k, v, mask, options)
-        ctx.save_for_backward(q, k, v, out, lse, sinks)
+        # The last two so that autograd notices if they have changed until the backward.
+        ctx.save_for_backward(q, k, v, out, lse, sinks, options.position_ids, *_seen(mask))
         ctx.arguments = backend, mask, block_mask, flash_plan, options, impl
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        q, k, v, out, lse, sinks = ctx.saved_tensors
+        q, k, v, out, lse, sinks, *_ = ctx.saved_tensors
         backend, mask, block_mask, flash_plan, options, impl = ctx.arguments
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
         if runs_eagerly(dout) and not torch.is_grad_enabled():
@@ -138,6 +139,11 @@ class _EagerAttention(torch.autograd.Function):
                 *(sinks, impl),
             )
         return dq, dk, dv, None if sinks is None else dsinks, None, None, None, None
+
+
+def _seen(mask: BlockMask | FlashPlan) -> list[Tensor]:
+    """The tensors that say who sees whom."""
+    return [mask.visible_until] if isinstance(mask, BlockMask) else mask.tensors()
 
 
 # The operation as torch sees it. A BlockMask travels as its tensors and two plain values, a

@@ -528,6 +528,8 @@ def _compress(
 
 
 def _infer_block(seq: int, num_blocks: int) -> int:
+    if num_blocks < 1:
+        raise ValueError(f"a schedule must have at least one block, got {num_blocks}")
     block = 1
     while -(-seq // block) > num_blocks:
         block *= 2

@@ -6,6 +6,7 @@ Source: FlashAttention-2, arXiv:2307.08691, in the layout that csrc/attention.h 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 from functools import cache
 from pathlib import Path
@@ -26,6 +27,7 @@ from llmjepa_kernels.ops.common import (
 LIBRARY_VARIABLE = "LLMJEPA_CPU_LIBRARY"
 ISA_VARIABLE = "LLMJEPA_CPU_ISA"
 LIBRARY = Path(os.environ.get(LIBRARY_VARIABLE) or Path(__file__).with_name("_cpu.so"))
+SOURCES = Path(__file__).parents[2] / "csrc"  # in a checkout
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 METRICS = {"cosine": 0, "l2": 1, "mse": 2}
 REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
@@ -90,8 +92,8 @@ def distance_forward(
 ) -> tuple[Tensor, Tensor]:
     """The loss: (batch, num_pairs) or reduced; and what its backward needs (…, 3)."""
     dtype, shape = compute_dtype(hidden), pairs.shape[:2]
-    loss = torch.empty(shape if reduction == "none" else (), dtype=dtype)
-    stats = torch.empty(*shape, 3, dtype=dtype)
+    loss = hidden.new_empty(shape if reduction == "none" else (), dtype=dtype)
+    stats = hidden.new_empty(*shape, 3, dtype=dtype)
     _run_pairs(
         "lk_distance_forward",
         hidden,
@@ -125,8 +127,8 @@ def distance_backward(
 def views_forward(hidden: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
     """The pairs' rows at length 1, (2, batch, num_pairs, hidden_size), and their squared norms."""
     dtype, (batch, num_pairs, _) = compute_dtype(hidden), pairs.shape
-    views = torch.empty(2, batch, num_pairs, hidden.shape[2], dtype=dtype)
-    squares = torch.empty(2, batch, num_pairs, dtype=dtype)
+    views = hidden.new_empty(2, batch, num_pairs, hidden.shape[2], dtype=dtype)
+    squares = hidden.new_empty(2, batch, num_pairs, dtype=dtype)
     _run_pairs(
         "lk_views_forward", hidden, pairs, views=views.data_ptr(), squares=squares.data_ptr()
     )
@@ -155,7 +157,7 @@ def views_backward(
 
 def tubes_forward(hidden: Tensor, tubes: Tensor) -> Tensor:
     """Both vectors of each tube, (batch, num_tubes, 2, hidden_size)."""
-    vectors = torch.empty(*tubes.shape[:3], hidden.shape[2], dtype=compute_dtype(hidden))
+    vectors = hidden.new_empty(*tubes.shape[:3], hidden.shape[2], dtype=compute_dtype(hidden))
     status = _run_tubes(
         "lk_tubes_forward",
         tubes,
@@ -175,7 +177,7 @@ def tubes_forward(hidden: Tensor, tubes: Tensor) -> Tensor:
 def tubes_backward(dvectors: Tensor, tubes: Tensor, seq: int, dtype: torch.dtype) -> Tensor:
     """dhidden (batch, seq, hidden_size), zero except at the tubes' rows."""
     dvectors = dvectors.contiguous()
-    dhidden = torch.empty(len(tubes), seq, dvectors.shape[-1], dtype=dtype)
+    dhidden = dvectors.new_empty(len(tubes), seq, dvectors.shape[-1], dtype=dtype)
     status = _run_tubes(
         "lk_tubes_backward",
         tubes,
@@ -283,7 +285,7 @@ class _AttentionCall:
 
     def stats(self) -> Tensor:
         """An uninitialised (batch, num_heads, seq) tensor for lse or delta."""
-        return torch.empty(self.stats_shape, dtype=self.stats_dtype)
+        return self.mask.visible_until.new_empty(self.stats_shape, dtype=self.stats_dtype)
 
     def set(self, **tensors: Tensor) -> None:
         self.tensors.extend(tensors.values())
@@ -376,12 +378,19 @@ def _library() -> ctypes.CDLL:
         "lk_pairs_size": _PairsArguments,
         "lk_tubes_size": _TubesArguments,
     }
-    for name, structure in sizes.items():
-        if not hasattr(library, name) or getattr(library, name)() != ctypes.sizeof(structure):
-            raise RuntimeError(
-                f"{LIBRARY} was compiled from another version of the sources: install "
-                "llmjepa_kernels again, in a checkout by pip install -e ."
-            )
+    same = hasattr(library, "lk_sources") and all(
+        getattr(library, name)() == ctypes.sizeof(structure) for name, structure in sizes.items()
+    )
+    if same and SOURCES.is_dir():  # as setup.py reads them; there are none beside a wheel's
+        sources = b"".join(path.read_bytes() for path in sorted(SOURCES.glob("*.[ch]*")))
+        library.lk_sources.restype = ctypes.c_char_p
+        digest = hashlib.blake2b(sources, digest_size=8).hexdigest()
+        same = library.lk_sources() == digest.encode()
+    if not same:
+        raise RuntimeError(
+            f"{LIBRARY} was compiled from another version of the sources: install "
+            "llmjepa_kernels again, in a checkout by pip install -e ."
+        )
     library.lk_isa_name.restype = ctypes.c_char_p
     library.lk_set_parallel.argtypes = (ctypes.c_void_p,)
     library.lk_set_parallel.restype = None

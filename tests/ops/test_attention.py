@@ -280,3 +280,17 @@ def test_reference_is_exact_where_the_softmax_is_peaked(dtype):
     view_attention(q, k, v, until, impl="reference").sum().backward()
     assert q.grad.abs().max() < 1e-6
     assert k.grad.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("name", ["visible_until", "position_ids"])
+def test_what_says_who_sees_whom_must_not_change_before_the_backward(name):
+    """As by a loop that fills the buffers of its next batch too early."""
+    row = {
+        "visible_until": torch.tensor([[3, 2, 3, 5, 5]], dtype=torch.int32),
+        "position_ids": torch.tensor([[0, 1, 1, 0, 1]], dtype=torch.int32),
+    }
+    q = torch.randn(1, 2, 5, 8, requires_grad=True)
+    out = view_attention(q, q, q, **row, window=2)
+    row[name].copy_(row[name].clone())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()

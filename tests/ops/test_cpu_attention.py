@@ -293,6 +293,18 @@ def test_isolation_is_exact(isa, isolated, token, value, dtype):
         same(after, name, tokens)
 
 
+def test_what_the_scale_makes_infinite_stays_isolated(isa, isolated):
+    case, seen = isolated
+    before = AttentionCase(**{**case.__dict__, "softmax_scale": 10.0}).run("cpu", torch.float32)
+    q = case.q.clone()
+    q[:, :, 100] = 1e38
+    changed = {**case.__dict__, "q": q, "softmax_scale": 10.0}
+    after = AttentionCase(**changed).run("cpu", torch.float32)
+    unseen = ~seen[100]
+    assert torch.equal(after["dk"][:, :, unseen], before["dk"][:, :, unseen])
+    assert torch.equal(after["dv"][:, :, unseen], before["dv"][:, :, unseen])
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_shows(isa, isolated, value):
     case, seen = isolated

@@ -8,7 +8,7 @@ import sysconfig
 import pytest
 import torch
 
-from llmjepa_kernels import last_token_loss
+from llmjepa_kernels import last_token_loss, semantic_tube_loss
 from llmjepa_kernels.ops import cpu
 from tests.support.helpers import check_loss
 
@@ -156,11 +156,48 @@ def test_threads_do_not_change_a_bit(metric, dtype):
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
 
 
+def test_float16_has_its_subnormals_where_the_process_flushes_floats(isa):
+    hidden = torch.full((1, 3, 40), 3e-5, dtype=torch.float16)
+    hidden[0, 2] = torch.linspace(-7e-5, 7e-5, 40)
+    pairs = torch.tensor([[[0, 1], [0, 2], [1, 2]]])
+    found = []
+    try:
+        for flush in (False, True):
+            torch.set_flush_denormal(flush)
+            found.append(last_token_loss(hidden, pairs, reduction="none", impl="cpu"))
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(*found)
+    assert found[0][0, 0].abs() < 1e-6 < found[0][0, 1]
+
+
+def test_another_default_device_is_not_taken():
+    hidden, pairs = case()
+    hidden = hidden.float().requires_grad_()
+    results = []
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            distance = last_token_loss(hidden, pairs, impl="cpu")
+            vectors = semantic_tube_loss(hidden, pairs[:, :3, None, None].expand(-1, -1, 2, 3, -1))
+            contrast = last_token_loss(hidden, pairs, metric="infonce", impl="cpu")
+            loss = distance + vectors + contrast
+            results.append([loss, *torch.autograd.grad(loss, hidden)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_library_of_other_sources_is_refused(monkeypatch, tmp_path):
+    """As after a pull without an install."""
+    (tmp_path / "api.cpp").write_text("// another")
+    monkeypatch.setattr(cpu, "SOURCES", tmp_path)
+    with pytest.raises(RuntimeError, match="compiled from another version of the sources"):
+        cpu._library.__wrapped__()
+
+
 def test_a_library_of_another_version_is_refused(tmp_path):
     """One whose structures differ would read and write where it must not."""
     subprocess.run(
         [COMPILER, "-shared", "-xc", "-", "-o", tmp_path / "other.so"],
-        input=b"long long lk_attention_size(void) { return 8; }",
+        input=b"long long lk_attention_size(void) { return 8; } void lk_sources(void) {}",
         check=True,
     )
     script = "from llmjepa_kernels.ops import cpu; cpu.isas()"
