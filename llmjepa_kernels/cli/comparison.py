@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isclose
 from statistics import mean
 from typing import Any
 
@@ -26,7 +27,8 @@ class Comparison:
         seeds: How many both have.
         difference: The mean over them, of `name` less `baseline`.
         interval: That of 95 %, by the t distribution.
-        p_value: Of the paired t-test that there is no difference.
+        p_value: Of the paired t-test that there is no difference; None where all differences are
+            the same and not 0, of which t is no number.
         p_holm: The same, corrected by Holm's method for all comparisons of a report.
     """
 
@@ -36,19 +38,20 @@ class Comparison:
     seeds: int
     difference: float
     interval: tuple[float, float]
-    p_value: float
-    p_holm: float
+    p_value: float | None
+    p_holm: float | None
 
 
-def compare(runs: Sequence[dict[str, Any]]) -> list[Comparison]:
+def compare(runs: Sequence[dict[str, Any]], names: Sequence[str] | None = None) -> list[Comparison]:
     """Compares every objective with the first one; those that share two seeds with it.
 
     Same seeds mean the same data in the same order, and the same weights at the beginning.
 
     Args:
         runs: Each with ``name``, ``seed`` and ``metrics``.
+        names: Of all objectives, in order, as some may have no run. Default: as the runs come.
     """
-    by_name: dict[str, dict[int, dict[str, float]]] = {}
+    by_name: dict[str, dict[int, dict[str, float]]] = {name: {} for name in names or ()}
     for run in runs:
         by_name.setdefault(run["name"], {})[run["seed"]] = run["metrics"]
     found: list[dict[str, Any]] = []
@@ -63,15 +66,19 @@ def compare(runs: Sequence[dict[str, Any]]) -> list[Comparison]:
             if len(pairs) > 1:
                 names = {"metric": metric, "name": name, "baseline": baseline}
                 found.append({**names, "seeds": len(pairs), **_paired(pairs)})
-    corrected = holm([each["p_value"] for each in found])
-    return [Comparison(**each, p_holm=p) for each, p in zip(found, corrected, strict=True)]
+    corrected = iter(holm([p for each in found if (p := each["p_value"]) is not None]))
+    return [
+        Comparison(**each, p_holm=None if each["p_value"] is None else next(corrected))
+        for each in found
+    ]
 
 
 def _paired(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
     differences = [value - before for value, before in pairs]
-    if len(set(differences)) == 1:  # of which t is no number
-        same = differences[0]
-        return {"difference": same, "interval": (same, same), "p_value": float(same == 0)}
+    same = differences[0]
+    if all(isclose(each, same, abs_tol=1e-12) for each in differences):
+        p_value = 1.0 if isclose(same, 0, abs_tol=1e-12) else None
+        return {"difference": same, "interval": (same, same), "p_value": p_value}
     test: Any = ttest_rel(*zip(*pairs, strict=True))
     interval = test.confidence_interval(0.95)
     return {
@@ -99,13 +106,17 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def comparison_notes(comparisons: Sequence[Comparison]) -> list[str]:
     """A line each, for a report."""
     lines = []
+    tested = sum(each.p_value is not None for each in comparisons)
     for each in comparisons:
         points = each.metric != "eval_ntp_loss"
         scale, digits, unit = (100, 1, " points") if points else (1, 4, "")
         low, high = (f"{scale * bound:+.{digits}f}" for bound in each.interval)
+        how_sure = "in each, of which there is no test"
+        if each.p_value is not None:
+            how_sure = f"(95 % interval {low} to {high}), p = {each.p_value:.3f}, "
+            how_sure += f"{each.p_holm:.3f} by Holm for {tested}"
         lines.append(
             f"{each.name} against {each.baseline}, {METRICS[each.metric]}, {each.seeds} paired "
-            f"seeds: {scale * each.difference:+.{digits}f}{unit} (95 % interval {low} to {high}), "
-            f"p = {each.p_value:.3f}, {each.p_holm:.3f} by Holm for {len(comparisons)}"
+            f"seeds: {scale * each.difference:+.{digits}f}{unit} {how_sure}"
         )
     return lines

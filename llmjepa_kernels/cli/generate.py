@@ -49,10 +49,12 @@ def generate(options: GenerateOptions) -> None:
         return
     messages = list(begin)
     while prompt := _line():
-        messages.append({"role": "user", "content": prompt})
-        messages.append({"role": "assistant", "content": reply(messages)})
-        if example_format.template == "plain":  # which has no turns
-            messages = list(begin)
+        question = {"role": "user", "content": prompt}
+        said = reply([*messages, question])
+        if not said.strip():
+            print("(no answer; the question is forgotten)")
+        elif example_format.template != "plain":  # which has no turns
+            messages += [question, {"role": "assistant", "content": said}]
 
 
 def _line() -> str:

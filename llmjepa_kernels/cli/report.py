@@ -47,16 +47,18 @@ def write_report(runs: Sequence[dict[str, Any]], directory: Path, about: dict[st
             ``accuracy_interval``, that of 95 %. Runs of the same name differ in their seed.
         directory: Made if it does not exist.
         about: ``model``, ``data``, ``options`` and ``versions`` that the numbers depend on; maybe
-            ``remarks``, lines for the reader.
+            ``objectives``, the names in order, the first of which the others are compared with,
+            and ``remarks``, lines for the reader.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    found = compare(runs)
-    lines = [comparison_table(runs), *comparison_notes(found), *notes(runs, about)]
+    names = about.get("objectives")
+    found = compare(runs, names)
+    lines = [comparison_table(runs, names), *comparison_notes(found), *notes(runs, about)]
     table = "\n".join(lines) + "\n"
     write_whole(directory / "report.txt", table)
     report = {
         "about": about,
-        "summary": summarize(runs),
+        "summary": summarize(runs, names),
         "comparisons": [asdict(each) for each in found],
         "runs": list(runs),
     }
@@ -65,15 +67,19 @@ def write_report(runs: Sequence[dict[str, Any]], directory: Path, about: dict[st
     return table
 
 
-def summarize(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
+def summarize(
+    runs: Sequence[dict[str, Any]], names: Sequence[str] | None = None
+) -> dict[str, dict[str, dict[str, float]]]:
     """Mean, standard deviation over the seeds and their number, of each metric by each name.
 
     With two names, ``difference`` is that of the runs with the same seed, second less first. The
-    standard deviation is the unbiased one, and missing for a single seed.
+    standard deviation is the unbiased one, and missing for a single seed. The order of the names
+    may be given, as in `compare`.
     """
-    by_name: dict[str, dict[int, dict[str, float]]] = {}
+    by_name: dict[str, dict[int, dict[str, float]]] = {name: {} for name in names or ()}
     for run in runs:
         by_name.setdefault(run["name"], {})[run["seed"]] = run["metrics"]
+    by_name = {name: seeds for name, seeds in by_name.items() if seeds}
     if len(by_name) == 2:
         first, second = by_name.values()
         by_name["difference"] = {
@@ -95,9 +101,9 @@ def summarize(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, f
     return summary
 
 
-def comparison_table(runs: Sequence[dict[str, Any]]) -> str:
+def comparison_table(runs: Sequence[dict[str, Any]], names: Sequence[str] | None = None) -> str:
     """One column per name, in plain text, as mean ± standard deviation over its seeds."""
-    summary = summarize(runs)
+    summary = summarize(runs, names)
     table = _table()
     for name in summary:
         table.add_column(name, justify="right")

@@ -86,6 +86,8 @@ def train(options: TrainOptions) -> None:
         for record in records[: len(options.objectives)]
     ]
     options_of = _matched(options, runs, arguments)
+    for record in records:  # whose length another first objective would change
+        record.options["matched"] = list(options_of[record.name].other[len(options.other) :])
     if is_main and (options.dry_run or options.streaming):
         print_left_out(data.left_out)
     if options.dry_run:
@@ -165,6 +167,7 @@ def _about(options: TrainOptions) -> dict[str, Any]:
         "model": options.model or "a small Llama from random weights",
         "data": options.data or "built-in pairs of English and regular expressions",
         "options": options.recorded(),
+        "objectives": [OBJECTIVES[name] for name in options.objectives],
         "remarks": [KNOWN] if options.model is None and options.data is None else [],
         "versions": {
             module.__name__: str(module.__version__)

@@ -74,4 +74,4 @@ def answer(
         **options,
     )
     new = [token for token in generated[0, len(ids) :].tolist() if token not in stops]
-    return str(tokenizer.decode(new))
+    return str(tokenizer.decode(new, clean_up_tokenization_spaces=False))

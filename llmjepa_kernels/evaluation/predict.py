@@ -185,11 +185,11 @@ def predict(
                 completion, finished = choice_ids[ids[0]], True
             else:
                 answer = ids[:-1] if finished else ids
-                completion = cast(str, tokenizer.decode(answer, skip_special_tokens=True))
+                completion = _text(tokenizer, answer, skip_special_tokens=True)
             predictions.append(
                 Prediction(
                     index=i,
-                    prompt=cast(str, tokenizer.decode(prompts[i])),
+                    prompt=_text(tokenizer, prompts[i]),
                     answer=answer_of(samples[i]),
                     completion=completion,
                     correct=rule.is_correct(completion, samples[i]),
@@ -325,6 +325,12 @@ def _generate(
         end = next((n for n, token in enumerate(tokens) if token in stop_ids), len(tokens))
         answers.append(tokens[: end + 1])
     return answers
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], **options: bool) -> str:
+    # Some tokenizers are configured to drop spaces before commas and the like, as in " ,".
+    options["clean_up_tokenization_spaces"] = False
+    return cast(str, tokenizer.decode(list(ids), **options))
 
 
 def refuse_nan(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

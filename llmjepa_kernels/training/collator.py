@@ -12,7 +12,14 @@ import torch
 from llmjepa_kernels.data.example_format import ExampleFormat
 from llmjepa_kernels.data.predictor_tokens import known_predictor_tokens
 from llmjepa_kernels.ops.choice import may_choose_flash
-from llmjepa_kernels.packing import Example, PackedBatch, pack, with_tubes, without_views
+from llmjepa_kernels.packing import (
+    IGNORE,
+    Example,
+    PackedBatch,
+    pack,
+    with_tubes,
+    without_views,
+)
 from llmjepa_kernels.training.objective import supervised_positions
 from llmjepa_kernels.tubes import TubeSampler
 
@@ -120,5 +127,10 @@ class LLMJEPACollator:
 
 
 def chat_tokens(example: Example) -> int:
-    """Tokens of an example without its views: what plain fine-tuning takes for it."""
+    """Tokens of an example without its views: what plain fine-tuning takes for it.
+
+    None of one without supervised tokens, which it would not take.
+    """
+    if not any(y != IGNORE for segment in example.segments for y in segment.labels or ()):
+        return 0
     return sum(len(segment.input_ids) for segment in without_views(example).segments)

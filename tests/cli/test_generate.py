@@ -81,6 +81,19 @@ def test_a_chat_remembers_what_was_said(checkpoint, generate, monkeypatch):
     assert len(heard) == 2
 
 
+def test_a_question_without_an_answer_is_forgotten(generate, monkeypatch):
+    typed(monkeypatch, "a\nb\n", tty=True)
+    heard = []
+    monkeypatch.setattr(
+        "llmjepa_kernels.cli.generate.answer",
+        lambda m, t, messages, *_, **__: heard.append(messages) or "",
+    )
+    status, out, _ = generate()
+    assert status == 0
+    assert out.count("no answer") == 2
+    assert [[turn["content"] for turn in messages] for messages in heard] == [["a"], ["b"]]
+
+
 def test_the_plain_format_has_no_turns(checkpoint, generate, monkeypatch, tmp_path):
     plain = shutil.copytree(checkpoint, tmp_path / "plain")
     ExampleFormat(template="plain", separator_id=5).save(plain)

@@ -12,6 +12,7 @@ from llmjepa_kernels.cli.report import (
     format_table,
     notes,
     report_picture,
+    summarize,
     write_report,
 )
 
@@ -93,6 +94,31 @@ def test_objectives_are_compared_seed_by_seed():
         "LLM-JEPA against NTP only, held-out accuracy, 4 paired seeds: +2.0 points (95 % interval "
     )
     assert "-0.0200 (95 %" in lines[2]
+
+
+def test_the_first_objective_is_what_the_others_are_compared_with():
+    """Also where its first run has failed."""
+    names = ["NTP only", "LLM-JEPA", "STP"]
+    runs = [r for r in three_objectives() if (r["name"], r["seed"]) != ("NTP only", 0)]
+    runs.sort(key=lambda r: r["seed"])
+    assert {each.baseline for each in compare(runs)} == {"LLM-JEPA"}
+    found = compare(runs, names)
+    assert {(each.baseline, each.seeds) for each in found} == {("NTP only", 3)}
+    assert list(summarize(runs, names)) == names
+    alone = [r for r in runs if r["name"] != "NTP only"]
+    assert compare(alone, names) == []
+    assert list(summarize(alone, names)) == [*names[1:], "difference"]
+
+
+def test_differences_that_are_all_the_same_have_no_test():
+    before, after = (0.1, 0.2), (0.4, 0.5)
+    runs = [run("NTP only", i, accuracy=x) for i, x in enumerate(before)]
+    (found,) = compare([*runs, *(run("STP", i, accuracy=x) for i, x in enumerate(after))])
+    assert (found.p_value, found.p_holm) == (None, None)
+    assert comparison_notes([found]) == [
+        "STP against NTP only, held-out accuracy, 2 paired seeds: +30.0 points in each, of which "
+        "there is no test"
+    ]
 
 
 def test_holms_correction():

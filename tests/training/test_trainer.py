@@ -348,6 +348,15 @@ def test_evaluation_is_a_mean_over_the_whole_set(tokenizer, tmp_path, metric):
     assert predicted.metrics["test_loss"] == metrics["eval_loss"]
 
 
+def test_examples_without_supervised_tokens_count_for_no_fine_tuning(tokenizer):
+    _, collator = build(tokenizer)
+    example = collator.example(ROWS[0])
+    bare = [Segment(s.input_ids, s.parent) for s in example.segments]
+    batch = collator([Example(bare, example.pairs), example])
+    assert batch["sft_tokens"] == chat_tokens(example)
+    assert (batch["view_pairs"][..., 0] >= 0).sum() == 2
+
+
 def test_evaluation_leaves_out_the_losses_of_what_is_not_there(tokenizer, tmp_path):
     model, collator = build(tokenizer)
     plain = [without_views(collator.example(row)) for row in ROWS[:3]]
