@@ -165,7 +165,7 @@ def gather_tokens(hidden: Tensor, positions: Tensor) -> Tensor:
 def _check_attended(module: PreTrainedModel) -> None:
     """Raises RuntimeError if a layer attended to a packed row by itself, past `view_attention`."""
     attended, running.attended = running.attended, None
-    layers = getattr(module.config, "num_hidden_layers", None)
+    layers = _self_attending_layers(module.config)
     if attended is None or layers is None or len(attended) >= layers:
         return
     if any(map(_is_compiled, module.modules())):  # compiled code does not count
@@ -175,6 +175,12 @@ def _check_attended(module: PreTrainedModel) -> None:
         "view_attention, so views of a packed row saw each other in the others: something else "
         "has replaced their forward"
     )
+
+
+def _self_attending_layers(config: Any) -> int | None:
+    # Some name the layers of an encoder so; and a layer of cross-attention is left out of text.
+    layers = getattr(config, "decoder_layers", None) or getattr(config, "num_hidden_layers", None)
+    return layers and layers - len(getattr(config, "cross_attention_layers", None) or ())
 
 
 def _is_compiled(module: nn.Module) -> bool:
@@ -202,6 +208,7 @@ def _recognised(
         or is_empty(kwargs.get("attention_mask"))
         or torch.compiler.is_compiling()  # the answer depends on data
         or any(kwargs.get(name) is not None for name in CACHES)
+        or _wants_more(module, kwargs)
         or (module.training and dropout_field(module.config) is not None)
         or not _attends(module)
     ):
@@ -212,6 +219,19 @@ def _recognised(
         position_ids=kwargs.get("position_ids"),
         window=getattr(module.config, "sliding_window", None),
     )
+
+
+def _wants_more(module: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
+    """Whether a forward is asked for what the kernels do not know.
+
+    That are the weights of attention, and positions of several dimensions, by which a window would
+    be measured.
+    """
+    weights = kwargs.get("output_attentions")
+    if weights is None:
+        weights = getattr(module.config, "output_attentions", False)
+    positions = kwargs.get("position_ids")
+    return bool(weights) or (positions is not None and positions.dim() > 2)
 
 
 def _schedule(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -33,11 +33,22 @@ def _name(impl: str | None) -> str:
     return NAME if impl is None else f"{NAME}_{impl.replace('flash', 'varlen')}"
 
 
+def _mask(*args: Any, **kwargs: Any) -> Any:
+    """Transformers' mask for sdpa, which may be none for a causal one.
+
+    Not in Gemma 4, which cuts queries off in the layers that share keys, but leaves the
+    implementations alone whose names say that no mask means a causal one from the first key on.
+    """
+    if getattr(kwargs.get("config"), "num_kv_shared_layers", None):
+        kwargs["allow_is_causal_skip"] = False
+    return sdpa_mask(*args, **kwargs)
+
+
 _IMPLS = {_name(impl): impl for impl in (None, *BACKENDS)}
 
 for _registered, _impl in _IMPLS.items():
     AttentionInterface.register(_registered, functools.partial(attention, impl=_impl))
-    AttentionMaskInterface.register(_registered, sdpa_mask)
+    AttentionMaskInterface.register(_registered, _mask)
 
 
 def innermost(model: PreTrainedModel) -> list[PreTrainedModel]:
@@ -79,21 +90,28 @@ def check(model: PreTrainedModel) -> None:
 
 def patch(model: PreTrainedModel, impl: str | None) -> None:
     """Lets a model, with all models in it, attend through `view_attention`."""
-    previous = model.config._attn_implementation
-    if previous in _IMPLS:  # patched before, or by a model that shares the config
+    previous: Any = _implementations(model.config)
+    if previous[""] in _IMPLS:  # patched before, or by a model that shares the config
         previous = getattr(model, "_before_view_attention", None)
         previous = previous or model.get_correct_attn_implementation(None)
-    model._before_view_attention = previous
+    cast(Any, model)._before_view_attention = previous
     model.set_attn_implementation(_name(impl))
     if hasattr(model, "generate_batch"):  # models with a head
         vars(model)["generate_batch"] = functools.partial(_generate_batch, model)
 
 
+def _implementations(config: Any) -> dict[str, str]:
+    """That of each of its parts, as `set_attn_implementation` takes them, and its own for ""."""
+    parts = {name: getattr(config, name, None) for name in config.sub_configs}
+    found = {name: part._attn_implementation for name, part in parts.items() if part is not None}
+    return {"": config._attn_implementation, **found}
+
+
 def _generate_batch(model: Any, *args: Any, **kwargs: Any) -> Any:
     """Transformers' own, which takes none but its own implementations of attention."""
     ours = model.config._attn_implementation
-    model.set_attn_implementation(model._before_view_attention)
     try:
+        model.set_attn_implementation(model._before_view_attention)
         return type(model).generate_batch(model, *args, **kwargs)
     finally:
         model.set_attn_implementation(ours)
@@ -101,9 +119,10 @@ def _generate_batch(model: Any, *args: Any, **kwargs: Any) -> Any:
 
 def unpatch(model: PreTrainedModel) -> None:
     """Undoes `patch`, if it was called."""
-    previous = vars(model).pop("_before_view_attention", None)
+    previous = vars(model).get("_before_view_attention")
     if previous is not None:
         model.set_attn_implementation(previous)
+        vars(model).pop("_before_view_attention")
         vars(model).pop("generate_batch", None)
 
 

@@ -148,7 +148,7 @@ def _check_layer(
             f"attention dropout is not supported with visible_until: set {field} of the model's "
             f"config to 0 before it is built, got {dropout}"
         )
-    if not getattr(module, "is_causal", True):
+    if not getattr(module, "is_causal", True) or kwargs.get("is_causal") is False:
         raise ValueError(f"visible_until needs causal attention, {name} is bidirectional")
     if kwargs.get("position_bias") is not None:
         raise ValueError(f"view_attention has no position_bias, which {name} passes")

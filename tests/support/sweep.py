@@ -75,13 +75,13 @@ class Family:
 
     model_type: str
 
-    def config(self) -> Any:
+    def config(self, **more: Any) -> Any:
         kind = CONFIG_MAPPING[self.model_type]
         arguments = _small(kind())
         if "v_head_dim" in arguments:  # values of another width, always in as many heads as queries
             arguments["num_key_value_heads"] = SIZES["num_attention_heads"]
         own = OWN.get(self.model_type, {})
-        return kind(**{**arguments, **own})
+        return kind(**{**arguments, **own, **more})
 
     def model(self, seed: int = 0) -> PreTrainedModel:
         torch.manual_seed(seed)
