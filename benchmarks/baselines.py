@@ -73,8 +73,12 @@ class MicroBatch:
     def tokens(self) -> int:
         return self.labels.numel()
 
-    def to(self, device: torch.device | str) -> MicroBatch:
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> MicroBatch:
+        """On a device; an additive mask in the dtype of the model, as SDPA wants it on GPUs."""
         inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.inputs.items()}
+        mask = inputs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.is_floating_point():
+            inputs["attention_mask"] = mask.to(dtype)
         return MicroBatch(inputs, self.labels.to(device), self.pairs.to(device))
 
 
@@ -108,8 +112,8 @@ class Baseline:
         """Tokens through the LM head."""
         return self.num_labels if self.supervised_head else self.tokens
 
-    def to(self, device: torch.device | str) -> Baseline:
-        moved = [m.to(device) for m in self.micro_batches]
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Baseline:
+        moved = [m.to(device, dtype) for m in self.micro_batches]
         return Baseline(moved, self.attention, self.supervised_head)
 
     def prepare(self, model) -> None:

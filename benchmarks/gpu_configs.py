@@ -159,7 +159,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     # What is compiled for one row serves all.
     to_compile = jobs(["512"])
     with concurrent.futures.ProcessPoolExecutor(options.processes, context) as pool:
-        for job, reason in zip(to_compile, pool.map(compile_one, to_compile), strict=True):
+        compiled = [(job, pool.submit(compile_one, job)) for job in to_compile]
+        for job, found in compiled:
+            try:
+                reason = found.result()
+            except concurrent.futures.BrokenExecutor as error:  # a compiler has crashed
+                reason = f"{type(error).__name__}: {error}"
             if reason is not None:
                 failed[job[0], job[2:]] = reason
     progress(f"compiled {len(to_compile)}, of which {len(failed)} failed")
@@ -177,8 +182,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             if reason := failed.get((head_dim, job[2:])):
                 row["failed"] = reason
             else:
-                row |= measure(job)
-                rows.append(row)
+                try:
+                    row |= measure(job)
+                except Exception as error:  # of this configuration, or of the device from now on
+                    row["failed"] = f"{type(error).__name__}: {error}"
+                else:
+                    rows.append(row)
             file.write(json.dumps(row) + "\n")
             file.flush()
     keys = ("head_dim", "row", "direction", "mask_block")

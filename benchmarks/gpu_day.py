@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     end, parts = time.monotonic() + 60 * args.minutes, []
     start_up = min(START_UP, 60 * args.minutes / len(names) / 2)
-    table = Table("What the GPU showed", COLUMNS)
+    table, about = Table("What the GPU showed", COLUMNS), machine(args.device)
     for index, name in enumerate(names):
         # What a part leaves of its share is for those after it.
         later = names[index:]
@@ -123,11 +123,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         table.rows += rows
         table.notes.append(f"{name}: {ended} ({parts[-1]['seconds']:.0f} s, {len(rows)} rows)")
         progress(table.notes[-1])
-    about = machine(args.device)
+        # After each, as a part may take the device with it.
+        write(args.output / "gpu_day.json", [table], about, {**vars(args), "ended": parts})
     print(draw(table))
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items() if number)
     print(f"{summary(about)}; {about['system']}; {versions}")
-    write(args.output / "gpu_day.json", [table], about, {**vars(args), "ended": parts})
     print(args.output / "gpu_day.json")
     return int(any(part["ended"] != "ok" for part in parts))
 
