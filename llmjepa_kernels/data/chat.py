@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from llmjepa_kernels.checks import check_whole
 from llmjepa_kernels.data.messages import (
+    PLACEHOLDER,
     Turn,
     check_content,
     check_views,
@@ -446,12 +447,25 @@ def _labels(
     end_of_turn = chat.text[chat.char_spans[-1][1] :].rstrip()
     for i in answers:
         start, stop = chat.spans[i]
-        content_end = chat.char_spans[i][1]
+        content_start, content_end = chat.char_spans[i]
+        if chat.text[:content_start].endswith(" "):
+            start = min(start, _end_of_prompt(tokenizer, chat, content_start))
         if supervise == "assistant" and chat.text.startswith(end_of_turn, content_end):
             end = content_end + len(end_of_turn)
             stop = max(stop, token_span(chat.offsets, 0, end)[1])
         labels[start:stop] = ids[start:stop]
     return labels
+
+
+def _end_of_prompt(tokenizer: PreTrainedTokenizerBase, chat: Rendering, start: int) -> int:
+    """The tokens before an answer at this character, as `chat_prompt` counts them.
+
+    A space that the template writes there belongs to the first token of most answers. Where it is a
+    token of its own, before a digit for example, it has to be learnt like any of the answer.
+    """
+    text = chat.text[:start] + PLACEHOLDER
+    tokens = Tokens.of(tokenizer, text, chat.tokens.add_special_tokens)
+    return token_span(tokens.offsets, start, len(text))[0]
 
 
 def _labels_of_all(tokenizer: PreTrainedTokenizerBase, ids: list[int], supervise: str) -> list[int]:

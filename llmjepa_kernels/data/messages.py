@@ -10,6 +10,7 @@ from llmjepa_kernels.checks import check_whole
 Turn = dict[str, str]  # role and content
 
 ROLES = ("system", "user", "assistant", "tool")
+PLACEHOLDER = "x"  # an answer that is like most
 # Keys of a turn that chat templates write beside its content, which would be dropped here.
 RENDERED_KEYS = ("tool_calls", "function_call", "tool_call_id", "reasoning_content", "thinking")
 
@@ -76,7 +77,7 @@ def with_placeholder_answer(messages: Any) -> list[Turn]:
     if isinstance(asked, list):
         if asked and isinstance(asked[-1], Mapping) and asked[-1].get("role") == "assistant":
             asked.pop()
-        asked.append({"role": "assistant", "content": "x"})
+        asked.append({"role": "assistant", "content": PLACEHOLDER})
     return checked_messages(asked)
 
 

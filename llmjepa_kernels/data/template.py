@@ -33,11 +33,13 @@ class Tokens:
         input_ids: Its tokens.
         offsets: The characters of each.
         num_behind: Tokens that the tokenizer has added behind the text.
+        add_special_tokens: Whether it was asked for such.
     """
 
     input_ids: list[int]
     offsets: list[tuple[int, int]]
     num_behind: int
+    add_special_tokens: bool
 
     @classmethod
     def of(
@@ -54,7 +56,7 @@ class Tokens:
             mask = encoded["special_tokens_mask"]
             behind = next((n for n, own in enumerate(reversed(mask)) if not own), 0)
             offsets[len(offsets) - behind :] = [(len(text), len(text))] * behind
-        return cls(encoded["input_ids"], offsets, behind)
+        return cls(encoded["input_ids"], offsets, behind, add_special_tokens)
 
     def cut(self, items: list[T], length: int | None) -> list[T]:
         """Items of each token, without those at the end of a text that is too long."""

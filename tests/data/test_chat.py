@@ -309,13 +309,16 @@ def test_supervise_all():
 
 @pytest.mark.parametrize("family", SPANS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_prompt_is_what_precedes_the_answer_in_training(family, kind):
+@pytest.mark.parametrize("answer", ["ANS", "7", "字"])
+def test_prompt_is_what_precedes_the_answer_in_training(family, kind, answer):
+    """Also where white space of the template is no token of its own before most answers."""
     tokenizer = get_tokenizer(SPANS[family][0], kind)
     kwargs = KWARGS.get(family)
-    chat = chat_example(CHAT, tokenizer, layout="official", template_kwargs=kwargs).segments[0]
+    turns = [*CHAT[:-1], {"role": "assistant", "content": answer}]
+    chat = chat_example(turns, tokenizer, layout="official", template_kwargs=kwargs).segments[0]
     start = next(i for i, y in enumerate(chat.labels) if y != -100)
-    prompt = chat_prompt(CHAT, tokenizer, template_kwargs=kwargs)
-    assert prompt == chat_prompt(CHAT[:-1], tokenizer, template_kwargs=kwargs)
+    prompt = chat_prompt(turns, tokenizer, template_kwargs=kwargs)
+    assert prompt == chat_prompt(turns[:-1], tokenizer, template_kwargs=kwargs)
     assert prompt == chat.input_ids[:start]
 
 
