@@ -183,7 +183,15 @@ def _hub(name: str) -> Rows:
     if len(parts) not in (2, 3) or not all(parts):
         raise ValueError(f"expected hub:NAME:SPLIT or hub:NAME:CONFIG:SPLIT, got {name!r}")
     *path, split = parts
-    return _dataset(name, _datasets().load_dataset(*path, split=split, streaming=True))
+    return _dataset(name, _rows(_datasets().load_dataset(*path, split=split, streaming=True)))
+
+
+def _rows(stream: Any) -> Iterator[dict[str, Any]]:
+    """All of them: plain iteration leaves a worker of a DataLoader only its share, which the
+    caller would divide once more.
+    """
+    for batch in stream.iter(batch_size=100):
+        yield from (dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True))
 
 
 def _datasets() -> ModuleType:

@@ -7,10 +7,11 @@ import sys
 
 import datasets
 import pytest
+import torch
 
 from llmjepa_kernels.data import grammar
 from llmjepa_kernels.data import sources as sources_module
-from llmjepa_kernels.data.samples import read_chats
+from llmjepa_kernels.data.samples import located_chats, read_chats
 
 
 def chat(user="ASK", assistant="ANS", **keys):
@@ -172,6 +173,28 @@ def test_datasets_of_the_hub(monkeypatch):
     ]
     with pytest.raises(ValueError, match=r"expected hub:NAME:SPLIT .*, got 'hub:nq_open'"):
         read_chats("hub:nq_open")
+
+
+class EveryNth(torch.utils.data.IterableDataset):
+    """Rows of the hub as `llmjepa train --streaming` reads them in a worker."""
+
+    def __iter__(self):
+        info = torch.utils.data.get_worker_info()
+        shard = (info.id, info.num_workers)
+        for place, sample in located_chats("hub:name:train", recipe="gsm8k", shard=shard):
+            yield place, sample["messages"][1]["content"]
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 3])
+def test_workers_divide_a_stream_of_the_hub_once(num_shards, monkeypatch):
+    rows = [{"question": f"{i}?", "answer": f"{i}\n#### {i}"} for i in range(12)]
+    stream = datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=num_shards)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: stream)
+    loader = torch.utils.data.DataLoader(
+        EveryNth(), batch_size=None, num_workers=2, multiprocessing_context="fork"
+    )
+    found = list(loader)
+    assert sorted(found) == sorted((f"hub:name:train row {i}", f"{i}?") for i in range(12))
 
 
 def test_own_recipe_and_unknown_recipe(tmp_path):
