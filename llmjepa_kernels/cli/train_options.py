@@ -48,6 +48,17 @@ def _by_start(key: str) -> str:
     return f"{FINE_TUNE[key]:g} with --model, else {SCRATCH[key]:g}"
 
 
+# The terms of objectives, one of which an option is for.
+NEEDED = {
+    **dict.fromkeys(("jepa_weight", "metric", "detach_target", "loss_dropout"), "jepa"),
+    **dict.fromkeys(("stp_weight", "tube_form", "tube_count", "tube_max_length"), "stp"),
+    "sigreg_weight": "sigreg",
+    "vicreg_weight": "vicreg",
+    "projector_size": "jepa",
+    **dict.fromkeys(("linear_predictor", "weight_warmup"), "jepa or stp"),
+}
+
+
 def _default(name: str) -> Any:
     return TrainOptions.__dataclass_fields__[name].default
 
@@ -419,19 +430,12 @@ examples:
             if self.loss_dropout_per == "step":
                 raise ValueError("--loss-dropout-per step does not go with --streaming")
         terms = {term for objective in self.objectives for term in objective.split("+")}
-        for flag, given, needed in (
-            ("--stp-weight", self.stp_weight != _default("stp_weight"), {"stp"}),
-            ("--tube-form", self.tube_form != _default("tube_form"), {"stp"}),
-            ("--tube-count", self.tube_count != _default("tube_count"), {"stp"}),
-            ("--tube-max-length", self.tube_max_length is not None, {"stp"}),
-            ("--sigreg-weight", self.sigreg_weight != _default("sigreg_weight"), {"sigreg"}),
-            ("--vicreg-weight", self.vicreg_weight != _default("vicreg_weight"), {"vicreg"}),
-            ("--projector-size", self.projector_size is not None, {"jepa"}),
-            ("--linear-predictor", self.linear_predictor, {"jepa", "stp"}),
-        ):
-            if given and not needed & terms:
+        preset = self.presets[self.preset] if self.preset else {}
+        for name, needed in NEEDED.items():
+            usual = getattr(self, name) in (_default(name), preset.get(name))
+            if not usual and not terms & set(needed.split(" or ")):
                 raise ValueError(
-                    f"{flag} needs an --objective with {' or '.join(sorted(needed))}, got "
+                    f"--{name.replace('_', '-')} needs an --objective with {needed}, got "
                     f"{' '.join(self.objectives)}"
                 )
         if self.resume and self.overwrite:

@@ -48,6 +48,12 @@ def test_what_is_given_counts_more_than_the_preset(tmp_path):
     assert parsed().layout == "shared"
 
 
+def test_the_preset_goes_with_objectives_that_take_less_of_it():
+    options = parsed("--preset", "authors", "--model", "x", "--objective", "ntp")
+    options.check()
+    assert options.objectives == ["ntp"]
+
+
 def test_what_the_preset_sets_can_be_taken_back():
     options = parsed("--preset", "authors", "--no-bf16", "--no-add-special-tokens")
     assert (options.bf16, options.add_special_tokens) == (False, False)

@@ -331,6 +331,11 @@ def test_overlong_example_is_named_by_line(tmp_path, capsys):
         (["--objective", "ntp", "--linear-predictor"], "needs an --objective with jepa or stp"),
         (["--objective", "stp", "--projector-size", 8], "--projector-size needs an --objective"),
         (["--sigreg-weight", 2], "--sigreg-weight needs an --objective with sigreg, got ntp jepa"),
+        (
+            ["--objective", "stp", "--jepa-weight", 2],
+            "--jepa-weight needs an --objective with jepa",
+        ),
+        (["--objective", "ntp", "--weight-warmup", 0.1], "with jepa or stp, got ntp"),
         (["--tube-count", 2], "--tube-count needs an --objective with stp, got ntp jepa"),
         (
             ["--streaming", "--data", "x", "--max-steps", 1, "--match", "tokens"],
