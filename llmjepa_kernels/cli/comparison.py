@@ -64,8 +64,8 @@ def compare(runs: Sequence[dict[str, Any]], names: Sequence[str] | None = None) 
                 if metric in metrics and metric in by_name[name].get(seed, {})
             ]
             if len(pairs) > 1:
-                names = {"metric": metric, "name": name, "baseline": baseline}
-                found.append({**names, "seeds": len(pairs), **_paired(pairs)})
+                what = {"metric": metric, "name": name, "baseline": baseline}
+                found.append({**what, "seeds": len(pairs), **_paired(pairs)})
     corrected = iter(holm([p for each in found if (p := each["p_value"]) is not None]))
     return [
         Comparison(**each, p_holm=None if each["p_value"] is None else next(corrected))

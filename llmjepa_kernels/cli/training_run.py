@@ -84,7 +84,7 @@ class TrainingRun:
             return {}
         history = trainer.state.log_history
         metrics |= self._last_losses_and_cost(trainer)
-        result = {"metrics": metrics, "history": history, "cosines": []}
+        result: dict[str, Any] = {"metrics": metrics, "history": history, "cosines": []}
         if _is_sharded(trainer):  # this process alone has no whole model that could answer
             if self.data.held_out.samples:
                 print(f"for answers to held-out data: llmjepa evaluate {self.record.directory}")

@@ -62,7 +62,7 @@ class Head:
     @torch.no_grad()
     def compare(self, hidden: Tensor, logits: Tensor) -> bool:
         """Sees whether it gives these logits, as the model did, and remembers it."""
-        weight = getattr(self.embeddings, "weight", None)
+        weight: Any = getattr(self.embeddings, "weight", None)
         # Outside the model's own forward, FSDP may hold a part of the weight, DeepSpeed none.
         whole = isinstance(weight, Tensor) and weight.numel() == weight.shape[0] * hidden.shape[-1]
         exact = whole and not hasattr(weight, "placements")
