@@ -103,8 +103,9 @@ def patch(model: PreTrainedModel, impl: str | None) -> None:
 def _implementations(config: Any) -> dict[str, str]:
     """That of each of its parts, as `set_attn_implementation` takes them, and its own for ""."""
     parts = {name: getattr(config, name, None) for name in config.sub_configs}
-    found = {name: part._attn_implementation for name, part in parts.items() if part is not None}
-    return {"": config._attn_implementation, **found}
+    found = {name: getattr(part, "_attn_implementation", None) for name, part in parts.items()}
+    chosen = {name: implementation for name, implementation in found.items() if implementation}
+    return {"": config._attn_implementation, **chosen}
 
 
 def _generate_batch(model: Any, *args: Any, **kwargs: Any) -> Any:
