@@ -112,6 +112,7 @@ def main(directory: Path) -> None:
         results["resumed", metric] = train(directory, "ddp", metric, resume=last)
     if PartialState().is_main_process:
         torch.save(results, directory / "results.pt")
+    torch.distributed.barrier()  # one that ends earlier can take the other down with it
     torch.distributed.destroy_process_group()
 
 
