@@ -1,15 +1,22 @@
 """The next-token loss in parts: that of all logits at once, which never exist."""
 
+from functools import partial
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
 from llmjepa_kernels import pack
+from llmjepa_kernels.data.tokenizer import train_tokenizer
 from llmjepa_kernels.hf.head import Head
 from llmjepa_kernels.hf.patch import patch_model
+from llmjepa_kernels.training import trainer as trainer_module
 from llmjepa_kernels.training.objective import llm_jepa_loss, supervised_positions
+from llmjepa_kernels.training.trainer import LLMJEPATrainer
 from tests.support.helpers import random_examples
 from tests.support.models import VOCAB, tiny_model
+from tests.training.test_trainer import ROWS as CHATS
+from tests.training.test_trainer import arguments, build, parameters
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -112,3 +119,25 @@ def test_in_half_precision(batch, dtype):
     torch.testing.assert_close(parts.ntp_loss, whole.ntp_loss, rtol=1e-3, atol=0)
     assert parts.ntp_loss.dtype == torch.float32
     assert Head(model).is_exact
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_head_runs_in_parts_under_accelerates_autocast(tmp_path, dtype, monkeypatch):
+    """Which is around the model's forward alone, and takes float32 out of it."""
+    results = []
+    for max_logits in (None, 3 * 300):
+        model, collator = build(train_tokenizer(CHATS, vocab_size=300))
+        model.to(dtype)
+        start, sizes = parameters(model).float(), []
+        model.lm_head.register_forward_hook(lambda *x, sizes=sizes: sizes.append(x[-1].numel()))
+        loss = partial(llm_jepa_loss, max_logits=max_logits)
+        monkeypatch.setattr(trainer_module, "llm_jepa_loss", loss)
+        trainer = LLMJEPATrainer(
+            model, arguments(tmp_path, bf16=True, max_steps=2), collator, train_dataset=CHATS
+        )
+        trainer.train()
+        results.append((trainer.state.log_history[0]["loss"], parameters(model).float() - start))
+    assert max(sizes) <= 3 * 300
+    (whole, update), (parts, update_in_parts) = results
+    assert parts == pytest.approx(whole, rel=1e-3)
+    assert torch.nn.functional.cosine_similarity(update, update_in_parts, dim=0) > 0.999
