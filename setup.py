@@ -14,6 +14,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden"]
 FLAGS += ["-Wall", "-Wextra", "-Wno-psabi"]
@@ -23,15 +24,19 @@ FLAGS += EXACT + os.environ.get("LLMJEPA_CPU_FLAGS", "").split()  # for sanitize
 # By which cpu.py sees in a checkout that a library is older than the sources.
 SOURCES = sorted(Path(__file__).with_name("csrc").glob("*.[ch]*"))
 
-# Instruction sets of each machine: namespace, bytes and number of vector registers, flags.
-# Which of them runs is decided when the library is loaded. To compile for another machine, name it
+# Instruction sets of each machine: namespace, bytes and number of vector registers, flags. Those
+# that the compiler does not know are left out; which of the others runs is decided when the library
+# is loaded. To compile for another machine, name it
 # in LLMJEPA_CPU_MACHINE and its compiler in CC, CXX, LDSHARED and LDCXXSHARED.
+PORTABLE = ("portable", 16, 16, [])
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
 X86 = (
-    ("avx512", 64, 32, ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]),
+    ("avx512bf16", 64, 32, [*AVX512, "-mavx512bf16"]),
+    ("avx512", 64, 32, AVX512),
     ("avx2", 32, 16, ["-mavx2", "-mfma"]),
-    ("portable", 16, 16, []),
+    PORTABLE,
 )
-ARM = (("neon", 16, 32, []), ("portable", 16, 16, []))
+ARM = (("neon", 16, 32, []), PORTABLE)
 INSTRUCTION_SETS = {"x86_64": X86, "amd64": X86, "aarch64": ARM, "arm64": ARM}
 
 
@@ -56,9 +61,27 @@ class BuildKernels(build_ext):
                 file=sys.stderr,
             )
 
+    def knows(self, name, flags):
+        """Whether the compiler takes the flags of an instruction set."""
+        if not flags:
+            return True
+        empty = Path(self.build_temp) / "empty.cpp"
+        empty.parent.mkdir(parents=True, exist_ok=True)
+        empty.touch()
+        try:
+            self.compiler.compile([str(empty)], extra_postargs=[*FLAGS, *flags])
+        except CompileError:
+            print(f"the compiler knows no {name}: the CPU kernels do without it", file=sys.stderr)
+            return False
+        return True
+
     def build_extension(self, ext):
         machine = os.environ.get("LLMJEPA_CPU_MACHINE") or platform.machine().lower()
-        isas = INSTRUCTION_SETS.get(machine, (("portable", 16, 16, []),))
+        isas = [
+            (name, *rest, flags)
+            for name, *rest, flags in INSTRUCTION_SETS.get(machine, (PORTABLE,))
+            if self.knows(name, flags)
+        ]
         defines = [f"-DLK_WITH_{name.upper()}" for name, *_ in isas]
         sources = b"".join(path.read_bytes() for path in SOURCES)
         digest = hashlib.blake2b(sources, digest_size=8).hexdigest()

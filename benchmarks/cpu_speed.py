@@ -39,16 +39,17 @@ COLUMNS = (
 MATMUL = 1024
 
 
-def causal_rows(head_dim: int, rounds: int) -> list[dict]:
+def causal_rows(head_dim: int, dtype: torch.dtype, rounds: int) -> list[dict]:
     """One causal segment, against SDPA's own causal kernel and the matrix product."""
-    case = Case("", 2048, 0, heads=4, kv_heads=4, head_dim=head_dim, row=one_segment(2048))
-    a, b = torch.randn(2, MATMUL, MATMUL)
+    shape = {"heads": 4, "kv_heads": 4, "head_dim": head_dim}
+    case = Case("", 2048, 0, dtype=dtype, row=one_segment(2048), **shape)
+    a, b = torch.randn(2, MATMUL, MATMUL, dtype=dtype)
     functions = {
         "ours": peers.ours(case),
         "SDPA is_causal": lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True),
     }
     times = time_attention(case, functions, rounds, {"matmul": lambda: a @ b})
-    name = f"one segment of {case.seq}, head dim {head_dim}"
+    name = f"one segment of {case.seq}, head dim {head_dim}, {str(dtype).removeprefix('torch.')}"
     matmul_rate = 2 * MATMUL**3 / median(times["matmul"])
     forward, backward = case.flops
     of_matmul = {
@@ -213,8 +214,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     table = Table("CPU kernels: how many times faster", COLUMNS)
     with num_threads(1):
-        for head_dim in (64, 128):
-            table.rows += causal_rows(head_dim, args.rounds)
+        for dtype in (torch.float32, torch.bfloat16):
+            for head_dim in (64, 128):
+                table.rows += causal_rows(head_dim, dtype, args.rounds)
     examples = load_examples(args.data, args.tokenizer, 200)
     row = pack(examples, max_length=args.tokens)
     first = PackedBatch({name: tensor[:1] for name, tensor in row.items()})
@@ -222,6 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         table.rows += packed_rows(first, args.rounds)
         table.rows += loss_rows(args.rounds)
         table.notes += memory_notes(args.memory_tokens, 64)
+    table.notes.append(f"instruction sets: {', '.join(cpu.isas())}; the first runs")
     show([table], args.output, "cpu", vars(args))
     return 0
 

@@ -14,6 +14,11 @@
   namespace isa {                  \
   extern const KernelTable kTable; \
   }
+#ifdef LK_WITH_AVX512BF16
+namespace avx512bf16 {
+extern const AttentionKernels kBfloat16Attention;
+}
+#endif
 #ifdef LK_WITH_AVX512
 LK_DECLARE(avx512)
 #endif
@@ -39,6 +44,13 @@ const std::vector<Isa>& isas() {
 #ifdef LK_WITH_AVX512
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+#ifdef LK_WITH_AVX512BF16
+      if (__builtin_cpu_supports("avx512bf16")) {
+        static KernelTable table = avx512::kTable;
+        table.attention[LK_BFLOAT16] = avx512bf16::kBfloat16Attention;
+        found.push_back({"avx512bf16", &table});
+      }
+#endif
       found.push_back({"avx512", &avx512::kTable});
     }
 #endif

@@ -33,21 +33,32 @@ class Arena {
 
 constexpr int64_t kBlockBytes = 1536;  // of one number for each lane of a block
 
-// Sizes of the tiles of one problem.
-template <class T>
+// Sizes of the tiles of one problem, whose products take words E.
+template <class E>
 struct TileShape {
-  static constexpr int W = kLanes<T>;
-  int dim, padded;  // head dim, and the same in whole vectors
-  int stride;       // of packed rows: not a power of two, whose rows would share cache sets
+  static constexpr int W = kLanes<Sum<E>>;
+  int dim;             // head dim
+  int words, vectors;  // words of a row, and vectors of its numbers
+  int padded_words;    // the words in whole vectors
+  int padded;          // the numbers of these
+  // Of packed rows, in words, and of rows of sums, and of words across rows: not powers of two,
+  // whose rows would share cache sets.
+  int word_stride, stride;
   int max_vectors;  // of a block
 
   explicit TileShape(const LkAttention& a) {
     dim = static_cast<int>(a.dim);
-    padded = (dim + W - 1) / W * W;
-    stride = padded + 64 / static_cast<int>(sizeof(T));
+    words = (dim + kFold<E> - 1) / kFold<E>;
+    vectors = (dim + W - 1) / W;
+    padded_words = (words + W - 1) / W * W;
+    padded = padded_words * kFold<E>;
+    constexpr int kPadding = 64 / static_cast<int>(sizeof(E));
+    word_stride = padded_words + kPadding;
+    stride = padded + kPadding;
     // As many lanes as pay for packing the keys, if what the backward pass keeps of them, about
-    // five rows, leaves half of the second-level cache free.
-    const int64_t fitting = second_level_cache() / 2 / (5 * padded * LK_VECTOR_BYTES);
+    // four rows of words and one of sums, leaves half of the second-level cache free.
+    const int64_t kept = (4 * padded_words + padded) * LK_VECTOR_BYTES;
+    const int64_t fitting = second_level_cache() / 2 / kept;
     const int64_t enough = kBlockBytes / LK_VECTOR_BYTES;
     max_vectors = static_cast<int>(fitting < enough ? fitting : enough);
     max_vectors -= max_vectors % kMaxVectors;
@@ -70,9 +81,9 @@ struct BlockRange {
 };
 
 // Calls fn(BlockRange) for these queries, a few of the heads that share the kv head at a time.
-template <class T, class Fn>
+template <class E, class Fn>
 void for_head_groups(const LkAttention& a, int64_t kv_head, int64_t begin, int64_t end,
-                     const TileShape<T>& shape, Fn fn) {
+                     const TileShape<E>& shape, Fn fn) {
   const int64_t group = a.heads / a.kv_heads;
   const int heads = shape.heads(a);
   for (int64_t h = 0; h < group; h += heads) {
@@ -171,12 +182,13 @@ struct KeyMask {
   }
 };
 
-// The keys of a chunk that a panel visits: positions in the chunk, ascending.
+// The keys of a chunk that a panel visits: positions in the chunk, ascending. Keys whose values
+// share words are visited together; only the last of a chunk may be without its neighbour.
 struct PanelKeys {
-  int count;
+  int count, words;
   bool masked;          // some lane may not see some key
   int32_t* index;       // [kChunk]
-  int64_t* offset;      // [kChunk], of the keys' packed rows
+  int64_t* offset;      // [kChunk], of the rows of words across keys
   uint8_t* needs_mask;  // [kChunk], only if `masked`
 
   explicit PanelKeys(Arena& arena)
@@ -184,22 +196,30 @@ struct PanelKeys {
         offset(arena.take<int64_t>(kChunk)),
         needs_mask(arena.take<uint8_t>(kChunk)) {}
 
-  template <class T>
-  void select(const LkAttention& a, const KeyMask<T>& mask, const KeyChunk& chunk,
-              const Panel& panel, int64_t stride) {
+  template <class E>
+  void select(const LkAttention& a, const KeyMask<Sum<E>>& mask, const KeyChunk& chunk,
+              const Panel& panel, const TileShape<E>& shape) {
+    constexpr int F = kFold<E>;
     masked = panel.ragged || !chunk.full;
-    count = 0;
-    for (int n = 0; n < chunk.count; ++n) {
-      const int32_t j = chunk.key[n];
+    count = words = 0;
+    for (int first = 0; first < chunk.count; first += F) {
+      const int end = first + F < chunk.count ? first + F : chunk.count;
       if (!chunk.full) {
-        if (j >= panel.queries.end) break;  // keys ascend
-        if (!panel.queries.sees(a, mask.until, mask.position, j)) continue;
+        if (chunk.key[first] >= panel.queries.end) break;  // keys ascend
+        bool seen = false;
+        for (int n = first; n < end; ++n) {
+          seen |= panel.queries.sees(a, mask.until, mask.position, chunk.key[n]);
+        }
+        if (!seen) continue;
       }
-      index[count] = n;
-      offset[count] = n * stride;
-      needs_mask[count] =
-          panel.ragged || !(chunk.full || panel.queries.all_see(a, mask.until, mask.position, j));
-      ++count;
+      offset[words++] = int64_t{first / F} * shape.stride;
+      for (int n = first; n < end; ++n) {
+        index[count] = n;
+        needs_mask[count] =
+            panel.ragged ||
+            !(chunk.full || panel.queries.all_see(a, mask.until, mask.position, chunk.key[n]));
+        ++count;
+      }
     }
   }
 };
@@ -210,21 +230,21 @@ LK_INLINE void prefetch_row(const S* row, int dim) {
   for (int d = 0; d < dim; d += 64 / static_cast<int>(sizeof(S))) __builtin_prefetch(row + d);
 }
 
-// Rows of K or V that belong to a chunk, packed in the compute type.
+// Rows of K or V that belong to a chunk, packed; tells whether they are finite.
 template <class S>
 bool pack_keys(const LkTensor& x, int64_t row, int64_t kv_head, const KeyChunk& chunk,
-               const TileShape<Compute<S>>& shape, Compute<S>* packed) {
-  Vec<Compute<S>> poison = {};
+               const TileShape<Word<S>>& shape, Word<S>* packed) {
+  Finiteness<Word<S>> finite;
   const S* base = static_cast<const S*>(x.data) + row * x.batch_stride + kv_head * x.head_stride;
   constexpr int kAhead = 12;
   for (int n = 0; n < chunk.count; ++n) {
     if (n + kAhead < chunk.count) {
       prefetch_row(base + chunk.key[n + kAhead] * x.seq_stride, shape.dim);
     }
-    read_row(base + chunk.key[n] * x.seq_stride, packed + int64_t{n} * shape.stride, shape.dim,
-             shape.padded, &poison);
+    read_row(base + chunk.key[n] * x.seq_stride, packed + int64_t{n} * shape.word_stride, shape.dim,
+             shape.padded_words, &finite);
   }
-  return is_finite<Compute<S>>(poison);
+  return finite.all();
 }
 
 // Asks for the rows that read_lanes will read.
@@ -235,41 +255,39 @@ void prefetch_lanes(const LkTensor& x, int64_t row, int64_t head, int64_t query,
   for (int i = 0; i < valid; ++i) prefetch_row(base + (query + i) * x.seq_stride, dim);
 }
 
-// The rows of one vector's queries, times `factor`; zeros where there is no query.
+// The rows of one vector's queries, zeros where there is no query; tells whether they are finite.
 template <class S>
-void read_lanes(const LkTensor& x, int64_t row, int64_t head, int64_t query, int valid,
-                const TileShape<Compute<S>>& shape, Compute<S> factor, Compute<S>* rows,
-                Vec<Compute<S>>* poison) {
-  using T = Compute<S>;
+bool read_lanes(const LkTensor& x, int64_t row, int64_t head, int64_t query, int valid,
+                const TileShape<Word<S>>& shape, Word<S>* rows) {
+  using E = Word<S>;
+  constexpr int W = kLanes<Sum<E>>;
+  Finiteness<E> finite;
   const S* base = static_cast<const S*>(x.data) + row * x.batch_stride + head * x.head_stride;
-  for (int i = 0; i < kLanes<T>; ++i) {
-    T* out = rows + int64_t{i} * shape.stride;
+  for (int i = 0; i < W; ++i) {
+    E* out = rows + int64_t{i} * shape.word_stride;
     if (i < valid) {
-      read_row(base + (query + i) * x.seq_stride, out, shape.dim, shape.padded, poison);
-      if (factor == T(1)) continue;
-      for (int d = 0; d < shape.padded; d += kLanes<T>) {
-        const Vec<T> x = load(out + d) * factor;
-        *poison += x * T(0);  // it may have become infinite
-        store(out + d, x);
-      }
+      read_row(base + (query + i) * x.seq_stride, out, shape.dim, shape.padded_words, &finite);
     } else {
-      for (int d = 0; d < shape.padded; d += kLanes<T>) store(out + d, Vec<T>{});
+      for (int d = 0; d < shape.padded_words; d += W) store_words(out + d, WordVec<E>{});
     }
   }
+  return finite.all();
 }
 
-// columns[d * stride + i] = rows[i][d], for one vector of a panel.
-template <class T>
-void rows_to_columns(const TileShape<T>& shape, const T* rows, T* columns, int stride) {
-  for (int d = 0; d < shape.padded; d += kLanes<T>) {
-    transpose_block(rows + d, shape.stride, columns + int64_t{d} * stride, stride);
+// columns[d * stride + i] = rows[i][d], for the words of one vector of a panel.
+template <class E>
+void rows_to_columns(const TileShape<E>& shape, const E* rows, E* columns, int stride) {
+  using T = Sum<E>;  // as which words can be moved
+  for (int d = 0; d < shape.padded_words; d += kLanes<T>) {
+    transpose_block(reinterpret_cast<const T*>(rows + d), shape.word_stride,
+                    reinterpret_cast<T*>(columns + int64_t{d} * stride), stride);
   }
 }
 
-// The inverse, times `factor` per lane, and written to the rows of a tensor.
+// The inverse for sums, times `factor` per lane, and written to the rows of a tensor.
 template <class S>
 void write_lanes(const LkTensor& x, int64_t row, int64_t head, int64_t query, int valid,
-                 const TileShape<Compute<S>>& shape, Compute<S>* columns, int stride,
+                 const TileShape<Word<S>>& shape, Compute<S>* columns, int stride,
                  Vec<Compute<S>> factor, Compute<S>* rows) {
   using T = Compute<S>;
   for (int d = 0; d < shape.padded; ++d) {
@@ -284,7 +302,7 @@ void write_lanes(const LkTensor& x, int64_t row, int64_t head, int64_t query, in
   }
 }
 
-// The soft cap: score = softcap * tanh(score / softcap). The softmax scale is in the queries.
+// The soft cap: score = softcap * tanh(score / softcap).
 template <class T>
 struct SoftCap {
   T inverse, cap;  // 0 without one
@@ -295,21 +313,24 @@ struct SoftCap {
 
 // The rare tile in which an operand is infinite or NaN and must not reach lanes that the mask
 // hides it from, as 0 * NaN would. Sums run in the order of accumulate_columns.
-template <class T>
+template <class E>
 __attribute__((noinline)) void accumulate_columns_masked(
-    const T* a, const PanelKeys& keys, const KeyChunk& chunk, int dim, const T* p,
-    int vectors, const T* alpha, const KeyMask<T>& mask, const Int<T>* query,
-    const Int<T>* position, T* c) {
-  constexpr int W = kLanes<T>;
+    const E* a, const PanelKeys& keys, const KeyChunk& chunk, int dim, const E* p, int vectors,
+    const Sum<E>* alpha, const KeyMask<Sum<E>>& mask, const Int<Sum<E>>* query,
+    const Int<Sum<E>>* position, Sum<E>* c) {
+  using T = Sum<E>;
+  constexpr int W = kLanes<T>, F = kFold<E>;
   for (int d = 0; d < dim; ++d) {
     for (int v = 0; v < vectors; ++v) {
       Vec<T> acc = {};
-      for (int n = 0; n < keys.count; ++n) {
-        const IntVec<T> seen = mask.visible(chunk.key[keys.index[n]], load_int<T>(query + v * W),
-                                            load_int<T>(position + v * W));
-        const Vec<T> sum =
-            acc + splat(a[keys.offset[n] + d]) * load(p + (n * vectors + v) * W);
-        acc = seen ? sum : acc;
+      for (int n = 0; n < keys.words; ++n) {
+        IntVec<T> seen[F] = {};
+        for (int i = 0; i < F && n * F + i < keys.count; ++i) {
+          seen[i] = mask.visible(chunk.key[keys.index[n * F + i]], load_int<T>(query + v * W),
+                                 load_int<T>(position + v * W));
+        }
+        const auto x = keep(splat_word(a[keys.offset[n] + d]), seen);
+        acc = multiply_add(x, load_words(p + (n * vectors + v) * W), acc);
       }
       T* out = c + (int64_t{d} * vectors + v) * W;
       store(out, load(out) * (alpha ? load(alpha + v * W) : splat(T(1))) + acc);
@@ -318,23 +339,26 @@ __attribute__((noinline)) void accumulate_columns_masked(
 }
 
 // Likewise for accumulate_rows.
-template <class T>
-__attribute__((noinline)) void accumulate_rows_masked(const T* p, int lanes, const PanelKeys& keys,
-                                                      const KeyChunk& chunk, int padded, const T* b,
-                                                      int64_t stride, const KeyMask<T>& mask,
-                                                      const Int<T>* query, const Int<T>* position,
-                                                      T* c) {
-  constexpr int W = kLanes<T>;
+template <class E>
+__attribute__((noinline)) void accumulate_rows_masked(
+    const E* p, int words, const PanelKeys& keys, const KeyChunk& chunk, int row_vectors, const E* b,
+    int64_t stride, const KeyMask<Sum<E>>& mask, const Int<Sum<E>>* query,
+    const Int<Sum<E>>* position, Sum<E>* c) {
+  using T = Sum<E>;
+  constexpr int W = kLanes<T>, F = kFold<E>;
   for (int n = 0; n < keys.count; ++n) {
     const int32_t j = chunk.key[keys.index[n]];
-    for (int d = 0; d < padded; d += W) {
+    for (int d = 0; d < row_vectors * W; d += W) {
       Vec<T> acc = {};
-      for (int i = 0; i < lanes; ++i) {
-        if (mask.visible(j, query[i], position[i])) {
-          acc += splat(p[n * lanes + i]) * load(b + i * stride + d);
+      for (int i = 0; i < words; ++i) {
+        IntVec<T> seen[F];
+        for (int f = 0; f < F; ++f) {
+          seen[f] = splat_int<T>(-mask.visible(j, query[i * F + f], position[i * F + f]));
         }
+        acc = multiply_add(splat_word(p[n * words + i]), keep(load_words(b + i * stride + d), seen),
+                           acc);
       }
-      T* out = c + keys.offset[n] + d;
+      T* out = c + keys.index[n] * stride + d;
       store(out, load(out) + acc);
     }
   }

@@ -11,43 +11,52 @@ namespace LK_ISA {
 
 template <class S>
 struct BackwardWorkspace {
+  using E = Word<S>;
   using T = Compute<S>;
-  TileShape<T> shape;
+  TileShape<E> shape;
   Arena arena;
   LaneQueries<T> lanes;
   PanelKeys keys;
   KeyChunk* chunk;
   uint16_t* tiles;                 // [key blocks]
-  T *q_rows, *dout_rows;           // [lanes][stride]
-  T *q, *dout, *dq;                // [panel][dim][lanes of the panel]
+  E *q_across, *dout_across;       // [lanes / kFold][stride], words across lanes
+  E *q, *dout;                     // [panel][words][lanes of the panel]
+  T* dq;                           // [panel][dim][lanes of the panel]
   T *lse, *delta;                  // [lanes]
   bool *q_finite, *dout_finite;    // [vectors]
-  T *rows, *out;                   // [W][stride] and [padded][W] of one vector
-  T *k, *v, *dk, *dv;              // [kChunk][stride]
+  E *rows, *out;                   // [W][word_stride] and [words][W] of one vector
+  T* dq_rows;                      // [W][stride]
+  E *k, *v, *k_across;             // [kChunk][word_stride], the last as words across keys
+  T *dk, *dv;                      // [kChunk][stride]
   T *p, *ds;                       // [kChunk][lanes of a panel]
+  E* ds_across;                    // the same as words across keys
 
   BackwardWorkspace(const LkAttention& a, void* base)
       : shape(a), arena(base), lanes(arena, shape.max_vectors), keys(arena) {
     const int64_t num_lanes = shape.max_vectors * kLanes<T>;
     chunk = arena.take<KeyChunk>(1);
     tiles = arena.take<uint16_t>(a.seq / a.block_n + 1);
-    q_rows = arena.take<T>(num_lanes * shape.stride);
-    dout_rows = arena.take<T>(num_lanes * shape.stride);
-    q = arena.take<T>(num_lanes * shape.padded);
-    dout = arena.take<T>(num_lanes * shape.padded);
+    q_across = arena.take<E>(num_lanes / kFold<E> * shape.stride);
+    dout_across = arena.take<E>(num_lanes / kFold<E> * shape.stride);
+    q = arena.take<E>(num_lanes * shape.padded_words);
+    dout = arena.take<E>(num_lanes * shape.padded_words);
     dq = arena.take<T>(num_lanes * shape.padded);
     lse = arena.take<T>(num_lanes);
     delta = arena.take<T>(num_lanes);
     q_finite = arena.take<bool>(shape.max_vectors);
     dout_finite = arena.take<bool>(shape.max_vectors);
-    rows = arena.take<T>(int64_t{kLanes<T>} * shape.stride);
-    out = arena.take<T>(int64_t{kLanes<T>} * shape.padded);
-    k = arena.take<T>(int64_t{kChunk} * shape.stride);
-    v = arena.take<T>(int64_t{kChunk} * shape.stride);
+    rows = arena.take<E>(int64_t{kLanes<T>} * shape.word_stride);
+    out = arena.take<E>(int64_t{kLanes<T>} * shape.padded_words);
+    dq_rows = arena.take<T>(int64_t{kLanes<T>} * shape.stride);
+    k = arena.take<E>(int64_t{kChunk} * shape.word_stride);
+    v = arena.take<E>(int64_t{kChunk} * shape.word_stride);
+    k_across = kFold<E> == 1 ? k : arena.take<E>(int64_t{kChunk} / kFold<E> * shape.stride);
     dk = arena.take<T>(int64_t{kChunk} * shape.stride);
     dv = arena.take<T>(int64_t{kChunk} * shape.stride);
-    p = arena.take<T>(int64_t{kChunk} * kMaxVectors * kLanes<T>);
-    ds = arena.take<T>(int64_t{kChunk} * kMaxVectors * kLanes<T>);
+    constexpr int64_t kScores = int64_t{kChunk} * kMaxVectors * kLanes<T>;
+    p = arena.take<T>(kScores);
+    ds = arena.take<T>(kScores);
+    ds_across = kFold<E> == 1 ? nullptr : arena.take<E>(kScores / kFold<E>);
   }
 };
 
@@ -56,11 +65,11 @@ template <class S>
 constexpr bool kInPlace = sizeof(S) == sizeof(Compute<S>);
 
 template <class T>
-LK_INLINE void add_row(const T* in, T* out, int dim) {
+LK_INLINE void add_row(T factor, const T* in, T* out, int dim) {
   constexpr int W = kLanes<T>;
   int d = 0;
-  for (; d + W <= dim; d += W) store(out + d, load(out + d) + load(in + d));
-  for (; d < dim; ++d) out[d] += in[d];
+  for (; d + W <= dim; d += W) store(out + d, load(in + d) * factor + load(out + d));
+  for (; d < dim; ++d) out[d] += in[d] * factor;
 }
 
 template <class S>
@@ -195,57 +204,74 @@ template <class S, int V>
 void backward_panel(const LkAttention& a, BackwardWorkspace<S>& w,
                     const SoftCap<Compute<S>>& softcap, const KeyMask<Compute<S>>& mask,
                     const Panel& panel, bool k_finite, bool fresh) {
+  using E = Word<S>;
   using T = Compute<S>;
   constexpr int W = kLanes<T>;
   const int lane = panel.first * W;
   const Int<T>*query = w.lanes.query + lane, *position = w.lanes.position + lane;
-  const TileShape<T>& shape = w.shape;
-  const int64_t columns = int64_t{lane} * shape.padded, rows = int64_t{lane} * shape.stride;
+  const TileShape<E>& shape = w.shape;
+  const int64_t columns = int64_t{lane} * shape.padded_words;
+  const int64_t rows = int64_t{lane / kFold<E>} * shape.stride;
   PanelKeys& keys = w.keys;
-  keys.select(a, mask, *w.chunk, panel, w.shape.stride);
+  keys.select(a, mask, *w.chunk, panel, shape);
   if (keys.count == 0) return;
 
-  dot_rows<T, V>(w.k, keys.offset, keys.count, shape.dim, w.q + columns, w.p);
-  dot_rows<T, V>(w.v, keys.offset, keys.count, shape.dim, w.dout + columns, w.ds);
+  const T scale = T(a.scale), one = 1;
+  dot_rows<E, V>(w.k, shape.word_stride, keys.index, keys.count, shape.words, w.q + columns,
+                 &scale, w.p);
+  dot_rows<E, V>(w.v, shape.word_stride, keys.index, keys.count, shape.words, w.dout + columns,
+                 &one, w.ds);
   softmax_backward<T, V>(softcap, mask, *w.chunk, keys, query, position, w.lse + lane,
                          w.delta + lane, w.p, w.ds);
 
+  const E* ds_across = round_across<E>(w.ds, keys.count, V * W, w.ds_across);
+  T* dq = w.dq + int64_t{lane} * shape.padded;
   if (k_finite || !keys.masked) {
-    accumulate_columns<T, V>(w.k, keys.offset, keys.count, shape.dim, w.ds, nullptr,
-                             w.dq + columns);
+    accumulate_columns<E, V>(w.k_across, keys.offset, keys.words, shape.dim, ds_across, nullptr, dq);
   } else {
-    accumulate_columns_masked<T>(w.k, keys, *w.chunk, shape.dim, w.ds, V, nullptr, mask, query,
-                                 position, w.dq + columns);
+    accumulate_columns_masked<E>(w.k_across, keys, *w.chunk, shape.dim, ds_across, V, nullptr, mask,
+                                 query, position, dq);
   }
   bool q_finite = true, dout_finite = true;
   for (int v = panel.first; v < panel.first + V; ++v) {
     q_finite &= w.q_finite[v];
     dout_finite &= w.dout_finite[v];
   }
-  const int vectors = shape.padded / W;
-  const auto add_rows = [&](bool finite, const T* weights, const T* b, T* c) {
+  const auto add_rows = [&](bool finite, T* weights, const E* b, T* c) {
+    const E* words = round_along<E>(weights, keys.count * V * W);
+    constexpr int kWords = V * W / kFold<E>;
     if (finite || !keys.masked) {
-      accumulate_rows<T>(weights, V * W, keys.offset, keys.count, vectors, b, shape.stride, fresh,
-                         c);
+      accumulate_rows<E>(words, kWords, keys.index, keys.count, shape.vectors, b, shape.stride,
+                         fresh, c);
     } else {
-      accumulate_rows_masked<T>(weights, V * W, keys, *w.chunk, shape.padded, b, shape.stride, mask,
+      accumulate_rows_masked<E>(words, kWords, keys, *w.chunk, shape.vectors, b, shape.stride, mask,
                                 query, position, c);
     }
   };
-  add_rows(dout_finite, w.p, w.dout_rows + rows, w.dv);
-  add_rows(q_finite, w.ds, w.q_rows + rows, w.dk);
+  add_rows(dout_finite, w.p, w.dout_across + rows, w.dv);
+  add_rows(q_finite, w.ds, w.q_across + rows, w.dk);
 }
 
 // Reads the queries of a block: rows for dK and dV, columns for the scores, and statistics.
 template <class S>
 void read_queries(const LkAttention& a, int64_t row, const BlockLanes<Compute<S>>& lanes,
                   BackwardWorkspace<S>& w) {
+  using E = Word<S>;
   using T = Compute<S>;
   constexpr int W = kLanes<T>;
-  const TileShape<T>& shape = w.shape;
+  const TileShape<E>& shape = w.shape;
+  // Reads rows of one vector's lanes, to words across lanes, and as columns to others.
+  const auto read = [&](const LkTensor& x, int v, E* across, E* columns, int stride) {
+    E* rows = across && kFold<E> == 1 ? across : w.rows;
+    const bool finite =
+        read_lanes<S>(x, row, lanes.head(v), lanes.query(v), lanes.valid(v), shape, rows);
+    if (across) words_across(rows, shape.word_stride, W, shape.padded_words, across, shape.stride);
+    rows_to_columns(shape, rows, columns, stride);
+    return finite;
+  };
   for (int first = 0; first < lanes.vectors; first += lanes.panel_vectors(first)) {
     const int count = lanes.panel_vectors(first);
-    const int64_t columns = int64_t{first} * W * shape.padded;
+    const int64_t columns = int64_t{first} * W * shape.padded_words;
     for (int v = first; v < first + count; ++v) {
       const int64_t head = lanes.head(v), query = lanes.query(v);
       const int valid = lanes.valid(v);
@@ -256,26 +282,20 @@ void read_queries(const LkAttention& a, int64_t row, const BlockLanes<Compute<S>
         prefetch_lanes<S>(*x, row, lanes.head(v + 1), lanes.query(v + 1), lanes.valid(v + 1),
                           shape.dim);
       }
-      T *q_rows = w.q_rows + at * shape.stride, *dout_rows = w.dout_rows + at * shape.stride;
-      Vec<T> q_poison = {}, dout_poison = {}, out_poison = {};
-      read_lanes<S>(a.q, row, head, query, valid, shape, T(a.scale), q_rows, &q_poison);
-      read_lanes<S>(a.dout, row, head, query, valid, shape, T(1), dout_rows, &dout_poison);
-      read_lanes<S>(a.out, row, head, query, valid, shape, T(1), w.rows, &out_poison);
-      w.q_finite[v] = is_finite<T>(q_poison);
-      w.dout_finite[v] = is_finite<T>(dout_poison);
-
-      rows_to_columns(shape, q_rows, w.q + columns + (v - first) * W, count * W);
-      T* dout = w.dout + columns + (v - first) * W;
-      rows_to_columns(shape, dout_rows, dout, count * W);
-      rows_to_columns(shape, w.rows, w.out, W);
+      const int64_t across = at / kFold<E> * shape.stride;
+      E *q = w.q + columns + (v - first) * W, *dout = w.dout + columns + (v - first) * W;
+      w.q_finite[v] = read(a.q, v, w.q_across + across, q, count * W);
+      w.dout_finite[v] = read(a.dout, v, w.dout_across + across, dout, count * W);
+      read(a.out, v, nullptr, w.out, W);
       // delta = sum of dout * out, in the order in which dP sums dout * v: a query that sees a
       // single key has out = v, and then a gradient of exactly zero.
       Vec<T> delta = {};
-      for (int begin = 0; begin < shape.dim; begin += kDepth) {
-        const int end = begin + kDepth < shape.dim ? begin + kDepth : shape.dim;
+      for (int begin = 0; begin < shape.words; begin += kDepth) {
+        const int end = begin + kDepth < shape.words ? begin + kDepth : shape.words;
         Vec<T> sum = {};
         for (int d = begin; d < end; ++d) {
-          sum += load(w.out + int64_t{d} * W) * load(dout + int64_t{d} * count * W);
+          sum = multiply_add(load_words(w.out + int64_t{d} * W),
+                             load_words(dout + int64_t{d} * count * W), sum);
         }
         delta += sum;
       }
@@ -287,7 +307,8 @@ void read_queries(const LkAttention& a, int64_t row, const BlockLanes<Compute<S>
         std::memcpy(static_cast<T*>(a.delta) + stat, w.delta + at, valid * sizeof(T));
       }
     }
-    std::memset(w.dq + columns, 0, int64_t{count} * W * shape.padded * sizeof(T));
+    std::memset(w.dq + int64_t{first} * W * shape.padded, 0,
+                int64_t{count} * W * shape.padded * sizeof(T));
   }
 }
 
@@ -307,6 +328,8 @@ void backward_range(const LkAttention& a, int64_t row, int64_t kv_head, const Bl
   while (cursor.next(w.chunk)) {
     const bool k_finite = pack_keys<S>(a.k, row, kv_head, *w.chunk, w.shape, w.k);
     pack_keys<S>(a.v, row, kv_head, *w.chunk, w.shape, w.v);
+    words_across(w.k, w.shape.word_stride, w.chunk->count, w.shape.padded_words, w.k_across,
+                 w.shape.stride);
     // The first panel writes dk and dv if it visits all keys, none of them under a mask.
     bool fresh = w.chunk->full && !lanes.panel(a, row, 0).ragged;
     if (!fresh) {
@@ -326,8 +349,8 @@ void backward_range(const LkAttention& a, int64_t row, int64_t kv_head, const Bl
     int64_t hint = -1;
     for (int n = 0; n < w.chunk->count; ++n) {
       const auto rows = sums.rows(w.chunk->key[n], &hint);
-      add_row(w.dk + int64_t{n} * w.shape.stride, rows.dk, w.shape.dim);
-      add_row(w.dv + int64_t{n} * w.shape.stride, rows.dv, w.shape.dim);
+      add_row(T(a.scale), w.dk + int64_t{n} * w.shape.stride, rows.dk, w.shape.dim);
+      add_row(T(1), w.dv + int64_t{n} * w.shape.stride, rows.dv, w.shape.dim);
     }
   }
 
@@ -336,7 +359,7 @@ void backward_range(const LkAttention& a, int64_t row, int64_t kv_head, const Bl
     for (int v = first; v < first + count; ++v) {
       write_lanes<S>(a.dq, row, lanes.head(v), lanes.query(v), lanes.valid(v), w.shape,
                      w.dq + int64_t{first} * W * w.shape.padded + (v - first) * W, count * W,
-                     splat(T(a.scale)), w.rows);
+                     splat(T(a.scale)), w.dq_rows);
     }
   }
 }
@@ -383,7 +406,7 @@ void attention_reduce(const LkAttention& a, const BackwardTask* tasks, int64_t n
             static_cast<const T*>(task->accumulators) + (part * task->num_shared + i) * dim;
         if (i + kAhead < task->num_shared) prefetch_row(in + kAhead * dim, dim);
         if (!kInPlace<S> && !touched[shared[i] - begin]) std::memset(sum, 0, dim * sizeof(T));
-        add_row(in, sum, dim);
+        add_row(T(1), in, sum, dim);
       }
       touched[shared[i] - begin] = true;
     }

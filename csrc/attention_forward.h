@@ -7,32 +7,37 @@ namespace LK_ISA {
 
 template <class S>
 struct ForwardWorkspace {
+  using E = Word<S>;
   using T = Compute<S>;
-  TileShape<T> shape;
+  TileShape<E> shape;
   Arena arena;
   LaneQueries<T> lanes;
   PanelKeys keys;
   KeyChunk* chunk;
   uint16_t* tiles;       // [key blocks]
-  T *q, *out;            // [panel][dim][lanes of the panel]
+  E* q;                  // [panel][words][lanes of the panel]
+  T* out;                // [panel][dim][lanes of the panel]
   T *max, *sum, *alpha;  // [lanes]
-  T *rows;               // [W][stride]
-  T *k, *v;              // [kChunk][stride]
-  T *scores;             // [kChunk][lanes of a panel]
+  E* q_rows;             // [W][word_stride]
+  T* out_rows;           // [W][stride]
+  E *k, *v, *v_across;   // [kChunk][word_stride], the last as words across keys
+  T* scores;             // [kChunk][lanes of a panel]
 
   ForwardWorkspace(const LkAttention& a, void* base)
       : shape(a), arena(base), lanes(arena, shape.max_vectors), keys(arena) {
     const int64_t num_lanes = shape.max_vectors * kLanes<T>;
     chunk = arena.take<KeyChunk>(1);
     tiles = arena.take<uint16_t>(a.seq / a.block_n + 1);
-    q = arena.take<T>(num_lanes * shape.padded);
+    q = arena.take<E>(num_lanes * shape.padded_words);
     out = arena.take<T>(num_lanes * shape.padded);
     max = arena.take<T>(num_lanes);
     sum = arena.take<T>(num_lanes);
     alpha = arena.take<T>(kMaxVectors * kLanes<T>);
-    rows = arena.take<T>(int64_t{kLanes<T>} * shape.stride);
-    k = arena.take<T>(int64_t{kChunk} * shape.stride);
-    v = arena.take<T>(int64_t{kChunk} * shape.stride);
+    q_rows = arena.take<E>(int64_t{kLanes<T>} * shape.word_stride);
+    out_rows = arena.take<T>(int64_t{kLanes<T>} * shape.stride);
+    k = arena.take<E>(int64_t{kChunk} * shape.word_stride);
+    v = arena.take<E>(int64_t{kChunk} * shape.word_stride);
+    v_across = kFold<E> == 1 ? v : arena.take<E>(int64_t{kChunk} / kFold<E> * shape.stride);
     scores = arena.take<T>(int64_t{kChunk} * kMaxVectors * kLanes<T>);
   }
 };
@@ -94,29 +99,35 @@ void online_softmax_update(int count, T* scores, T* max, T* sum, T* alpha) {
 template <class S, int V>
 void forward_panel(const LkAttention& a, ForwardWorkspace<S>& w, const SoftCap<Compute<S>>& softcap,
                    const KeyMask<Compute<S>>& mask, const Panel& panel, bool v_finite) {
+  using E = Word<S>;
   using T = Compute<S>;
   constexpr int W = kLanes<T>;
   const int lane = panel.first * W;
   const Int<T>*query = w.lanes.query + lane, *position = w.lanes.position + lane;
-  T* out = w.out + int64_t{lane} * w.shape.padded;
-  w.keys.select(a, mask, *w.chunk, panel, w.shape.stride);
-  if (w.keys.count == 0) return;
+  const TileShape<E>& shape = w.shape;
+  const PanelKeys& keys = w.keys;
+  T* out = w.out + int64_t{lane} * shape.padded;
+  w.keys.select(a, mask, *w.chunk, panel, shape);
+  if (keys.count == 0) return;
 
-  dot_rows<T, V>(w.k, w.keys.offset, w.keys.count, w.shape.dim,
-                 w.q + int64_t{lane} * w.shape.padded, w.scores);
-  finish_scores<T, V>(softcap, mask, *w.chunk, w.keys, query, position, w.scores);
-  online_softmax_update<T, V>(w.keys.count, w.scores, w.max + lane, w.sum + lane, w.alpha);
-  if (v_finite || !w.keys.masked) {
-    accumulate_columns<T, V>(w.v, w.keys.offset, w.keys.count, w.shape.dim, w.scores, w.alpha, out);
+  const T scale = T(a.scale);
+  dot_rows<E, V>(w.k, shape.word_stride, keys.index, keys.count, shape.words,
+                 w.q + int64_t{lane} * shape.padded_words, &scale, w.scores);
+  finish_scores<T, V>(softcap, mask, *w.chunk, keys, query, position, w.scores);
+  online_softmax_update<T, V>(keys.count, w.scores, w.max + lane, w.sum + lane, w.alpha);
+  const E* p = round_across<E>(w.scores, keys.count, V * W, reinterpret_cast<E*>(w.scores));
+  if (v_finite || !keys.masked) {
+    accumulate_columns<E, V>(w.v_across, keys.offset, keys.words, shape.dim, p, w.alpha, out);
   } else {
-    accumulate_columns_masked<T>(w.v, w.keys, *w.chunk, w.shape.dim, w.scores, V, w.alpha, mask,
-                                 query, position, out);
+    accumulate_columns_masked<E>(w.v_across, keys, *w.chunk, shape.dim, p, V, w.alpha, mask, query,
+                                 position, out);
   }
 }
 
 template <class S>
 void forward_range(const LkAttention& a, int64_t row, int64_t kv_head, const BlockRange& range,
                    ForwardWorkspace<S>& w) {
+  using E = Word<S>;
   using T = Compute<S>;
   constexpr int W = kLanes<T>;
   const SoftCap<T> softcap(a);
@@ -126,22 +137,21 @@ void forward_range(const LkAttention& a, int64_t row, int64_t kv_head, const Blo
 
   for (int first = 0; first < lanes.vectors; first += lanes.panel_vectors(first)) {
     const int count = lanes.panel_vectors(first);
-    const int64_t offset = int64_t{first} * W * w.shape.padded;
+    E* q = w.q + int64_t{first} * W * w.shape.padded_words;
     for (int v = first; v < first + count; ++v) {
       if (v + 1 < lanes.vectors) {
         prefetch_lanes<S>(a.q, row, lanes.head(v + 1), lanes.query(v + 1), lanes.valid(v + 1),
                           w.shape.dim);
       }
-      Vec<T> ignored = {};
-      read_lanes<S>(a.q, row, lanes.head(v), lanes.query(v), lanes.valid(v), w.shape, T(a.scale),
-                    w.rows, &ignored);
-      rows_to_columns(w.shape, w.rows, w.q + offset + (v - first) * W, count * W);
+      read_lanes<S>(a.q, row, lanes.head(v), lanes.query(v), lanes.valid(v), w.shape, w.q_rows);
+      rows_to_columns(w.shape, w.q_rows, q + (v - first) * W, count * W);
       // A sink is one more score, whose value is zero.
       const T sink = a.sinks ? static_cast<const T*>(a.sinks)[lanes.head(v)] : -kInfinity<T>;
       store(w.max + v * W, splat(sink));
       store(w.sum + v * W, splat(T(sink != -kInfinity<T>)));
     }
-    std::memset(w.out + offset, 0, int64_t{count} * W * w.shape.padded * sizeof(T));
+    std::memset(w.out + int64_t{first} * W * w.shape.padded, 0,
+                int64_t{count} * W * w.shape.padded * sizeof(T));
   }
 
   const QueryRange queries(a, row, range.query_begin, range.query_end);
@@ -149,6 +159,8 @@ void forward_range(const LkAttention& a, int64_t row, int64_t kv_head, const Blo
   while (cursor.next(w.chunk)) {
     pack_keys<S>(a.k, row, kv_head, *w.chunk, w.shape, w.k);
     const bool v_finite = pack_keys<S>(a.v, row, kv_head, *w.chunk, w.shape, w.v);
+    words_across(w.v, w.shape.word_stride, w.chunk->count, w.shape.padded_words, w.v_across,
+                 w.shape.stride);
     for (int first = 0; first < lanes.vectors; first += lanes.panel_vectors(first)) {
       const Panel panel = lanes.panel(a, row, first);
       switch (panel.vectors) {
@@ -175,7 +187,7 @@ void forward_range(const LkAttention& a, int64_t row, int64_t kv_head, const Blo
                   lanes.valid(v) * sizeof(T));
       write_lanes<S>(a.out, row, lanes.head(v), lanes.query(v), lanes.valid(v), w.shape,
                      w.out + int64_t{first} * W * w.shape.padded + (v - first) * W, count * W,
-                     inverse, w.rows);
+                     inverse, w.out_rows);
     }
   }
 }
@@ -187,7 +199,7 @@ size_t forward_scratch(const LkAttention& a) {
 
 template <class S>
 int64_t forward_queries(const LkAttention& a) {
-  return TileShape<Compute<S>>(a).queries(a);
+  return TileShape<Word<S>>(a).queries(a);
 }
 
 template <class S>

@@ -1,12 +1,12 @@
-// The matrix products of a tile, in three shapes around one register-blocked loop. `offset` says
-// where the row of each key begins.
+// The matrix products of a tile, in three shapes around one register-blocked loop. `index` says
+// which row is that of each key.
 //
 // A tile has `count` keys and V vectors of queries ("lanes"). Queries run along the lanes, so
 // that K and V are read as scalars from their rows, no operand needs transposing per tile, and
 // softmax statistics are lane-wise.
 #pragma once
 
-#include "simd.h"
+#include "words.h"
 
 namespace LK_ISA {
 
@@ -33,73 +33,79 @@ LK_INLINE void for_row_blocks(int first, int count, Block block) {
 }
 
 // acc[r][v] = sum over k of a(r, k) * b[k * stride + v * lanes]
-template <class T, int R, int V, class A>
-LK_INLINE void multiply(int depth, A a, const T* b, int64_t stride, Vec<T> (&acc)[R][V]) {
+template <class E, int R, int V, class A>
+LK_INLINE void multiply(int depth, A a, const E* b, int64_t stride, Vec<Sum<E>> (&acc)[R][V]) {
+  using T = Sum<E>;
   constexpr int W = kLanes<T>;
   LK_UNROLL for (int r = 0; r < R; ++r) {
     LK_UNROLL for (int v = 0; v < V; ++v) acc[r][v] = Vec<T>{};
   }
   for (int k = 0; k < depth; ++k, b += stride) {
-    Vec<T> x[V];
-    LK_UNROLL for (int v = 0; v < V; ++v) x[v] = load(b + v * W);
+    WordVec<E> x[V];
+    LK_UNROLL for (int v = 0; v < V; ++v) x[v] = load_words(b + v * W);
     LK_UNROLL for (int r = 0; r < R; ++r) {
-      const Vec<T> y = splat(a(r, k));
-      LK_UNROLL for (int v = 0; v < V; ++v) acc[r][v] += y * x[v];
+      const WordVec<E> y = splat_word(a(r, k));
+      LK_UNROLL for (int v = 0; v < V; ++v) acc[r][v] = multiply_add(y, x[v], acc[r][v]);
     }
   }
 }
 
-template <class T, int R>
+template <class E, int R>
 struct RowPointers {
-  const T* row[R];
-  LK_INLINE T operator()(int r, int k) const { return row[r][k]; }
+  const E* row[R];
+  LK_INLINE E operator()(int r, int k) const { return row[r][k]; }
 };
 
-template <class T>
+template <class E>
 struct ColumnGather {
-  const T* base;
+  const E* base;
   const int64_t* offset;
-  LK_INLINE T operator()(int r, int k) const { return base[offset[k] + r]; }
+  LK_INLINE E operator()(int r, int k) const { return base[offset[k] + r]; }
 };
 
-// Products this long are summed apart, so that rounding does not grow with the head dim.
+// Products of so many words are summed apart, so that rounding does not grow with the head dim.
 constexpr int kDepth = 128;
 
-// c[n][lane] = sum over d of a[offset[n] + d] * b[d][lane]: scores, and the gradient of P.
-template <class T, int V>
-__attribute__((noinline)) void dot_rows(const T* a, const int64_t* offset, int count,
-                                        int dim, const T* b, T* c) {
+// c[n][lane] = factor * sum over words d of a[index[n] * stride + d] * b[d][lane]: scores, and the
+// gradient of P.
+template <class E, int V>
+__attribute__((noinline)) void dot_rows(const E* a, int64_t stride, const int32_t* index, int count,
+                                        int words, const E* b, const Sum<E>* factor,
+                                        Sum<E>* c) {
+  using T = Sum<E>;
   constexpr int W = kLanes<T>;
   for_row_blocks<kRows<V>>(0, count, [&](auto rows, int n) LK_INLINE_LAMBDA {
     constexpr int R = decltype(rows)::value;
-    RowPointers<T, R> pointers;
-    for (int d = 0; d < dim; d += kDepth) {
-      LK_UNROLL for (int r = 0; r < R; ++r) pointers.row[r] = a + offset[n + r] + d;
+    RowPointers<E, R> pointers;
+    for (int d = 0; d < words; d += kDepth) {
+      LK_UNROLL for (int r = 0; r < R; ++r) pointers.row[r] = a + index[n + r] * stride + d;
       Vec<T> acc[R][V];
-      multiply<T, R, V>(dim - d < kDepth ? dim - d : kDepth, pointers, b + d * V * W, V * W, acc);
+      multiply<E>(words - d < kDepth ? words - d : kDepth, pointers, b + d * V * W, V * W, acc);
       LK_UNROLL for (int r = 0; r < R; ++r) {
         LK_UNROLL for (int v = 0; v < V; ++v) {
           T* out = c + ((n + r) * V + v) * W;
-          store(out, d == 0 ? acc[r][v] : load(out) + acc[r][v]);
+          const Vec<T> product = acc[r][v] * *factor;
+          store(out, d == 0 ? product : load(out) + product);
         }
       }
     }
   });
 }
 
-// c[d][lane] = c[d][lane] * alpha[lane] + sum over n of a[offset[n] + d] * p[n][lane]: the
+// c[d][lane] = c[d][lane] * alpha[lane] + sum over words n of a[offset[n] + d] * p[n][lane]: the
 // output and the gradient of the queries, both transposed. A null alpha is 1.
-template <class T, int V>
-__attribute__((noinline)) void accumulate_columns(const T* a, const int64_t* offset,
-                                                  int count, int dim, const T* p, const T* alpha,
-                                                  T* c) {
+template <class E, int V>
+__attribute__((noinline)) void accumulate_columns(const E* a, const int64_t* offset, int words,
+                                                  int dim, const E* p, const Sum<E>* alpha,
+                                                  Sum<E>* c) {
+  using T = Sum<E>;
   constexpr int W = kLanes<T>;
   Vec<T> factor[V];
   for (int v = 0; v < V; ++v) factor[v] = alpha ? load(alpha + v * W) : splat(T(1));
   for_row_blocks<kRows<V>>(0, dim, [&](auto rows, int d) LK_INLINE_LAMBDA {
     constexpr int R = decltype(rows)::value;
     Vec<T> acc[R][V];
-    multiply<T, R, V>(count, ColumnGather<T>{a + d, offset}, p, V * W, acc);
+    multiply<E>(words, ColumnGather<E>{a + d, offset}, p, V * W, acc);
     LK_UNROLL for (int r = 0; r < R; ++r) {
       LK_UNROLL for (int v = 0; v < V; ++v) {
         T* out = c + ((d + r) * V + v) * W;
@@ -109,21 +115,22 @@ __attribute__((noinline)) void accumulate_columns(const T* a, const int64_t* off
   });
 }
 
-// c[offset[n] + d] += sum over lanes of p[n][lane] * b[lane][d]: the gradients of keys and values.
-// What c holds counts for nothing if `fresh`.
-template <class T, int V>
-LK_INLINE void accumulate_rows_block(const T* p, int lanes, const int64_t* offset, int count,
-                                     const T* b, int64_t stride, bool fresh, T* c) {
+// c[index[n] * stride + d] += sum over words i of p[n][i] * b[i * stride + d]: the gradients of
+// keys and values. What c holds counts for nothing if `fresh`.
+template <class E, int V>
+LK_INLINE void accumulate_rows_block(const E* p, int words, const int32_t* index, int count,
+                                     const E* b, int64_t stride, bool fresh, Sum<E>* c) {
+  using T = Sum<E>;
   constexpr int W = kLanes<T>;
   for_row_blocks<kRows<V>>(0, count, [&](auto rows, int n) LK_INLINE_LAMBDA {
     constexpr int R = decltype(rows)::value;
-    RowPointers<T, R> pointers;
-    LK_UNROLL for (int r = 0; r < R; ++r) pointers.row[r] = p + (n + r) * lanes;
+    RowPointers<E, R> pointers;
+    LK_UNROLL for (int r = 0; r < R; ++r) pointers.row[r] = p + (n + r) * words;
     Vec<T> acc[R][V];
-    multiply<T, R, V>(lanes, pointers, b, stride, acc);
+    multiply<E>(words, pointers, b, stride, acc);
     LK_UNROLL for (int r = 0; r < R; ++r) {
       LK_UNROLL for (int v = 0; v < V; ++v) {
-        T* out = c + offset[n + r] + v * W;
+        T* out = c + index[n + r] * stride + v * W;
         store(out, fresh ? acc[r][v] : load(out) + acc[r][v]);
       }
     }
@@ -131,23 +138,24 @@ LK_INLINE void accumulate_rows_block(const T* p, int lanes, const int64_t* offse
 }
 
 // Rows of `vectors` vectors, V at a time and then ever fewer.
-template <class T, int V = kMaxRowVectors>
-LK_INLINE void accumulate_rows_from(int v, const T* p, int lanes, const int64_t* offset, int count,
-                                    int vectors, const T* b, int64_t stride, bool fresh, T* c) {
-  constexpr int W = kLanes<T>;
+template <class E, int V = kMaxRowVectors>
+LK_INLINE void accumulate_rows_from(int v, const E* p, int words, const int32_t* index, int count,
+                                    int vectors, const E* b, int64_t stride, bool fresh,
+                                    Sum<E>* c) {
+  constexpr int W = kLanes<Sum<E>>;
   for (; v + V <= vectors; v += V) {
-    accumulate_rows_block<T, V>(p, lanes, offset, count, b + v * W, stride, fresh, c + v * W);
+    accumulate_rows_block<E, V>(p, words, index, count, b + v * W, stride, fresh, c + v * W);
   }
   if constexpr (V > 1) {
-    accumulate_rows_from<T, V - 1>(v, p, lanes, offset, count, vectors, b, stride, fresh, c);
+    accumulate_rows_from<E, V - 1>(v, p, words, index, count, vectors, b, stride, fresh, c);
   }
 }
 
-template <class T>
-__attribute__((noinline)) void accumulate_rows(const T* p, int lanes, const int64_t* offset,
-                                               int count, int vectors, const T* b, int64_t stride,
-                                               bool fresh, T* c) {
-  accumulate_rows_from<T>(0, p, lanes, offset, count, vectors, b, stride, fresh, c);
+template <class E>
+__attribute__((noinline)) void accumulate_rows(const E* p, int words, const int32_t* index,
+                                               int count, int vectors, const E* b, int64_t stride,
+                                               bool fresh, Sum<E>* c) {
+  accumulate_rows_from<E>(0, p, words, index, count, vectors, b, stride, fresh, c);
 }
 
 }  // namespace LK_ISA

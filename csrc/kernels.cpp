@@ -14,6 +14,14 @@ constexpr AttentionKernels kAttention = {
     backward_scratch<S>,   forward_queries<S>,  attention_forward<S>,
     attention_backward<S>, attention_reduce<S>, reduce_scratch<S>,
     attention_sinks<S>};
+#ifdef __AVX512BF16__
+
+// All else is that of AVX-512.
+extern const AttentionKernels kBfloat16Attention;
+const AttentionKernels kBfloat16Attention = kAttention<Bfloat16>;
+
+#else
+
 template <class S>
 constexpr PairKernels kPairs = {distance_forward<S>,  distance_reduce<S>, distance_backward<S>,
                                 views_forward<S>,     views_dot<S>,       views_backward<S>};
@@ -26,5 +34,7 @@ const KernelTable kTable = {
     {kAttention<float>, kAttention<double>, kAttention<Bfloat16>, kAttention<Float16>},
     {kPairs<float>, kPairs<double>, kPairs<Bfloat16>, kPairs<Float16>},
     {kTubes<float>, kTubes<double>, kTubes<Bfloat16>, kTubes<Float16>}};
+
+#endif
 
 }  // namespace LK_ISA

@@ -1,4 +1,4 @@
-// Rows of the tensors as the kernels see them: in the compute type, padded with zeros.
+// Rows of the tensors, read and written in the compute type.
 #pragma once
 
 #include "simd.h"
@@ -96,39 +96,12 @@ LK_INLINE void store_tail(S* p, Vec<Compute<S>> x, int n) {
   std::memcpy(p, buffer, n * sizeof(S));
 }
 
-// dst[0 .. padded) = src[0 .. dim), then zeros; padded is a multiple of the lanes. `poison`
-// collects x * 0, which is NaN once any element was not finite.
-template <class S>
-LK_INLINE void read_row(const S* src, Compute<S>* dst, int dim, int padded,
-                        Vec<Compute<S>>* poison) {
-  using T = Compute<S>;
-  constexpr int W = kLanes<T>;
-  int d = 0;
-  for (; d + W <= dim; d += W) {
-    const Vec<T> x = load_row(src + d);
-    *poison += x * T(0);
-    store(dst + d, x);
-  }
-  if (d < dim) {
-    const Vec<T> x = load_tail(src + d, dim - d);
-    *poison += x * T(0);
-    store(dst + d, x);
-    d += W;
-  }
-  for (; d < padded; d += W) store(dst + d, Vec<T>{});
-}
-
 template <class S>
 LK_INLINE void write_row(const Compute<S>* src, S* dst, int dim) {
   constexpr int W = kLanes<Compute<S>>;
   int d = 0;
   for (; d + W <= dim; d += W) store_row(dst + d, load(src + d));
   if (d < dim) store_tail(dst + d, load(src + d), dim - d);
-}
-
-template <class T>
-LK_INLINE bool is_finite(Vec<T> poison) {
-  return sum_lanes<T>(poison) == 0;
 }
 
 }  // namespace LK_ISA

@@ -21,6 +21,8 @@ from tests.support.helpers import AttentionCase, check_attention, random_rows
 pytestmark = pytest.mark.skipif(not cpu.is_available(), reason="the library was not compiled")
 ISAS = cpu.isas() if cpu.is_available() else ["none"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+# One of each way to sum products: by numbers, and where the processor can, by pairs of bfloat16.
+SUMMED = [torch.float32, torch.bfloat16]
 
 
 @pytest.fixture(params=ISAS)
@@ -63,13 +65,14 @@ def test_options(isa, options, dtype):
     check_attention(case, "cpu", dtype)
 
 
+@pytest.mark.parametrize("dtype", SUMMED, ids=str)
 @pytest.mark.parametrize("mask_window", [True, False])
 @pytest.mark.parametrize("block_size", [(16, 16), (128, 32), (5, 11), (64, 64), (256, 512)])
-def test_any_block_size(isa, block_size, mask_window):
+def test_any_block_size(isa, block_size, mask_window, dtype):
     case = AttentionCase.random(
         batch=2, heads=3, seq=200, head_dim=32, window=20, mean_length=30, seed=5
     )
-    check_attention(case, "cpu", torch.float32, block_size=block_size, mask_window=mask_window)
+    check_attention(case, "cpu", dtype, block_size=block_size, mask_window=mask_window)
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (9, 3), (8, 2), (5, 1), (7, 7), (40, 1)])
@@ -77,14 +80,15 @@ def test_head_groups(isa, heads):
     case = AttentionCase.random(
         heads=heads[0], kv_heads=heads[1], seq=130, head_dim=48, mean_length=20, seed=heads[0]
     )
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in SUMMED:
         check_attention(case, "cpu", dtype)
 
 
+@pytest.mark.parametrize("dtype", SUMMED, ids=str)
 @pytest.mark.parametrize("seq", [1, 2, 15, 17, 47, 49, 64, 65, 191, 193])
-def test_ragged_ends(isa, seq):
+def test_ragged_ends(isa, seq, dtype):
     case = AttentionCase.random(batch=3, heads=4, kv_heads=4, seq=seq, head_dim=24, mean_length=seq)
-    check_attention(case, "cpu", torch.float32)
+    check_attention(case, "cpu", dtype)
 
 
 def visible_until_of(*segments):
@@ -108,12 +112,13 @@ SHAPES = {
 }
 
 
+@pytest.mark.parametrize("dtype", SUMMED, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_extreme_forests(isa, shape):
-    check_forest(SHAPES[shape], torch.float32, heads=3, head_dim=16)
+def test_extreme_forests(isa, shape, dtype):
+    check_forest(SHAPES[shape], dtype, heads=3, head_dim=16)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", SUMMED, ids=str)
 def test_thousands_of_tiny_segments(dtype):
     visible_until = (torch.arange(3000, dtype=torch.int32) // 2 * 2 + 2)[None]
     check_forest(visible_until, dtype, heads=1, head_dim=8)
@@ -148,9 +153,14 @@ def forests(draw):
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(forests(), st.sampled_from([(1, 1), (3, 1), (4, 2)]), st.sampled_from([16, 40, 64]))
-def test_random_forests(visible_until, heads, head_dim):
-    check_forest(visible_until, torch.float32, heads=heads[0], kv_heads=heads[1], head_dim=head_dim)
+@given(
+    forests(),
+    st.sampled_from([(1, 1), (3, 1), (4, 2)]),
+    st.sampled_from([16, 40, 64]),
+    st.sampled_from(SUMMED),
+)
+def test_random_forests(visible_until, heads, head_dim, dtype):
+    check_forest(visible_until, dtype, heads=heads[0], kv_heads=heads[1], head_dim=head_dim)
 
 
 def test_strides(isa):
@@ -263,9 +273,9 @@ def isolated():
     return case, seen
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", SUMMED, ids=str)
 @pytest.mark.parametrize("value", [3.0, float("nan"), float("inf")])
-@pytest.mark.parametrize("token", [5, 100])
+@pytest.mark.parametrize("token", [5, 36, 100])
 def test_isolation_is_exact(isa, isolated, token, value, dtype):
     case, seen = isolated
     before = case.run("cpu", dtype)
@@ -319,6 +329,18 @@ def test_what_is_not_finite_shows(isa, isolated, value):
     run = AttentionCase(**{**case.__dict__, "q": q}).run("cpu", torch.float32)
     assert run["out"][:, :, token].isnan().all()
     assert run["dk"][:, :, seen[token]].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_only_key_has_its_value_and_no_gradient(isa, dtype):
+    """Rounding may not leave a rest of dP - delta."""
+    case = AttentionCase.random(heads=2, kv_heads=2, seq=50, head_dim=200, seed=4)
+    case.visible_until = torch.arange(1, 51, dtype=torch.int32)[None]
+    run = case.run("cpu", dtype)
+    assert torch.equal(run["out"], case.v.to(dtype))
+    assert torch.equal(run["dv"], case.dout.to(dtype))
+    assert not run["dq"].any()
+    assert not run["dk"].any()
 
 
 def test_scale_of_zero_is_a_mean(isa):
