@@ -146,13 +146,19 @@ class SampleReader:
         """The samples of ``--data`` to train on, and those held out by ``--eval-split``."""
         from datasets import Dataset
 
-        located = list(self._read(str(self.options.data)))
-        if len(located) < 2:
-            raise ValueError(f"--eval-split needs two samples of --data, got {len(located)}")
-        parts = Dataset.from_dict({"index": range(len(located))}).train_test_split(
+        rows: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+        for place, sample in self._read(str(self.options.data)):
+            rows.setdefault(place, []).append((place, sample))
+        if len(rows) < 2:
+            raise ValueError(f"--eval-split needs two rows of --data, got {len(rows)}")
+        # Samples of one row, such as paraphrases of one another, stay together.
+        parts = Dataset.from_dict({"row": list(rows)}).train_test_split(
             self.options.eval_split, seed=self.options.eval_split_seed
         )
-        train, held_out = ([located[i] for i in parts[part]["index"]] for part in ("train", "test"))
+        train, held_out = (
+            [sample for row in parts[part]["row"] for sample in rows[row]]
+            for part in ("train", "test")
+        )
         return train, held_out
 
     def _is_out(self, place: str, sample: dict[str, Any]) -> bool:

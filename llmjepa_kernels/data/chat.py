@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -14,6 +15,7 @@ from llmjepa_kernels.data.messages import (
     check_content,
     check_views,
     checked_messages,
+    learnt_answers,
     turns_of_views,
     with_placeholder_answer,
 )
@@ -67,7 +69,8 @@ def chat_example(
     Args:
         messages: An optional system turn, a user turn and an assistant turn; further user,
             assistant and tool turns may stand before the last assistant turn. A content is a
-            string or a list of parts of type text, which stand one after the other.
+            string or a list of parts of type text, which stand one after the other. An assistant
+            turn with a ``weight`` of 0, or ``train`` false, is context only.
         tokenizer: A fast tokenizer with a chat template.
         layout: ``"shared"`` or ``"official"``.
         pred_ids: The k ≥ 0 [PRED] tokens; without any, a view's last content token predicts.
@@ -86,7 +89,8 @@ def chat_example(
             the content of a copy of it, whose last content token then predicts; there the order of
             the tokens is the reverse, so that the same one stands next to the content.
         supervise: ``"assistant"``: the next-token loss is on the content of every assistant turn
-            and on the end of the turn, where the template ends it as it does the last one;
+            that is not context only and on the end of the turn, where the template ends it as it
+            does the last one;
             ``"content"``: on the content alone, so the end of a turn is not learnt; ``"all"``: on
             every token of the chat but the first; ``"released"``: on those of them that are not
             the pad token, as in the authors' code, where that is the EOS token if the tokenizer
@@ -119,9 +123,8 @@ def chat_example(
     view_turns = _view_turns(turns[asked], turns[answered], text, code, views or {})
     directed = _directed(pairs, view_turns, direction)
     chat = _render(tokenizer, turns, template_kwargs, add_special_tokens)
-    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
     ids = chat.tokens.cut(chat.input_ids, max_length)
-    labels = chat.tokens.cut(_labels(tokenizer, chat, answers, supervise), max_length)
+    labels = chat.tokens.cut(_labels(tokenizer, chat, turns, supervise), max_length)
     limit = None if max_length is None else max_length - chat.tokens.num_behind
     preds = _Preds(list(pred_ids), pred_position, limit)
 
@@ -199,6 +202,7 @@ def plain_example(
     else:
         contents.append((len(prompt), len(prompt) + len(answer)))
     if supervise in ("assistant", "content"):
+        learnt_answers(turns)
         labels = [IGNORE] * len(prompt) + sequence[len(prompt) :]
         if supervise == "content":
             labels[-1] = IGNORE
@@ -436,19 +440,20 @@ def _link(
 
 
 def _labels(
-    tokenizer: PreTrainedTokenizerBase, chat: Rendering, answers: Iterable[int], supervise: str
+    tokenizer: PreTrainedTokenizerBase, chat: Rendering, turns: Sequence[Turn], supervise: str
 ) -> list[int]:
-    """Of the tokens of a chat whose contents `answers` are the assistant's."""
+    """Of the tokens of a chat of these turns."""
     ids = chat.input_ids
     if supervise in ("all", "released"):
         return _labels_of_all(tokenizer, ids, supervise)
     labels = [IGNORE] * len(ids)
     # The end of a turn is what the template writes after the last one, white space excepted.
     end_of_turn = chat.text[chat.char_spans[-1][1] :].rstrip()
-    for i in answers:
+    for i in learnt_answers(turns):
         start, stop = chat.spans[i]
         content_start, content_end = chat.char_spans[i]
-        if chat.text[:content_start].endswith(" "):
+        begins_before = start < stop and chat.offsets[start][0] < content_start
+        if begins_before or chat.text[:content_start].endswith(" "):
             start = min(start, _end_of_prompt(tokenizer, chat, content_start))
         if supervise == "assistant" and chat.text.startswith(end_of_turn, content_end):
             end = content_end + len(end_of_turn)
@@ -465,7 +470,17 @@ def _end_of_prompt(tokenizer: PreTrainedTokenizerBase, chat: Rendering, start: i
     """
     text = chat.text[:start] + PLACEHOLDER
     tokens = Tokens.of(tokenizer, text, chat.tokens.add_special_tokens)
-    return token_span(tokens.offsets, start, len(text))[0]
+    end = token_span(tokens.offsets, start, len(text))[0]
+    if tokens.input_ids[:end] != chat.input_ids[:end]:
+        warnings.warn(
+            "some answers begin in a token that the chat template begins, such as "
+            f"{tokenizer.convert_ids_to_tokens(chat.input_ids[end - 1])!r}: what is generated "
+            "behind the prompt cannot begin so. A template that ends the prompt with a special "
+            "token avoids it",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    return end
 
 
 def _labels_of_all(tokenizer: PreTrainedTokenizerBase, ids: list[int], supervise: str) -> list[int]:
@@ -484,9 +499,11 @@ def _text_end(chat: Rendering, asked: int, text: str | None) -> int | None:
     check_content(text, "text")
     start, stop = chat.char_spans[asked]
     end = start + len(text.strip())
+    if end > stop or chat.text[start:end] != text.strip():
+        return None
     last = token_span(chat.offsets, start, end)[1]
     beyond = chat.text[end : min(chat.offsets[last - 1][1], stop)]
-    return last if chat.text[start:end] == text.strip() and not beyond.strip() else None
+    return None if beyond.strip() else last
 
 
 def _up_to_content(

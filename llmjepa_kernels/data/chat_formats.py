@@ -31,16 +31,21 @@ def messages_of(row: Mapping[str, Any]) -> tuple[Any, set[str]]:
               ``system`` prompt beside them;
             - ``prompt`` and ``completion`` (TRL): a string each, which become the user's and the
               assistant's content; or lists of turns with ``role`` and ``content``, which follow
-              one another.
+              one another, and of which the completion's are learnt.
     Raises:
         ValueError: It has none of these; says what to do.
     """
-    for key in ("tools", "functions"):
+    for key in ("tools", "functions", "documents"):
         if row.get(key):
             raise ValueError(
                 f"{key} would be lost: write them into the system turn, as the chat template "
                 f"would, and leave the key out; got {row[key]!r}"
             )
+    if row.get("chat_template_kwargs"):
+        raise ValueError(
+            "chat_template_kwargs of a row would be lost: give them for all rows, as "
+            f"template_kwargs, and leave the key out; got {row['chat_template_kwargs']!r}"
+        )
     if row.get("messages") is not None:
         return row["messages"], {"messages"}
     if row.get("conversations") is not None:
@@ -81,6 +86,13 @@ def _sharegpt(conversations: Any) -> list[Any]:
     return turns
 
 
+def _context(turn: Any) -> Any:
+    """A turn of a prompt, whose answers are not learnt unless it says so."""
+    if not isinstance(turn, Mapping) or turn.get("role") != "assistant":
+        return turn
+    return {"weight": 0, **turn}
+
+
 def _prompt_and_completion(prompt: Any, completion: Any) -> list[Any]:
     if isinstance(prompt, str) and isinstance(completion, str):
         return [
@@ -88,7 +100,7 @@ def _prompt_and_completion(prompt: Any, completion: Any) -> list[Any]:
             {"role": "assistant", "content": completion},
         ]
     if is_list(prompt) and is_list(completion):
-        return [*prompt, *completion]
+        return [*(_context(turn) for turn in prompt), *completion]
     raise ValueError(
         "prompt and completion must be two strings or two lists of turns, got "
         f"{type(prompt).__name__} and {type(completion).__name__}"

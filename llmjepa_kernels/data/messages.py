@@ -7,16 +7,18 @@ from typing import Any
 
 from llmjepa_kernels.checks import check_whole
 
-Turn = dict[str, str]  # role and content
+Turn = dict[str, Any]  # role and content, and a weight of 0 if it is context only
 
 ROLES = ("system", "user", "assistant", "tool")
 PLACEHOLDER = "x"  # an answer that is like most
 # Keys of a turn that chat templates write beside its content, which would be dropped here.
 RENDERED_KEYS = ("tool_calls", "function_call", "tool_call_id", "reasoning_content", "thinking")
+# Of an assistant turn; 0 or false if it is context, and not to be learnt.
+WEIGHT_KEYS = ("weight", "train")
 
 
 def checked_messages(messages: Any) -> list[Turn]:
-    """The turns of a chat, each with its role and its content as a string.
+    """The turns of a chat, each with its role, its content as a string, and a weight if that is 0.
 
     Args:
         messages: An optional system turn, then user, assistant and tool turns, the last of which
@@ -37,7 +39,13 @@ def checked_messages(messages: Any) -> list[Turn]:
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
             raise ValueError(f"messages[{i}] must have the keys role and content, got {message!r}")
         content = content_text(message["content"], f"the content of messages[{i}]")
-        turns.append({"role": message["role"], "content": content})
+        turn = {"role": message["role"], "content": content}
+        for key in WEIGHT_KEYS:
+            if message.get(key) not in (None, 0, 1):
+                raise ValueError(f"messages[{i}] must have a {key} of 0 or 1, got {message[key]!r}")
+            if message.get(key) == 0 and turn["role"] == "assistant":
+                turn["weight"] = 0
+        turns.append(turn)
     roles = [turn["role"] for turn in turns]
     if (
         not all(role in ROLES for role in roles)
@@ -50,6 +58,20 @@ def checked_messages(messages: Any) -> list[Turn]:
             f"and tool turns before the last assistant, got {roles}"
         )
     return turns
+
+
+def learnt_answers(turns: Sequence[Turn]) -> list[int]:
+    """The indices of the assistant turns of `checked_messages` that are not context only.
+
+    Raises:
+        ValueError: There is none.
+    """
+    learnt = [
+        i for i, turn in enumerate(turns) if turn["role"] == "assistant" and "weight" not in turn
+    ]
+    if not learnt:
+        raise ValueError("messages must have an assistant turn to learn, all have a weight of 0")
+    return learnt
 
 
 def turns_of_views(turns: Sequence[Mapping[str, str]], view_turn: Any = -1) -> tuple[int, int]:

@@ -171,6 +171,7 @@ def _weight(module: nn.Module) -> Tensor:
 def _init_rows(weight: Tensor, start: int, stop: int, seed: int) -> None:
     """Draws rows start..stop of (vocab, hidden) around the mean of those before."""
     std, mean = torch.std_mean(weight[:start].float(), dim=0)
-    generator = torch.Generator().manual_seed(seed)
+    # Rows that another call adds, with the same seed, are others.
+    generator = torch.Generator().manual_seed(seed + start)
     noise = torch.randn(stop - start, weight.shape[1], generator=generator)
     weight[start:stop] = (mean + 0.1 * std * noise.to(weight.device)).to(weight.dtype)

@@ -8,6 +8,7 @@ import io
 import json
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
@@ -120,16 +121,26 @@ def _separated(name: str, delimiter: str) -> Rows:
         text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
         try:
             rows = csv.DictReader(text, delimiter=delimiter, strict=True)
+            repeated = [name for name, n in Counter(rows.fieldnames or ()).items() if n > 1]
+            if repeated:
+                raise ValueError(f"{name}: its header has the columns {repeated} more than once")
             for row in rows:
-                yield f"{name}:{rows.line_num}", partial(_complete, row)
+                yield f"{name}:{rows.line_num}", partial(_complete, row, delimiter)
         except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError(
                 f"{name}: not CSV in UTF-8 after line {rows.line_num}: {error}"
             ) from error
 
 
-def _complete(row: dict[Any, Any]) -> dict[str, str]:
+def _complete(row: dict[Any, Any], delimiter: str) -> dict[str, str]:
     """A row of a table, which must have a value for every column and no more."""
+    for column, value in row.items():
+        # Files of tabs often have quotation marks that quote nothing.
+        if delimiter == "\t" and isinstance(value, str) and "\t" in value and "\n" in value:
+            raise ValueError(
+                f"the value of {column!r} goes over tabs and lines, as behind a quotation mark "
+                f"that should be doubled, got {value!r}"
+            )
     beyond = len(row.get(None, ()))
     missing = [column for column, value in row.items() if value is None]
     if beyond or missing:

@@ -117,21 +117,32 @@ def render(
             f"{list(contents)} between {list(frame.literals)}, got {text!r}"
         )
     tokens = Tokens.of(tokenizer, text, add_special_tokens)
-    spans = [token_span(tokens.offsets, *span) for span in char_spans]
+    spans = [_content_span(tokenizer, tokens, text, *span) for span in char_spans]
     return Rendering(tokens, spans, text, char_spans)
+
+
+def _content_span(
+    tokenizer: PreTrainedTokenizerBase, tokens: Tokens, text: str, start: int, end: int
+) -> tuple[int, int]:
+    """The tokens of a content, without one of the template's that strips its white space."""
+    offsets = tokens.offsets[: len(tokens.offsets) - tokens.num_behind]
+    first, stop = token_span(offsets, start, end)
+    begins_before = first < stop and offsets[first][0] < start
+    if begins_before and tokens.input_ids[first] in tokenizer.added_tokens_decoder:
+        first = token_span(offsets, end - len(text[start:end].lstrip()), end)[0]
+    return first, stop
 
 
 def token_span(offsets: list[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
     """The tokens that hold the characters start..end, as (first, last + 1).
 
-    Several tokens may share the offsets of one character, and a token of white space may have
-    empty ones, so the search goes by where tokens end and then takes in all that begin earlier.
+    Several tokens may share the offsets of one character, a token of white space may have empty
+    ones, and where the tokenizer composes characters the last token may end before they do: so the
+    search is for where the first token ends, and for where those behind the last begin.
     """
     first = bisect_right(offsets, start, key=lambda offset: offset[1])
-    stop = bisect_left(offsets, end, lo=first, key=lambda offset: offset[1]) + 1
-    while stop < len(offsets) and offsets[stop][0] < end:
-        stop += 1
-    return first, stop
+    stop = bisect_left(offsets, end, lo=first, key=lambda offset: offset[0])
+    return first, min(max(stop, first + 1), len(offsets))
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,18 @@ def test_the_held_out_part_is_theirs(data, options):
     assert asked(each.sample for each in reader.held_out()[0]) == asked(theirs["test"])
 
 
+def test_paraphrases_of_one_another_are_held_out_together(tmp_path):
+    pytest.importorskip("datasets")
+    rows = [{"paraphrases": [f"{i} {word}" for word in ("one", "two", "three")]} for i in range(20)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--data", data, "--recipe", "paraphrase", "--eval-split", 0.25]
+    reader = SampleReader(parsed(*options, "--train-samples", 1000), LeftOut())
+    trained, (held_out, _) = reader.first(), reader.held_out()
+    assert len(trained) + len(held_out) > 20
+    assert not {each.place for each in trained} & {each.place for each in held_out}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

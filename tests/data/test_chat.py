@@ -245,8 +245,8 @@ def test_own_text_inside_the_user_content_branches_off_there():
 
 @pytest.mark.parametrize(
     "text",
-    ["cat", "a d", "a dog\nA) runs\nB) sits or more"],
-    ids=["elsewhere", "inside a word", "longer"],
+    ["cat", "a d", "a dog\nA) runs\nB) sits or more", "as long as no chat" * 20],
+    ids=["elsewhere", "inside a word", "longer", "longer than the chat"],
 )
 def test_own_text_that_cannot_branch_off_is_a_turn_alone(text):
     tokenizer = get_tokenizer()

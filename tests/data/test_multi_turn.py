@@ -139,3 +139,36 @@ def test_the_turn_of_a_sample():
 def read_one(row):
     (sample,) = read_chats([row])
     return sample
+
+
+@pytest.mark.parametrize("layout", ["shared", "official"])
+@pytest.mark.parametrize("context", [{"weight": 0}, {"train": False}])
+def test_answers_that_are_context_only(context, layout):
+    tokenizer = get_tokenizer(SMOLLM2)
+    chat = [{**turn, **context} if turn["content"] == "ONE" else turn for turn in LONG]
+    assert supervised(tokenizer, chat_example(chat, tokenizer, layout=layout)) == ["TWO<|im_end|>"]
+    (read,) = read_chats([{"messages": chat}])
+    assert chat_example(read["messages"], tokenizer) == chat_example(chat, tokenizer)
+    # Weights of 1 change nothing, nor do those of others than assistants.
+    same = [{**turn, "weight": int(turn["role"] == "assistant")} for turn in LONG]
+    assert chat_example(same, tokenizer) == chat_example(LONG, tokenizer)
+
+
+def test_answers_in_a_prompt_are_context_only():
+    tokenizer = get_tokenizer(SMOLLM2)
+    (read,) = read_chats([{"prompt": LONG[:-1], "completion": LONG[-1:]}])
+    assert supervised(tokenizer, chat_example(read["messages"], tokenizer)) == ["TWO<|im_end|>"]
+
+
+def test_weights_that_are_none():
+    tokenizer = get_tokenizer(SMOLLM2)
+    for weight in (0.5, "0", -1):
+        chat = [*LONG[:-1], {**LONG[-1], "weight": weight}]
+        with pytest.raises(ValueError, match=r"must have a weight of 0 or 1, got"):
+            chat_example(chat, tokenizer)
+    nothing = turns("ASK?", "ANS")
+    nothing[1]["weight"] = 0
+    with pytest.raises(ValueError, match="must have an assistant turn to learn"):
+        chat_example(nothing, tokenizer)
+    with pytest.raises(ValueError, match="must have an assistant turn to learn"):
+        plain_example(nothing, tokenizer, separator_id=5)

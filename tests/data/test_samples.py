@@ -248,6 +248,12 @@ def test_compressed_files_and_standard_input(tmp_path, monkeypatch):
         ("a.csv", b"prompt,completion\na\n", r"a\.csv:2: expected 2 values, for .*, got 1"),
         ("a.csv", b"prompt,completion\na,b,c\n", r"a\.csv:2: expected 2 values, for .*, got 3"),
         ("a.csv", b'prompt,completion\n"a"b,c\n', r"a\.csv: not CSV in UTF-8 after line \d"),
+        ("a.csv", b"text,label,text\na,b,c\n", r"columns \['text'\] more than once"),
+        (
+            "a.tsv",
+            b'text\tlabel\n"a first\t1\nb\tlast"\t1\n',
+            "goes over tabs and lines, as behind",
+        ),
         ("a.csv", b"prompt,completion\n\xff,b\n", r"a\.csv: not CSV in UTF-8 .*0xff"),
         ("a.parquet", b"PAR1 or not", r"a\.parquet is no Parquet file"),
         ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1: it is nested too deeply"),
@@ -263,3 +269,10 @@ def test_files_that_are_none(tmp_path, name, content, message):
 def test_a_recipe_that_fails_is_named():
     with pytest.raises(ValueError, match="row 0: the recipe failed with KeyError: 'x'"):
         list(read_chats([{}], recipe=lambda row: row["x"]))
+
+
+@pytest.mark.parametrize("key", ["tools", "functions", "documents", "chat_template_kwargs"])
+def test_what_a_template_would_be_given_is_not_lost(key):
+    with pytest.raises(ValueError, match=f"{key}.* would be lost"):
+        list(read_chats([chat(**{key: {"a": 1}})]))
+    assert list(read_chats([chat(**{key: None})]))

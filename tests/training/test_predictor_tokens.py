@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 
 from llmjepa_kernels.data.example_format import ExampleFormat
 from llmjepa_kernels.data.grammar import generate
-from llmjepa_kernels.data.predictor_tokens import add_predictor_tokens
+from llmjepa_kernels.data.predictor_tokens import add_predictor_tokens, add_tokens
 from llmjepa_kernels.data.tokenizer import train_tokenizer
 from llmjepa_kernels.hf.load import add_lora
 from llmjepa_kernels.training.collator import LLMJEPACollator
@@ -46,6 +46,15 @@ def test_predictor_rows_are_near_the_others_but_distinct(tokenizer, tied):
         assert torch.pdist(rows).min() > 0.1 * std.norm()
         assert ((rows - weight[:known].mean(dim=0)).abs() < std).all()
     assert torch.equal(embeddings[:known], before)
+
+
+def test_rows_that_are_added_later_are_others(tokenizer):
+    model = tiny_llama(tokenizer)
+    ids = add_tokens(model, tokenizer, ["<|sep|>"])
+    ids += add_predictor_tokens(model, tokenizer, 1)
+    ids += add_predictor_tokens(model, tokenizer, 3)[:2]
+    weight = model.get_input_embeddings().weight
+    assert torch.pdist(weight[ids]).min() > 0.1 * weight.std(dim=0).norm()
 
 
 def test_spare_rows_are_used_and_embeddings_never_shrink(tokenizer):
