@@ -21,7 +21,7 @@ from transformers.utils.generic import ModelOutput
 
 from llmjepa_kernels.hf import interface, openelm
 from llmjepa_kernels.hf.dense_mask import recognise, warn_of_lost_labels
-from llmjepa_kernels.hf.experts import names_real_tokens
+from llmjepa_kernels.hf.experts import names_real_tokens, returns_aux_loss
 from llmjepa_kernels.hf.layer import dropout_field, is_empty, running
 from llmjepa_kernels.ops.block_mask import BlockMask, int32_positions
 from llmjepa_kernels.ops.schedule import FORMS, forms_of, is_given
@@ -97,6 +97,13 @@ def _before_parts(
 
 
 def _before_loss(module: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> None:
+    packed = kwargs.get("visible_until") is not None
+    if packed and is_empty(kwargs.get("attention_mask")) and returns_aux_loss(module.config):
+        raise ValueError(
+            f"{type(module).__name__} returns a loss that balances its experts "
+            "(output_router_logits=True), for which it must know the padding of a packed row: call "
+            "llm_jepa_loss, or LLMJEPATrainer, which tell it"
+        )
     if not torch.compiler.is_compiling():
         warn_of_lost_labels(kwargs.get("attention_mask"), kwargs.get("labels"))
 
@@ -173,7 +180,8 @@ def _check_attended(module: PreTrainedModel) -> None:
     raise RuntimeError(
         f"only {len(attended)} of the {layers} layers of {type(module).__name__} attended through "
         "view_attention, so views of a packed row saw each other in the others: something else "
-        "has replaced their forward"
+        "has replaced their forward, or not all run (layerdrop, or layers that were removed while "
+        "the config still counts them in num_hidden_layers)"
     )
 
 

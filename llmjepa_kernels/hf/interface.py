@@ -95,7 +95,12 @@ def patch(model: PreTrainedModel, impl: str | None) -> None:
         previous = getattr(model, "_before_view_attention", None)
         previous = previous or model.get_correct_attn_implementation(None)
     cast(Any, model)._before_view_attention = previous
-    model.set_attn_implementation(_name(impl))
+    _set_implementation(model, _name(impl))
+    for part in innermost(model):
+        try:
+            impl_of(part)
+        except RuntimeError as error:
+            raise TypeError(f"{type(part).__name__} cannot be patched: {error}") from error
     if hasattr(model, "generate_batch"):  # models with a head
         vars(model)["generate_batch"] = functools.partial(_generate_batch, model)
 
@@ -108,21 +113,31 @@ def _implementations(config: Any) -> dict[str, str]:
     return {"": config._attn_implementation, **chosen}
 
 
+def _set_implementation(model: PreTrainedModel, chosen: str | dict[str, str]) -> None:
+    """Has a model attend by this implementation, or its parts by one each."""
+    model.set_attn_implementation(chosen)
+    # Of a class that is written in a notebook Transformers sets none, but shares its config.
+    own = chosen if isinstance(chosen, str) else chosen[""]
+    for part in innermost(model):
+        if part.config is model.config and part.config._attn_implementation != own:
+            part.set_attn_implementation(own)
+
+
 def _generate_batch(model: Any, *args: Any, **kwargs: Any) -> Any:
     """Transformers' own, which takes none but its own implementations of attention."""
     ours = model.config._attn_implementation
     try:
-        model.set_attn_implementation(model._before_view_attention)
+        _set_implementation(model, model._before_view_attention)
         return type(model).generate_batch(model, *args, **kwargs)
     finally:
-        model.set_attn_implementation(ours)
+        _set_implementation(model, ours)
 
 
 def unpatch(model: PreTrainedModel) -> None:
     """Undoes `patch`, if it was called."""
     previous = vars(model).get("_before_view_attention")
     if previous is not None:
-        model.set_attn_implementation(previous)
+        _set_implementation(model, previous)
         vars(model).pop("_before_view_attention")
         vars(model).pop("generate_batch", None)
 

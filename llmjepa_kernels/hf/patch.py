@@ -114,6 +114,11 @@ def pretrained_model(model: nn.Module) -> PreTrainedModel:
                 f"PEFT's {config.peft_type.value} is not supported, since it puts virtual tokens "
                 "in front of the packed row: use LoRA or another adapter of weights"
             )
+        if getattr(config, "alora_invocation_tokens", None):
+            raise ValueError(
+                "PEFT's activated LoRA is not supported, since it begins at one place of a row, "
+                "and a packed row has many: use LoRA without alora_invocation_tokens"
+            )
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             return module

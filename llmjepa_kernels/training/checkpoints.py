@@ -12,6 +12,7 @@ from pathlib import Path
 from llmjepa_kernels.files import file_digest, write_whole
 
 MANIFEST = "complete.json"
+UNFINISHED = "checkpoint-is-incomplete.txt"  # beside what Trainer's enable_jit_checkpoint writes
 
 
 @contextmanager
@@ -73,5 +74,5 @@ def _files(checkpoint: Path) -> dict[str, Path]:
     return {
         str(path.relative_to(checkpoint)): path
         for path in sorted(checkpoint.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
+        if path.is_file() and path.name not in (MANIFEST, UNFINISHED)
     }

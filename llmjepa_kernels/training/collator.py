@@ -83,6 +83,11 @@ class LLMJEPACollator:
         """Chooses the tubes of an epoch."""
         self._epoch.fill_(epoch)
 
+    @property
+    def epoch(self) -> int:
+        """Whose tubes are drawn."""
+        return int(self._epoch)
+
     def __call__(self, features: Sequence[Example | Mapping[str, Any]]) -> PackedBatch:
         """Packs the features, and adds how many tokens their chats alone take.
 
@@ -94,8 +99,7 @@ class LLMJEPACollator:
         examples = [self.example(feature) for feature in features]
         packed = examples if self.with_views else [without_views(example) for example in examples]
         if self.tubes is not None:
-            epoch = int(self._epoch)
-            packed = [x if x.tubes else with_tubes(x, self.tubes, epoch) for x in packed]
+            packed = [x if x.tubes else with_tubes(x, self.tubes, self.epoch) for x in packed]
         batch = pack(
             packed,
             self.max_length,

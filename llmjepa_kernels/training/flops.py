@@ -34,10 +34,12 @@ class FlopCount:
         pretrained = pretrained_model(model)
         config: Any = pretrained.config.get_text_config()
         head: Any = pretrained.get_output_embeddings() or pretrained.get_input_embeddings()
+        # Of a model of images too, only its language model sees a packed row.
+        decoder: Any = pretrained.get_decoder()
         apart = {id(p) for p in head.parameters()}
-        apart |= {id(p) for p in pretrained.get_input_embeddings().parameters()}
-        view_head = view_head_of(model)
-        apart |= set() if view_head is None else {id(p) for p in view_head.parameters()}
+        embeddings = [m for m in decoder.modules() if isinstance(m, nn.Embedding)]
+        for module in (pretrained.get_input_embeddings(), view_head_of(model), *embeddings):
+            apart |= set() if module is None else {id(p) for p in module.parameters()}
         # One for each layer, where they may differ and this version of Transformers says so.
         layers = getattr(config, "per_layer_config", None)
         layers = layers or [config] * getattr(config, "num_hidden_layers", 0)
@@ -45,8 +47,8 @@ class FlopCount:
         if layers:
             found = (getattr(layers[0], name, None) for name in EXPERTS_PER_TOKEN)
             chosen = next((count for count in found if count), None)
-        self.per_token = sum(_passes(p, chosen) for p in model.parameters() if id(p) not in apart)
-        self.per_label = sum(_passes(p, None) for p in head.parameters())
+        self.per_token = sum(_passes(p, chosen) for p in _used(decoder) if id(p) not in apart)
+        self.per_label = sum(_passes(p, None) for p in _used(head))
         self.per_seen = 12 * _query_width(config, layers)
 
     def __call__(self, batch: Mapping[str, Tensor], num_items: Tensor) -> Tensor:
@@ -59,6 +61,19 @@ class FlopCount:
             + self.per_label * num_items
             + float(self.per_token * visible_until.numel())
         )
+
+
+def _used(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that its forward uses: PEFT keeps the originals of modules that it trains."""
+    unused: set[int] = set()
+    for part in module.modules():
+        trained: Any = getattr(part, "modules_to_save", None)
+        if isinstance(trained, nn.ModuleDict):
+            active: Any = part.active_adapters
+            kept: list[Any] = [x for name, x in trained.items() if name not in active]
+            kept += [part.original_module] if len(kept) < len(trained) else []
+            unused |= {id(p) for each in kept for p in each.parameters()}
+    return [p for p in module.parameters() if id(p) not in unused]
 
 
 def _query_width(config: Any, layers: Sequence[Any]) -> int:

@@ -47,9 +47,15 @@ def next_token_loss(
             outputs = _forward(model, tensors, few)
             head.autocast = running.autocast
             hidden = gather_tokens(outputs.hidden_states[-1], positions)
-            if head.is_exact or head.compare(hidden[:, : few.shape[1]], outputs.logits):
+            trusted = head.is_exact
+            if head.gives(hidden[:, : few.shape[1]], outputs.logits):
                 with head.precision(hidden.device):
                     return outputs, cross_entropy_in_parts(head, hidden, targets, rows)
+            if trusted and is_distributed():  # others may see no need of another forward
+                raise RuntimeError(
+                    "the head gives other logits than the model does, which it did not at first: "
+                    "pass max_logits=None"
+                )
             del outputs, hidden  # their graph, before that of another forward
     outputs = _forward(model, tensors, positions)
     return outputs, cross_entropy_sum(outputs.logits, targets)
@@ -59,8 +65,9 @@ def _forward(model: nn.Module, tensors: dict[str, Tensor], head_positions: Tenso
     tensors = {**tensors, "head_positions": head_positions}
     _mark_varying(tensors.values())
     outputs = model(**tensors, use_cache=False)
-    if outputs.logits is None or outputs.logits.shape[:-1] != head_positions.shape:
-        shape = None if outputs.logits is None else tuple(outputs.logits.shape)
+    logits = getattr(outputs, "logits", None)  # which a model without a head has not
+    if logits is None or logits.shape[:-1] != head_positions.shape:
+        shape = None if logits is None else tuple(logits.shape)
         raise RuntimeError(
             f"the model must return logits of shape {(*head_positions.shape, 'vocab')} for "
             f"head_positions of shape {tuple(head_positions.shape)}, got {shape}"

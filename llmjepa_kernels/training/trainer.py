@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, cast
@@ -26,7 +26,7 @@ from llmjepa_kernels.training.checkpoints import MANIFEST, mark_complete, saving
 from llmjepa_kernels.training.collator import LLMJEPACollator
 from llmjepa_kernels.training.flops import FlopCount
 from llmjepa_kernels.training.loss_dropout import LossDropout
-from llmjepa_kernels.training.objective import llm_jepa_loss
+from llmjepa_kernels.training.objective import REQUIRED_KEYS, llm_jepa_loss, real_tokens
 from llmjepa_kernels.training.sampler import UpdateSampler, example_work
 from llmjepa_kernels.training.telemetry import CollapseTelemetry
 from llmjepa_kernels.training.view_head import HEAD_FILE, NAME, load_view_head, view_head_of
@@ -47,7 +47,8 @@ class LLMJEPATrainer(Trainer):
 
     Its means are exact under gradient accumulation and across processes: they are taken over the
     supervised tokens, the pairs and the tubes of all batches that make up an update, so 1 x 8 and
-    4 x 2 examples give the same one. With ``average_tokens_across_devices=False`` they are taken
+    4 x 2 examples give the same one. At the end of a stream too few batches for an update are left
+    out. With ``average_tokens_across_devices=False`` they are taken
     per process, as in Transformers.
 
     Besides ``loss`` it logs, as means over the updates since the last log,
@@ -135,7 +136,7 @@ class LLMJEPATrainer(Trainer):
         if not _is_patched(to_train):
             patch_model(to_train)
         example_format = getattr(self.data_collator, "example_format", None)
-        warn_if_frozen(to_train, getattr(example_format, "pred_ids", ()))
+        warn_if_frozen(pretrained_model(to_train), getattr(example_format, "pred_ids", ()))
         handler = self.accelerator.ddp_handler
         if view_head_of(to_train) is not None and handler is not None:
             handler.find_unused_parameters = False  # among which it would take the head's
@@ -180,12 +181,25 @@ class LLMJEPATrainer(Trainer):
             "aux_loss": self._balances_experts,
         }
         self._watched = [name for name in MEANS if optional.get(name, True)]
-        self._telemetry = CollapseTelemetry(self.args.device)
-        self._flops = FlopCount(to_train)
         self._num_pairs: Tensor | int = 0
         self._num_tubes: Tensor | int = 0
         self._eval_sums = torch.zeros(0)
+        self._limit = self.args.save_total_limit
+        self._counted: Any = None
+        self._begin()
+
+    def _begin(self) -> None:
+        """Forgets an earlier training, which may have been of another model or interrupted."""
+        self._telemetry = CollapseTelemetry(self.args.device)
+        counted = pretrained_model(cast(Any, self.model))
+        if counted is not self._counted:
+            self._flops, self._counted = FlopCount(cast(Any, self.model)), counted
         self._reset_train_sums()
+
+    def _inner_training_loop(self, *args, **kwargs):
+        """Trains, from the beginning also where a smaller batch is tried after an error."""
+        self._begin()
+        return super()._inner_training_loop(*args, **kwargs)
 
     def call_model_init(self, trial=None):
         """A new model of ``model_init``, patched."""
@@ -199,6 +213,8 @@ class LLMJEPATrainer(Trainer):
             "compute_loss_func": self.compute_loss_func,
             "compute_metrics": self.compute_metrics,
             "dispatch_batches": self.accelerator.dispatch_batches,
+            # Its noise is by the length of a row, here that of many examples.
+            "neftune_noise_alpha": self.args.neftune_noise_alpha,
         }
         head = view_head_of(cast(Any, self.model))
         if head is not None:
@@ -264,7 +280,7 @@ class LLMJEPATrainer(Trainer):
         examples = dataset.data if dropout else dataset
         if not isinstance(examples, Sequence) or not all(isinstance(x, Example) for x in examples):
             return None
-        model: Any = self.model
+        model: Any = pretrained_model(cast(Any, self.model))
         hidden_size = model.get_input_embeddings().weight.shape[-1]
 
         def works(examples: Iterable[Example]) -> list[float]:
@@ -279,14 +295,28 @@ class LLMJEPATrainer(Trainer):
         bare = works(map(without_views, examples))
         return lambda index, update: (bare if dropout.drops(index, update) else whole)[index]
 
+    def _track_num_input_tokens(self, inputs):
+        """Counts tokens, with those that packing has added or without."""
+        if self.args.include_num_input_tokens_seen == "non_padding":
+            inputs = {**inputs, "attention_mask": real_tokens(inputs)}
+        super()._track_num_input_tokens(inputs)
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Collects the batches of an update, and counts their pairs and tubes."""
         if self._started is None:
             self._started = time.perf_counter()
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if not batches:  # a stream has ended, and is begun again
-            return batches, num_items
+        if len(batches) < num_batches:
+            # A stream has ended, and is begun again. Of what is left Trainer would make no update,
+            # but add its gradients to the next one's.
+            return [], None
         self._updates += 1
+        missing = [name for name in REQUIRED_KEYS if name not in batches[0]]
+        if missing:
+            raise ValueError(
+                f"data_collator must make packed rows, as LLMJEPACollator does; its batches lack "
+                f"{missing}"
+            )
         pairs = [batch["view_pairs"][..., 0] >= 0 for batch in batches]
         self._num_pairs = self._count(pairs, device)
         self._updates_with_pairs = self._updates_with_pairs + (self._num_pairs > 0)
@@ -392,6 +422,7 @@ class LLMJEPATrainer(Trainer):
 
     def _refuse_to_go_on_with(self, loss: float) -> None:
         if not math.isfinite(loss):
+            self._reset_train_sums()
             raise FloatingPointError(
                 f"the loss is {loss} at update {self.state.global_step}: training diverged, as it "
                 "may with too great a learning rate or jepa_weight"
@@ -402,6 +433,10 @@ class LLMJEPATrainer(Trainer):
         self._refuse_to_go_on_with(float(self._train_sums.sum()))
         trained: Any = self.model
         for name, parameter in trained.named_parameters():
+            if (
+                not parameter.requires_grad
+            ):  # and of a dtype, perhaps, of which nothing can be asked
+                continue
             local = getattr(parameter, "to_local", lambda parameter=parameter: parameter)()
             if not local.isfinite().all():
                 raise FloatingPointError(
@@ -411,7 +446,9 @@ class LLMJEPATrainer(Trainer):
 
     def _save(self, output_dir=None, state_dict=None):
         """Saves a checkpoint's weights; example format and view head beside them."""
-        super()._save(output_dir, state_dict)
+        limit, self.args.save_total_limit = self.args.save_total_limit, self._limit
+        super()._save(output_dir, state_dict)  # and the arguments
+        self.args.save_total_limit = limit
         if self.args.should_save:
             share_as_umask_says(Path(output_dir or str(self.args.output_dir)))
         if self.args.should_save and isinstance(self.data_collator, LLMJEPACollator):
@@ -451,7 +488,7 @@ class LLMJEPATrainer(Trainer):
         directory = Path(run_directory, f"checkpoint-{self.state.global_step}")
         if self.args.should_save:  # an interrupted run may have left it there
             (directory / MANIFEST).unlink(missing_ok=True)
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        self._limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             with saving(directory):
                 super()._save_checkpoint(model, trial)
@@ -459,11 +496,11 @@ class LLMJEPATrainer(Trainer):
                 if self.args.should_save:
                     mark_complete(directory)
         finally:
-            self.args.save_total_limit = limit
+            self.args.save_total_limit = self._limit
         if self.args.should_save:
             rotate_checkpoints(
                 output_dir=run_directory,
-                save_total_limit=limit,
+                save_total_limit=self._limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,
             )
@@ -494,10 +531,16 @@ class LLMJEPATrainer(Trainer):
     ):
         """Evaluates; each loss is the mean over all tokens or pairs, however they are batched."""
         paused = time.perf_counter()
+        collator: Any = self.data_collator
+        epoch = getattr(collator, "epoch", None)
+        if epoch is not None:  # the same tubes in every evaluation
+            collator.set_epoch(0)
         self._eval_sums = torch.zeros(len(MEANS) + 3, device=self.args.device)
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
+        if epoch is not None:
+            collator.set_epoch(epoch)
         *sums, items, pairs, tubes = self.accelerator.reduce(
             self._eval_sums, reduction="sum"
         ).tolist()
@@ -534,10 +577,18 @@ class _SetEpoch(TrainerCallback):
         # Counted, since the state's stays below 1 over a stream of unknown length.
         self.epoch = int(state.epoch or 0) if self.epoch is None else self.epoch + 1
         dataset = getattr(train_dataloader, "dataset", None)
-        for stage in (dataset, self.trainer._update_sampler, self.trainer.data_collator):
+        for stage in (self.trainer._update_sampler, self.trainer.data_collator, *_within(dataset)):
             set_epoch = getattr(stage, "set_epoch", None)
             if set_epoch is not None:
                 set_epoch(self.epoch)
+
+
+def _within(dataset: Any) -> Iterator[Any]:
+    """A dataset, and those that it is a part of, or made of."""
+    yield dataset
+    inner = getattr(dataset, "dataset", None)
+    for part in [*([] if inner is None else [inner]), *(getattr(dataset, "datasets", None) or ())]:
+        yield from _within(part)
 
 
 def _is_patched(model: torch.nn.Module) -> bool:

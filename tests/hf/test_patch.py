@@ -349,6 +349,22 @@ def test_wrappers_that_cannot_carry_a_packed_row():
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     with pytest.raises(ValueError, match="PROMPT_TUNING is not supported"):
         patch_model(peft.get_peft_model(model, config))
+    config = peft.LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=[2])
+    with pytest.raises(ValueError, match="activated LoRA is not supported"):
+        patch_model(peft.get_peft_model(tiny_model("llama"), config))
+
+
+def test_a_class_that_is_written_in_a_notebook(batch):
+    """Of which Transformers reads no source, and so sets no attention."""
+    model = tiny_model("llama")
+    expected = patch_model(tiny_model("llama"))(**batch).logits
+    names = {"__name__": "__notebook__", "Llama": type(model)}
+    exec("class Mine(Llama): _can_set_attn_implementation_cached_value = None", names)
+    mine = names["Mine"](model.config)
+    mine.load_state_dict(model.state_dict())
+    before = mine.config._attn_implementation
+    assert torch.equal(patch_model(mine)(**batch).logits, expected)
+    assert unpatch_model(mine).config._attn_implementation == before
 
 
 def test_replicas_of_data_parallel_are_refused(batch):

@@ -146,3 +146,9 @@ def test_trainer_trains_and_logs_it(tmp_path):
         assert log["aux_loss"] > 1
         expected = log["ntp_loss"] + 0.5 * log["jepa_loss"] + 0.3 * log["aux_loss"]
         assert log["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_packed_row_without_its_padding_named_is_refused():
+    model = model_of("mixtral")
+    with pytest.raises(ValueError, match=r"balances its experts .*: call llm_jepa_loss"):
+        model(**pack(random_examples(3, seed=1)))

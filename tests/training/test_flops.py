@@ -2,8 +2,14 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    LlamaConfig,
+)
 
 from llmjepa_kernels import Example, Segment, pack
 from llmjepa_kernels.hf.patch import patch_model
@@ -47,6 +53,32 @@ def test_weights_and_head(family, frozen):
     queries = config.num_attention_heads * config.num_hidden_layers * width
     attention = count(causal, torch.tensor(0)) - count.per_token * 10
     assert attention.item() == pytest.approx(12 * queries * 55)
+
+
+def test_embeddings_of_positions_do_not_count():
+    config = CONFIG_MAPPING["gpt2"](vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    model = AutoModelForCausalLM.from_config(config)
+    layers = sum(p.numel() for p in model.transformer.h.parameters() if p.dim() > 1)
+    assert FlopCount(model).per_token == 6 * layers
+    assert FlopCount(model).per_label == 6 * 50 * 32
+
+
+def test_a_head_that_peft_keeps_the_original_of():
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model = get_peft_model(tiny_model("llama", tie_word_embeddings=False), config)
+    head = model.base_model.model.lm_head.modules_to_save["default"].weight
+    assert FlopCount(model).per_label == 6 * head.numel()
+
+
+def test_only_the_language_model_of_a_model_of_images_counts():
+    text = {**SMALL, "head_dim": 8}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    config = CONFIG_MAPPING["gemma3"](text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    model = AutoModelForImageTextToText.from_config(config)
+    alone = AutoModelForCausalLM.from_config(CONFIG_MAPPING["gemma3_text"](**text))
+    assert FlopCount(model).per_token == FlopCount(alone).per_token
+    assert FlopCount(model).per_label == FlopCount(alone).per_label
 
 
 def test_layers_of_different_heads():

@@ -94,6 +94,74 @@ def test_a_head_that_does_more_keeps_all_logits(batch):
     assert Head(model).is_exact is False
 
 
+class Masked(torch.nn.Linear):
+    """Makes a part of the vocabulary impossible, and halves the other logits."""
+
+    def forward(self, hidden):
+        logits = super().forward(hidden) / 2
+        return logits.index_fill(-1, torch.arange(50, VOCAB), float("-inf"))
+
+
+class Capped(torch.nn.Linear):
+    """Caps the logits, without a word in the config."""
+
+    def forward(self, hidden):
+        return 30 * torch.tanh(super().forward(hidden) / 30)
+
+
+class Scaled(torch.nn.Linear):
+    def forward(self, hidden):
+        return super().forward(hidden) * 1.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", [Masked, Capped, Scaled])
+def test_what_a_model_does_to_its_logits_is_noticed(batch, kind, dtype):
+    """Also by a model whose rounding is coarse."""
+    batch = {**batch, "labels": batch["labels"].clamp(max=49)}
+    model = patched("llama", dtype)
+    with torch.no_grad():
+        model.lm_head.weight *= 4
+    weight, inner = model.lm_head.weight, kind(32, VOCAB, bias=False, dtype=dtype)
+    inner.weight = weight
+    plain = model.lm_head.forward
+    model.register_forward_pre_hook(lambda *x: setattr(model.lm_head, "forward", inner.forward))
+    model.register_forward_hook(lambda *x: setattr(model.lm_head, "forward", plain))
+    whole = llm_jepa_loss(model, batch, max_logits=None)
+    parts = llm_jepa_loss(model, batch, max_logits=ROWS * VOCAB)
+    assert Head(model).is_exact is False
+    torch.testing.assert_close(parts.ntp_loss, whole.ntp_loss, rtol=1e-3, atol=0)
+
+
+def test_a_cap_that_shows_later_is_noticed(batch):
+    model = patched("llama", torch.float32)
+    inner = Capped(32, VOCAB, bias=False)
+    inner.weight = model.lm_head.weight
+    plain = model.lm_head.forward
+    model.register_forward_pre_hook(lambda *x: setattr(model.lm_head, "forward", inner.forward))
+    model.register_forward_hook(lambda *x: setattr(model.lm_head, "forward", plain))
+    with torch.no_grad():
+        model.lm_head.weight *= 1e-3
+        llm_jepa_loss(model, batch, max_logits=ROWS * VOCAB)
+        assert Head(model).is_exact
+        model.lm_head.weight *= 1e4
+        parts = llm_jepa_loss(model, batch, max_logits=ROWS * VOCAB)
+        assert Head(model).is_exact is False
+        assert parts.loss == llm_jepa_loss(model, batch, max_logits=None).loss
+
+
+def test_a_head_in_pieces_is_not_used(batch, monkeypatch):
+    """As FSDP leaves it outside the model's forward, perhaps after a loss that saw all of it."""
+    model = patched("llama", torch.float32)
+    whole = llm_jepa_loss(model, batch, max_logits=None)
+    assert llm_jepa_loss(model, batch, max_logits=ROWS * VOCAB).loss.isfinite()
+    assert Head(model).is_exact
+    monkeypatch.setattr(Head, "_is_whole", lambda *_: False)
+    sizes = watch_logits(model)
+    assert llm_jepa_loss(model, batch, max_logits=ROWS * VOCAB).loss == whole.loss
+    assert max(sizes) == supervised_positions(batch["labels"]).numel() * VOCAB
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_lora_on_the_head(batch, dropout):
     torch.manual_seed(0)

@@ -565,6 +565,7 @@ def test_grouping_by_length(tokenizer, tmp_path, strategy):
     [
         ("DataParallel", lambda args: setattr(args, "_n_gpu", 2)),
         ("label_smoothing_factor", lambda args: setattr(args, "label_smoothing_factor", 0.1)),
+        ("neftune_noise_alpha", lambda args: setattr(args, "neftune_noise_alpha", 5)),
         ("compute_loss_func", lambda args: {"compute_loss_func": lambda *a, **k: None}),
         ("compute_metrics", lambda args: {"compute_metrics": lambda p: {}}),
         (
