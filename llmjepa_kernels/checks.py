@@ -25,12 +25,19 @@ def check_whole(name: str, value: Any, *, least: int, most: int = 2**62) -> None
         raise ValueError(f"{name} must be an integer, {above}, got {value!r}")
 
 
+def plain(value: Any) -> Any:
+    """A number that was checked as Python's own, also if it is NumPy's."""
+    if isinstance(value, (torch.SymInt, torch.SymFloat)):
+        return value
+    return operator.index(value) if hasattr(value, "__index__") else float(value)
+
+
 def check_finite(name: str, value: Any, *, positive: bool = False) -> None:
     """Raises ValueError unless `value` is a number that float32 holds, and above 0 if asked."""
     if isinstance(value, torch.SymFloat):
         return
-    try:
-        number = math.nan if isinstance(value, (bool, str)) else float(value)
+    try:  # of a tensor the gradient would be lost, and a GPU would wait
+        number = math.nan if isinstance(value, (bool, str, torch.Tensor)) else float(value)
     except (TypeError, ValueError):
         number = math.nan
     if not abs(number) <= LARGEST or (positive and number < SMALLEST):

@@ -1,11 +1,14 @@
 """Bad arguments of the operations and of packing: errors in plain words, and nothing silent."""
 
 import re
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from llmjepa_kernels import (
     BlockMask,
@@ -67,6 +70,44 @@ def test_vmap_and_export_say_what_to_do():
     refuses("block_mask must be given to export", torch.export.export, Model(), (x,))
 
 
+def test_gradients_of_a_batch_of_gradients_are_refused():
+    function, x = OPERATIONS["attention"]
+    x = x.clone().requires_grad_()
+    out = function(x)
+    with pytest.raises(RuntimeError, match="make the mapped dimension part of the batch"):
+        torch.autograd.grad(out, x, torch.ones(3, *out.shape), is_grads_batched=True)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("where", ["forward", "backward", "both"])
+def test_checkpoints_under_a_mode_that_is_not_there_all_the_time(name, where):
+    """As a counter of operations, which sees the operation instead of autograd's function."""
+    function, x = OPERATIONS[name]
+    x = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(function(x).sum(), x)
+    mode = FlopCounterMode(display=False)
+    with mode if where != "backward" else nullcontext():
+        loss = checkpoint(function, x, use_reentrant=False).sum()
+    with mode if where != "forward" else nullcontext():
+        loss.backward()
+    torch.testing.assert_close(x.grad, expected)
+
+
+def test_the_reference_stays_in_the_dtype_of_its_inputs_under_autocast():
+    function, x = OPERATIONS["attention"]
+    x = x.clone().requires_grad_()
+    expected = function(x, impl="reference")
+    with torch.autocast("cpu", torch.bfloat16):
+        out = function(x, impl="reference")
+    assert torch.equal(out, expected)
+    out.sum().backward()
+
+
+def test_masks_are_compared_by_identity():
+    mask, same = (BlockMask.from_visible_until(UNTIL) for _ in range(2))
+    assert mask == mask != same
+
+
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_a_whole_graph_needs_a_block_mask():
     function, x = OPERATIONS["attention"]
@@ -96,7 +137,23 @@ def test_softcap_and_temperature(value):
     refuses(f"temperature {message}", OPERATIONS["infonce"][0], HIDDEN, temperature=value)
 
 
-@pytest.mark.parametrize("value", [float("inf"), -1e39, float("nan"), "a", True])
+@pytest.mark.parametrize("impl", ["cpu", "reference", "triton"])
+def test_numbers_of_numpy(impl):
+    function, x = OPERATIONS["attention"]
+    if impl == "triton" and not pytest.importorskip(registry.CONFIGS).can_launch():
+        pytest.skip("Triton does not interpret")
+    if impl == "cpu" and not cpu.is_available():
+        pytest.skip("the library was not compiled")
+    options = {"window": 3, "softcap": 2.5, "softmax_scale": 0.25}
+    kinds = {"window": np.int64, "softcap": np.float32, "softmax_scale": np.float32}
+    others = {name: kinds[name](value) for name, value in options.items()}
+    found, expected = (
+        function(x, position_ids=POSITIONS, impl=impl, **given) for given in (others, options)
+    )
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("value", [float("inf"), -1e39, float("nan"), "a", True, torch.tensor(0.5)])
 def test_softmax_scale(value):
     message = "softmax_scale must be a number, finite in float32, got"
     refuses(message, OPERATIONS["attention"][0], Q, softmax_scale=value)

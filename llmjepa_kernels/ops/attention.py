@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llmjepa_kernels.checks import check_finite
+from llmjepa_kernels.checks import check_finite, plain
 from llmjepa_kernels.ops.block_mask import BlockMask, check_window, int32_positions
 from llmjepa_kernels.ops.choice import choose
 from llmjepa_kernels.ops.common import AttentionOptions, empty_seq_major, refuse_if
@@ -77,10 +77,13 @@ def view_attention(
     _check_tensors(q, k, v, visible_until, sinks)
     if window is not None:
         check_window(window, position_ids, visible_until)
+        window = plain(window)
     if softcap is not None:
         check_finite("softcap", softcap, positive=True)
+        softcap = plain(softcap)
     if softmax_scale is not None:
         check_finite("softmax_scale", softmax_scale)
+        softmax_scale = plain(softmax_scale)
     flash_plan = _fitting_plan(flash_plan, visible_until, position_ids, window, impl)
     if impl == "flash":
         block_mask = None
@@ -117,14 +120,17 @@ class _EagerAttention(torch.autograd.Function):
         with on_device_of(q):
             backend, mask = choose(impl, (q, k, v), block_mask, flash_plan, options)
             out, lse = backend.attention_forward(q, k, v, mask, options)
-        # The last two so that autograd notices if they have changed until the backward.
-        ctx.save_for_backward(q, k, v, out, lse, sinks, options.position_ids, *_seen(mask))
+        # All, so that autograd notices if one has changed until the backward, and in the order of
+        # the operation below, which may take this one's place where a checkpoint computes it again.
+        tensors, _, _, plan = _flat(block_mask, flash_plan)
+        ctx.save_for_backward(q, k, v, out, lse, options.position_ids, sinks, *tensors, *plan)
         ctx.arguments = backend, mask, block_mask, flash_plan, options, impl
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        q, k, v, out, lse, sinks, *_ = ctx.saved_tensors
+        q, k, v, out, lse, _, sinks, *_ = ctx.saved_tensors
+        refuse_vmap(dout)
         backend, mask, block_mask, flash_plan, options, impl = ctx.arguments
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
         if runs_eagerly(dout) and not torch.is_grad_enabled():
@@ -139,11 +145,6 @@ class _EagerAttention(torch.autograd.Function):
                 *(sinks, impl),
             )
         return dq, dk, dv, None if sinks is None else dsinks, None, None, None, None
-
-
-def _seen(mask: BlockMask | FlashPlan) -> list[Tensor]:
-    """The tensors that say who sees whom."""
-    return [mask.visible_until] if isinstance(mask, BlockMask) else mask.tensors()
 
 
 # The operation as torch sees it. A BlockMask travels as its tensors and two plain values, a
@@ -265,6 +266,7 @@ def _backward(ctx, dout, _dlse):
     nothing = ([None] * len(mask), None, None, [None] * len(plan), *[None] * 4)
     if dout is None:
         return None, None, None, *nothing, None, None
+    refuse_vmap(dout)
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
     dq, dk, dv, dsinks = torch.ops.llmjepa_kernels.attention_backward(
         *(dout, q, k, v, out, lse, mask, block_size, mask_window, plan, position_ids, *options),

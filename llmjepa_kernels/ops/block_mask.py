@@ -33,7 +33,7 @@ TILE_TIMES = {64: (1.16, 1.0), 128: (4.49, 3.87)}
 TILE_TIMES_SM_100 = {64: (1.11, 1.0), 128: (3.59, 2.61)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BlockMask:
     """Lists of the visible tiles of the mask ``j <= i < visible_until[j]``.
 
@@ -271,7 +271,8 @@ class BlockMask:
     def to_dense(self) -> Tensor:
         """(batch, query blocks, key blocks) int8: 0 invisible, 1 partial, 2 full."""
         batch, num_m = self.kv_full_start.shape
-        grid = torch.zeros(batch, num_m, self.q_full_start.shape[1], dtype=torch.int8)
+        shape = batch, num_m, self.q_full_start.shape[1]
+        grid = torch.zeros(shape, dtype=torch.int8, device="cpu")
         offsets, full_start, indices = (
             t.cpu() for t in (self.kv_offsets, self.kv_full_start, self.kv_indices)
         )

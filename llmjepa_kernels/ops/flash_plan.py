@@ -117,7 +117,9 @@ class FlashPlan:
         if window is not None:
             check_window(window, position_ids, visible_until)
         positions = None if position_ids is None else position_ids.cpu()
-        return _plan(visible_until.cpu(), positions, window).to(visible_until.device)
+        with torch.device("cpu"):  # also of what is made on the way
+            plan = _plan(visible_until.cpu(), positions, window)
+        return plan.to(visible_until.device)
 
     def to(self, device: torch.device | str) -> FlashPlan:
         """The same plan on another device."""

@@ -26,15 +26,16 @@ def attention_forward(
     """out (batch, num_heads, seq, head_dim) and the natural-log lse (batch, num_heads, seq)."""
     check_visible_until(mask.visible_until)
     seen = visible(mask.visible_until, options.position_ids, options.window)
-    return dense_attention(
-        q,
-        k,
-        v,
-        seen,
-        softcap=options.softcap,
-        softmax_scale=options.softmax_scale,
-        sinks=options.sinks,
-    )
+    with torch.autocast(q.device.type, enabled=False):
+        return dense_attention(
+            q,
+            k,
+            v,
+            seen,
+            softcap=options.softcap,
+            softmax_scale=options.softmax_scale,
+            sinks=options.sinks,
+        )
 
 
 def attention_backward(

@@ -119,11 +119,14 @@ def runs_eagerly(*tensors: Tensor | None) -> bool:
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
+_BATCHED = (torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor)
+
+
 def refuse_vmap(*tensors: Tensor | None) -> None:
-    """Raises RuntimeError for tensors that torch.vmap has taken a dimension from."""
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+    """Raises RuntimeError for tensors that torch.vmap or is_grads_batched has taken apart."""
+    if torch.compiler.is_compiling():
         return
-    if any(x is not None and torch._C._functorch.is_batchedtensor(x) for x in tensors):
+    if any(x is not None and any(is_one(x) for is_one in _BATCHED) for x in tensors):
         raise RuntimeError(
             "torch.vmap cannot map view_attention: make the mapped dimension part of the batch"
         )

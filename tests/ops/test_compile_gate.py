@@ -260,3 +260,59 @@ def test_a_hundred_packings_compile_nothing_after_the_first(tmp_path):
     counts = python(["-c", PACKINGS], tmp_path)
     # Three kernels know of the window; the row statistics and the losses do not.
     assert counts == [11] + [14] * 99
+
+
+ROWS_OF_A_BATCH = """
+import random
+import torch
+from benchmarks.gpu_static import compiling_for
+from llmjepa_kernels import BlockMask
+from llmjepa_kernels.ops.common import AttentionOptions
+from llmjepa_kernels.ops.triton import attention
+
+rng = random.Random(0)
+starts = set()
+with compiling_for("sm_90") as launched:
+    for _ in range(6):
+        seq = rng.randint(300, 900)
+        until = torch.full((8, seq), seq, dtype=torch.int32)
+        until[:, : seq // 2] = seq // 2
+        mask = BlockMask.from_visible_until(until, (64, 64))
+        some = BlockMask(until[2:4], (64, 64), *(x[2:4] for x in mask.schedule_tensors()))
+        tensors = some.visible_until, *some.schedule_tensors()
+        starts.add(tuple(x.data_ptr() % 16 for x in tensors))
+        q = torch.empty(2, seq, 2, 64, dtype=torch.bfloat16, device="meta").transpose(1, 2)
+        attention.attention_forward(q, q, q, some, AttentionOptions(softmax_scale=0.1))
+assert len(starts) > 2, starts
+print(len({id(kernel) for _, kernel in launched}))
+"""
+
+
+def test_a_few_rows_of_a_batch_compile_nothing_anew(tmp_path):
+    """Their masks begin at other multiples of four bytes in every packing."""
+    assert python(["-c", ROWS_OF_A_BATCH], tmp_path) == 1
+
+
+FAR_APART = r"""
+import json, re
+import torch
+from benchmarks.gpu_static import compiling_for, meta_mask
+from llmjepa_kernels.ops.common import AttentionOptions
+from llmjepa_kernels.ops.triton import attention
+
+products = []
+for batch in (2, 4096):  # stored by position: one row is batch * 64 * 128 numbers from the next
+    q = torch.empty(128, batch, 64, 128, dtype=torch.bfloat16, device="meta").permute(1, 2, 0, 3)
+    with compiling_for("sm_80") as launched:
+        mask = meta_mask(batch, 128, (128, 128))
+        attention.attention_forward(q, q, q, mask, AttentionOptions(softmax_scale=0.1))
+    found = re.findall(r"muli .* tensor<128x1x(i\d+)>", launched[0][1].asm["ttir"])
+    products.append(sorted(set(found)))
+print(json.dumps(products))
+"""
+
+
+def test_rows_that_lie_far_apart_are_counted_in_64_bits(tmp_path):
+    near, far = python(["-c", FAR_APART], tmp_path)
+    assert "i32" in near
+    assert far == ["i64"]

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmjepa_kernels import Example, FlashPlan, Segment, llm_jepa_example, pack
+from llmjepa_kernels import BlockMask, Example, FlashPlan, Segment, llm_jepa_example, pack
 from llmjepa_kernels.ops.dense import visible
 from llmjepa_kernels.ops.flash_plan import MIN_SOLITARY
 from tests.support.helpers import random_examples, random_rows
@@ -293,3 +293,14 @@ def test_calls_beyond_the_row_are_refused(key):
         wrong.flatten()[-1] += until.shape[1]
     with pytest.raises(ValueError, match=f"not those of rows of {until.shape[1]} tokens"):
         FlashPlan.from_schedule(until, {**batch, f"flash_{key}": wrong}).check()
+
+
+def test_another_default_device_is_not_taken():
+    visible_until, positions = random_rows(2, 60, 3, 9.0)
+    expected = FlashPlan.from_visible_until(visible_until, position_ids=positions)
+    mask = BlockMask.from_visible_until(visible_until)
+    with torch.device("meta"):
+        plan = FlashPlan.from_visible_until(visible_until, position_ids=positions)
+        drawn = str(BlockMask.from_visible_until(visible_until))
+    assert all(map(torch.equal, plan.tensors(), expected.tensors()))
+    assert drawn == str(mask)

@@ -40,6 +40,11 @@ PER_PACKING = [
     "num_rows", "seq_len", "padded_len", "max_tiles", "window", "part_size",
     "half",
 ]  # fmt: skip
+# Of a few rows of a batch, these begin at any multiple of 4 bytes.
+MASKS = [
+    "visible_until", "kv_offsets", "kv_full_start", "kv_indices", "q_offsets", "q_full_start",
+    "q_indices", "position_ids",
+]  # fmt: skip
 
 
 # --- Forward -------------------------------------------------------------------------------------
@@ -82,7 +87,7 @@ def _online_softmax_tile(
     return acc, m_new, l_i * alpha + tl.sum(p, 1)
 
 
-@triton.jit(do_not_specialize=PER_PACKING)
+@triton.jit(do_not_specialize=PER_PACKING, do_not_specialize_on_alignment=MASKS)
 def _attention_forward_kernel(
     q, k, v, out, lse, visible_until, kv_offsets, kv_full_start, kv_indices, position_ids, sinks,
     num_rows, num_heads, group_size, seq_len, max_tiles, window, scale, softcap,
@@ -141,7 +146,7 @@ def _attention_forward_kernel(
 # --- Backward ------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=PER_PACKING)
+@triton.jit(do_not_specialize=PER_PACKING, do_not_specialize_on_alignment=MASKS)
 def _attention_row_statistics_kernel(
     out, dout, lse, lse2, delta, sinks, dsinks, num_rows, num_heads, seq_len, padded_len,
     D: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -207,7 +212,7 @@ def _dkdv_tile(
     return dk_acc, dv_acc
 
 
-@triton.jit(do_not_specialize=PER_PACKING)
+@triton.jit(do_not_specialize=PER_PACKING, do_not_specialize_on_alignment=MASKS)
 def _attention_dkdv_kernel(
     q, k, v, dout, lse2, delta, dk, dv, dk_parts, dv_parts, visible_until, q_offsets,
     q_full_start, q_indices, position_ids, num_rows, num_heads, group_size, part_size, half,
@@ -302,7 +307,7 @@ def _attention_dkdv_kernel(
             store_rows(dk_parts, dk_acc, kv_plane, slot + part, row0, MASK_N, BLOCK_N, D)
 
 
-@triton.jit(do_not_specialize=PER_PACKING)
+@triton.jit(do_not_specialize=PER_PACKING, do_not_specialize_on_alignment=MASKS)
 def _attention_sum_parts_kernel(
     dk, dv, dk_parts, dv_parts, q_offsets, num_rows, num_kv_heads, group_size, part_size, seq_len,
     D: tl.constexpr, MASK_N: tl.constexpr, WANT_DK: tl.constexpr, WANT_DV: tl.constexpr,
@@ -363,7 +368,7 @@ def _dq_tile(
     return accumulate(dq_acc, ds.to(k_tile[0].dtype), k_tile, D)
 
 
-@triton.jit(do_not_specialize=PER_PACKING)
+@triton.jit(do_not_specialize=PER_PACKING, do_not_specialize_on_alignment=MASKS)
 def _attention_dq_kernel(
     q, k, v, dout, lse2, delta, dq, visible_until, kv_offsets, kv_full_start, kv_indices,
     position_ids, num_rows, num_heads, group_size, seq_len, padded_len, max_tiles, window,

@@ -95,6 +95,8 @@ def _load_piece(
             + h.to(tl.int64) * x.stride_head
             + row0.to(tl.int64) * x.stride_seq
         )
+        if ROWS * x.stride_seq >= 2**31:  # of many heads of many short rows, stored by position
+            rows = rows.to(tl.int64)
         pointers = base + (rows[:, None] * x.stride_seq + offs_d[None, :])
         if D.size < FIRST + WIDTH:
             tile = tl.load(pointers, mask=offs_d[None, :] < D.size, other=0.0)
