@@ -57,5 +57,4 @@ print(
 )
 
 trainer.save_model()
-example_format.save(directory)  # so that `llmjepa evaluate` renders prompts as here
 print(f"saved to {directory}; next: llmjepa evaluate {directory}")

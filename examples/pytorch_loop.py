@@ -25,7 +25,7 @@ torch.manual_seed(0)
 tokenizer = train_tokenizer(rows)
 model = small_llama(tokenizer, hidden_size=64, num_layers=2)
 
-# New tokens may replace the embeddings, so the optimizer comes after them.
+# New tokens enlarge the embeddings: add them before the optimizer's first step.
 pred_ids = add_predictor_tokens(model, tokenizer, 1)
 patch_model(model)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

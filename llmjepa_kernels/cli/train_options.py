@@ -45,7 +45,7 @@ OBJECTIVE, TRAINING = "objective", "training"
 
 
 def _by_start(key: str) -> str:
-    return f"{FINE_TUNE[key]:g} with --model, else {SCRATCH[key]:g}"
+    return f"{FINE_TUNE[key]:g} for trained weights, {SCRATCH[key]:g} for random ones"
 
 
 # The terms of objectives, one of which an option is for.
@@ -79,7 +79,7 @@ held-out pairs: about three minutes on two cores.
 """
     epilog: ClassVar[str] = """\
 Every other option of transformers.TrainingArguments is accepted as well, for example
---weight-decay 0.01 --lr-scheduler-type linear --activation-checkpointing True.
+--weight-decay 0.01 --lr-scheduler-type linear --max-grad-norm 0.5.
 
 examples:
   llmjepa train
@@ -369,7 +369,7 @@ examples:
         group=TRAINING,
         metavar="N",
         range=POSITIVE,
-        default_is=f"{FINE_TUNE['save_steps']} with --model, else no checkpoints",
+        default_is=f"{FINE_TUNE['save_steps']} for trained weights, none for random ones",
         recorded=False,
     )
     bf16: bool = option(False, "bfloat16 autocast, of weights as --dtype says", group=TRAINING)

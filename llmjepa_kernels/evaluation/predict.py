@@ -106,7 +106,7 @@ def predict(
         tokenizer: Its tokenizer.
         samples: With ``messages``, the last of which is the assistant's turn, the answer.
         example_format: How a sample becomes a prompt. Default: by the tokenizer's chat template.
-        rule: Which answers are correct, from `answers.rule`. Default: exactly the sample's.
+        rule: Which answers are correct, from `rules.answer_rule`. Default: exactly the sample's.
         max_new_tokens: Longest completion. Default: one more than the longest answer; by the rules
             exact and startswith, `ROOM` more than the longest of its batch, if that is less.
         batch_size: Prompts generated from at once.
