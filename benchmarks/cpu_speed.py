@@ -22,8 +22,8 @@ from torch.nn.functional import cosine_similarity, scaled_dot_product_attention
 from benchmarks import peers
 from benchmarks.report import Table, show
 from benchmarks.timing import PeakMemory, interleaved, ratio
-from benchmarks.workload import Case, load_examples
-from llmjepa_kernels import PackedBatch, last_token_loss, pack, view_attention
+from benchmarks.workload import Case, filled_row, load_examples
+from llmjepa_kernels import PackedBatch, last_token_loss, view_attention
 from llmjepa_kernels.ops import cpu
 from llmjepa_kernels.ops.reference import distance_backward
 
@@ -218,10 +218,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             for head_dim in (64, 128):
                 table.rows += causal_rows(head_dim, dtype, args.rounds)
     examples = load_examples(args.data, args.tokenizer, 200)
-    row = pack(examples, max_length=args.tokens)
-    first = PackedBatch({name: tensor[:1] for name, tensor in row.items()})
+    row = filled_row(examples, args.tokens)
     with num_threads(args.threads):
-        table.rows += packed_rows(first, args.rounds)
+        table.rows += packed_rows(row, args.rounds)
         table.rows += loss_rows(args.rounds)
         table.notes += memory_notes(args.memory_tokens, 64)
     table.notes.append(f"instruction sets: {', '.join(cpu.isas())}; the first runs")

@@ -24,7 +24,7 @@ from benchmarks import bench_loss
 from benchmarks.peers import PEERS, UnavailableError, verify
 from benchmarks.report import ROOT
 from benchmarks.timing import copy_bandwidth, device_seconds, matmul_rate, synchronize
-from benchmarks.workload import Case, load_chats, load_examples
+from benchmarks.workload import Case, filled_row, load_chats, load_examples
 from llmjepa_kernels import PackedBatch, pack
 
 if TYPE_CHECKING:
@@ -139,10 +139,9 @@ def attention_cases(setting: Setting) -> list[Case]:
 
 @cache
 def real_row(tokens: int) -> PackedBatch:
-    """The first row of so many tokens, of chats of NL-RX's kind and lengths."""
-    examples = load_examples(None, None, max(20, tokens // 10))
-    packed = pack(examples, max_length=tokens)
-    return PackedBatch({"visible_until": packed["visible_until"][:1]})
+    """A row of about so many tokens, of chats of NL-RX's kind and lengths."""
+    row = filled_row(load_examples(None, None, max(20, tokens // 10)), tokens)
+    return PackedBatch({"visible_until": row["visible_until"]})
 
 
 def attention(setting: Setting) -> Iterator[Row]:

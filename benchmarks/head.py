@@ -62,6 +62,7 @@ def head_rows(
     losses = {what: run() for what, run in steps.items()}
     peaks = {}
     for what, run in steps.items():
+        model.zero_grad()
         with PeakMemory() as peak:
             run()
         peaks[what] = peak.bytes

@@ -294,6 +294,7 @@ class Comparison:
                     run()
                 if not runs:
                     start = time.perf_counter()
+                self.model.zero_grad()  # of all steps alike, for the peak of memory
                 run.first()
                 self._check(row, run.losses)
                 runs[row.name] = run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -85,6 +86,16 @@ def real_row(examples: Sequence[Example], count: int) -> PackedBatch:
     if count > len(examples):
         raise ValueError(f"expected at least {count} examples, got {len(examples)}")
     return pack(examples[:count])
+
+
+def filled_row(examples: Sequence[Example], tokens: int) -> PackedBatch:
+    """The same of as many of the first examples as fit into so many tokens.
+
+    `pack` would begin a row of several with the longest examples, which are not typical.
+    """
+    lengths = range(1, len(examples) + 1)
+    fitting = bisect_right(lengths, tokens, key=lambda n: pack(examples[:n])["labels"].shape[1])
+    return real_row(examples, max(fitting, 1))
 
 
 @dataclass(frozen=True)

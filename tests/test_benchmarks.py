@@ -395,3 +395,13 @@ def test_head_command(tmp_path, capsys):
     assert [row["what"] for row in table["rows"]] == ["all at once", "in parts"]
     assert all(row["error"] < 1e-6 for row in table["rows"])
     assert "in parts" in capsys.readouterr().out
+
+
+def test_a_filled_row_has_the_first_examples_that_fit():
+    examples = random_examples(30, seed=5)
+    row = workload.filled_row(examples, 200)
+    count = next(n for n in range(30) if pack(examples[: n + 1])["labels"].shape[1] > 200)
+    assert torch.equal(row["input_ids"], pack(examples[:count])["input_ids"])
+    assert row["input_ids"].shape[0] == 1
+    whole = workload.filled_row(examples, 10**6)
+    assert torch.equal(whole["input_ids"], pack(examples)["input_ids"])
