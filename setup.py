@@ -69,7 +69,9 @@ class BuildKernels(build_ext):
         empty.parent.mkdir(parents=True, exist_ok=True)
         empty.touch()
         try:
-            self.compiler.compile([str(empty)], extra_postargs=[*FLAGS, *flags])
+            self.compiler.compile(
+                [str(empty)], output_dir=self.build_temp, extra_postargs=[*FLAGS, *flags]
+            )
         except CompileError:
             print(f"the compiler knows no {name}: the CPU kernels do without it", file=sys.stderr)
             return False

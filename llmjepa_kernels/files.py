@@ -64,7 +64,8 @@ def only_process(place: Path) -> Iterator[None]:
     """Inside, no other process is in here for the same place; the system ends it with the process.
 
     Args:
-        place: A file or directory, which need not exist; ``.NAME.lock`` beside it is locked.
+        place: A directory, in which ``.lock`` is locked, or a file, which need not exist and beside
+            which ``.NAME.lock`` is.
 
     Raises:
         BlockingIOError: Another one is.
@@ -73,7 +74,7 @@ def only_process(place: Path) -> Iterator[None]:
 
     place = place.absolute()
     place.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(place.with_name(f".{place.name}.lock"))
+    lock = FileLock(place / ".lock" if place.is_dir() else place.with_name(f".{place.name}.lock"))
     try:
         lock.acquire(timeout=0)
     except Timeout:

@@ -21,6 +21,7 @@ from benchmarks import (
     workload,
 )
 from benchmarks.baselines import Baseline, Sequences
+from benchmarks.report import Table
 from llmjepa_kernels import BlockMask, Example, FlashPlan, Segment, llm_jepa_example, pack
 from llmjepa_kernels.hf.patch import patch_model, unpatch_model
 from llmjepa_kernels.ops.dense import visible
@@ -405,3 +406,15 @@ def test_a_filled_row_has_the_first_examples_that_fit():
     assert row["input_ids"].shape[0] == 1
     whole = workload.filled_row(examples, 10**6)
     assert torch.equal(whole["input_ids"], pack(examples)["input_ids"])
+
+
+def test_a_speedup_is_the_time_of_the_other_over_ours():
+    table = Table("", ())
+    table.rows = [{"name": train_step.OURS, "seconds": [1.0]}, {"name": "x", "seconds": [3.0]}]
+    assert [row["speedup"] for row in train_step.speedups(table).rows] == [3.0]
+
+
+def test_operations_of_a_case():
+    case = workload.Case("", 70, 6, heads=4, kv_heads=2, head_dim=16)
+    pairs = int(visible(case.visible_until).sum())
+    assert (case.pairs, case.flops) == (pairs, (4 * pairs * 64, 10 * pairs * 64))

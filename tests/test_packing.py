@@ -18,7 +18,7 @@ from llmjepa_kernels import (
     pack,
     view_attention,
 )
-from llmjepa_kernels.packing import segment_ends, without_views
+from llmjepa_kernels.packing import IGNORE, segment_ends, without_views
 from llmjepa_kernels.tubes import TokenPath
 from tests.support.helpers import random_examples
 
@@ -326,3 +326,17 @@ def test_forked_workers_pack_after_threads_were_used():
         multiprocessing_context="fork", timeout=60,
     )  # fmt: skip
     assert [len(batch["view_pairs"][0]) for batch in loader] == [4, 4]
+
+
+def test_rows_are_filled_by_what_a_prefix_in_common_leaves():
+    examples = [Example([Segment([*range(8), i, i])]) for i in range(20, 24)]
+    assert len(pack(examples, 16)["input_ids"]) == 1
+    assert len(pack(examples, 16, share_prefixes=False)["input_ids"]) == 4
+
+
+def test_the_path_and_the_tubes_stay_without_views():
+    code = Segment([1, 2, 3], labels=[IGNORE, 2, 3])
+    tubes = [([(0, 1)], [(1, 2)])]
+    example = Example([Segment([9]), code], [(0, 1)], TokenPath(1, [(1, 3)]), tubes)
+    bare = without_views(example)
+    assert (bare.path.segment, bare.tubes) == (0, tubes)

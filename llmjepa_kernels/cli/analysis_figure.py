@@ -54,10 +54,15 @@ def analysis_figure(analyses: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
+def _plain(analysis: dict[str, Any]) -> str:
+    """Its name, in which no dollar begins a formula."""
+    return str(analysis["name"]).replace("$", r"\$")
+
+
 def _draw_spectra(axis: Any, analyses: Sequence[dict[str, Any]]) -> None:
     for analysis, color in zip(analyses, COLORS, strict=False):
         values = [value for value in analysis["singular_values"] if value > 0]
-        axis.plot(range(1, len(values) + 1), values, color=color, label=analysis["name"])
+        axis.plot(range(1, len(values) + 1), values, color=color, label=_plain(analysis))
         predicted = [value for value in analysis["pred_singular_values"] or () if value > 0]
         axis.plot(range(1, len(predicted) + 1), predicted, color=color, lw=0.8, ls=(0, (3, 2)))
     axis.set(
@@ -95,7 +100,7 @@ def _draw_map(axis: Any, analysis: dict[str, Any], color: str) -> None:
     for name, marker, fill in (("Code", "s", "0.55"), ("Text", "o", color)):
         x, y = zip(*analysis["tsne"][name.lower()], strict=True)
         axis.scatter(x, y, s=9, marker=marker, color=fill, linewidth=0, alpha=0.75, label=name)
-    axis.set(title=f"t-SNE: {analysis['name']}", xticks=[], yticks=[], aspect="equal")
+    axis.set(title=f"t-SNE: {_plain(analysis)}", xticks=[], yticks=[], aspect="equal")
     axis.set_adjustable("datalim")
     axis.margins(0.08)
     axis.spines[:].set(visible=True, color="0.8")

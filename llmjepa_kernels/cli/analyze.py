@@ -19,6 +19,7 @@ from llmjepa_kernels.cli.analysis_figure import analysis_figure
 from llmjepa_kernels.cli.analyze_options import AnalyzeOptions
 from llmjepa_kernels.cli.checkpoint import load_checkpoint
 from llmjepa_kernels.cli.device import chosen_device
+from llmjepa_kernels.cli.fingerprints import weights_fingerprint
 from llmjepa_kernels.cli.held_out import held_out_samples
 from llmjepa_kernels.cli.prediction_file import read_verdicts
 from llmjepa_kernels.cli.report import format_table
@@ -83,10 +84,11 @@ def analyze(options: AnalyzeOptions) -> None:
     for name, checkpoint in zip(names, checkpoints, strict=True):
         say(f"loading {checkpoint}")
         try:
+            model, tokenizer = load_checkpoint(checkpoint, options, device)
             verdicts = None
             if options.answers is not None:
-                verdicts = read_verdicts(options.answers, checkpoint, chats)
-            model, tokenizer = load_checkpoint(checkpoint, options, device)
+                weights = weights_fingerprint(model)
+                verdicts = read_verdicts(options.answers, checkpoint, chats, weights)
             load_view_head(model, checkpoint)
             trained = ExampleFormat.load(
                 checkpoint,
@@ -155,6 +157,7 @@ def analyze_model(
             layer.
     """
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import track
 
     console = Console(quiet=progress is None, stderr=True)
@@ -177,7 +180,7 @@ def analyze_model(
             model,
             (
                 pack(examples[start : start + BATCH_SIZE])
-                for start in track(starts, f"{progress}: {name}", console=console)
+                for start in track(starts, escape(f"{progress}: {name}"), console=console)
             ),
             layer=layer,
             pooling=pooling,
@@ -196,7 +199,7 @@ def analyze_model(
         with torch.no_grad():
             predicted = deepcopy(head).cpu().float()(*predicted)
     numbers = view_geometry(text, code, predicted)
-    with console.status(f"{progress}: t-SNE"):
+    with console.status(escape(f"{progress}: t-SNE")):
         places = dict(zip(("text", "code"), embed_views(text, code), strict=True))
     return {**numbers, "tsne": {view: place.tolist() for view, place in places.items()}}
 

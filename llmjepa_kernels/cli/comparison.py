@@ -8,8 +8,6 @@ from math import isclose
 from statistics import mean
 from typing import Any
 
-from scipy.stats import ttest_rel
-
 METRICS = {
     "accuracy": "held-out accuracy",
     "ood_accuracy": "accuracy out of distribution",
@@ -74,6 +72,8 @@ def compare(runs: Sequence[dict[str, Any]], names: Sequence[str] | None = None) 
 
 
 def _paired(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    from scipy.stats import ttest_rel
+
     differences = [value - before for value, before in pairs]
     same = differences[0]
     if all(isclose(each, same, abs_tol=1e-12) for each in differences):

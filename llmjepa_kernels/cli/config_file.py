@@ -28,8 +28,18 @@ def read_config(path: str | None, command: type[Options]) -> tuple[dict[str, Any
         return {}, ()
     import yaml  # type: ignore[import-untyped]
 
+    class Loader(yaml.SafeLoader):
+        """Takes no key twice, of which the last would count."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            for key in keys:
+                if keys.count(key) > 1:
+                    raise yaml.YAMLError(f"{key} is given twice")
+            return super().construct_mapping(node, deep)
+
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, Mapping):
@@ -75,6 +85,6 @@ def _of_kind(kind: type, value: Any, where: str) -> Any:
     try:
         if fits and not (kind is int and isinstance(value, float)):
             return kind(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         pass
     raise ValueError(f"{where} must be of type {kind.__name__}, got {value!r}")

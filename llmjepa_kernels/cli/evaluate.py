@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 from transformers.utils import logging
 
@@ -43,8 +44,13 @@ def evaluate(options: EvaluateOptions) -> None:
     with evaluation.file or nullcontext():
         for name in options.checkpoints[1:]:  # the first one is loaded next
             check_model(name, trust_remote_code=options.trust_remote_code)
-        results = {name: evaluation.run(name) for name in options.checkpoints}
-    print(format_accuracies(results, evaluation.split), end="")
+        results: dict[str, dict[str, Accuracy]] = {}
+        try:
+            for name in options.checkpoints:
+                results[name] = evaluation.run(name)
+        finally:  # of those that are through, if another one fails
+            if results:
+                print(format_accuracies(results, evaluation.split), end="")
     if evaluation.file is not None:
         file = evaluation.file
         print(f"Predictions: {file.path}, settings and results: {file.report_path}")
@@ -157,7 +163,7 @@ def format_accuracies(results: dict[str, dict[str, Accuracy]], split: Split | No
         for part, accuracy in parts.items():
             low, high = accuracy.interval()
             table.add_row(
-                name,
+                escape(name),
                 part.replace("_", " "),
                 f"{accuracy.value:.1%}" if accuracy.total else "-",
                 f"{low:.1%} to {high:.1%}" if accuracy.total else "-",

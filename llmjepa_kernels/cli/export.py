@@ -43,7 +43,8 @@ def export(options: ExportOptions) -> None:
     example_format = _without_preds(options.checkpoint, kept_ids(tokenizer, removed))
     card = model_card(source, removed, is_adapter=stays_adapter)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=directory.parent) as folder:
+    exists = directory.is_dir()
+    with TemporaryDirectory(dir=directory if exists else directory.parent) as folder:
         made = Path(folder) / "made"
         if stays_adapter:
             export_adapter(source, tokenizer, removed, made)
@@ -57,7 +58,10 @@ def export(options: ExportOptions) -> None:
         example_format.save(made)
         (made / CARD).write_text(card, encoding="utf-8")
         share_as_umask_says(made)
-        made.replace(directory)
+        for path in made.iterdir() if exists else ():
+            path.replace(directory / path.name)
+        if not exists:
+            made.replace(directory)
     tokens = f"without {', '.join(removed)}" if removed else "which had no [PRED] tokens"
     print(f"{options.checkpoint}, {tokens}: {directory}/")
     print(f"next: llmjepa generate {directory}")

@@ -41,6 +41,8 @@ def generate(options: GenerateOptions) -> None:
         )
 
     begin = [] if options.system is None else [{"role": "system", "content": options.system}]
+    if options.prompt is None and sys.stdin is None:
+        raise ValueError("expected a prompt, from --prompt or standard input, which is closed")
     if options.prompt is not None or not sys.stdin.isatty():
         prompt = sys.stdin.read().strip() if options.prompt is None else options.prompt
         if not prompt:

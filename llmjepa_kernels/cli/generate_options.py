@@ -16,6 +16,8 @@ from llmjepa_kernels.cli.shared_options import (
 )
 from llmjepa_kernels.hf.dtypes import DTYPES
 
+LEAST_TEMPERATURE = 1e-3  # by which float32 can divide logits
+
 
 @dataclass(frozen=True)
 class GenerateOptions(Options):
@@ -53,6 +55,12 @@ examples:
     dtype: str = dtype_option(DTYPES)
     load_in: str | None = load_in_option()
     trust_remote_code: bool = trust_option()
+
+    def check(self) -> None:
+        if 0 < self.temperature < LEAST_TEMPERATURE:
+            raise ValueError(
+                f"--temperature must be 0 or at least {LEAST_TEMPERATURE}, got {self.temperature}"
+            )
 
     def packages(self) -> dict[str, list[str]]:
         packages = ["transformers", "tokenizers", "peft", *needs_gguf(self.checkpoint)]

@@ -48,7 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # which may not know λ
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    parsed, unknown = _parser().parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    parsed, unknown = _parser().parse_known_args([_hyphenated(word) for word in words])
     command = COMMANDS[parsed.command]
     if not parsed.traceback:
         warnings.formatwarning = _warning
@@ -67,6 +68,12 @@ def main(argv: list[str] | None = None) -> int:
         _complain(f"llmjepa {parsed.command}: error: {error}")
         return 1 if isinstance(error, FloatingPointError) else 2
     return 0
+
+
+def _hyphenated(word: str) -> str:
+    """An option with hyphens, as which Transformers' scripts take underscores too."""
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") else word
 
 
 def _warning(

@@ -120,7 +120,7 @@ def row_figure(runs: list[Run]) -> Any:
     axes.imshow(mask, cmap="viridis", vmin=-0.5, vmax=deepest + 1, interpolation="nearest")
     labelled = [run for run in runs if run.stop - run.start >= length / 60]
     axes.set_yticks([(run.start + run.stop - 1) / 2 for run in labelled])
-    axes.set_yticklabels([_label(run) for run in labelled], fontsize=7)
+    axes.set_yticklabels([_label(run) for run in labelled], fontsize=7, parse_math=False)
     for run in runs:
         for line in (axes.axhline, axes.axvline):
             line(run.start - 0.5, color="0.85", linewidth=0.4, zorder=0)

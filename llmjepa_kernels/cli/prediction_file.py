@@ -16,20 +16,30 @@ from llmjepa_kernels.files import only_process, write_whole
 
 
 def read_verdicts(
-    path: str | os.PathLike[str], checkpoint: str, samples: Sequence[Mapping[str, Any]]
+    path: str | os.PathLike[str],
+    checkpoint: str,
+    samples: Sequence[Mapping[str, Any]],
+    weights: str | None = None,
 ) -> list[bool | None]:
     """Whether a checkpoint's answer to each sample is right, as `PredictionFile` has written it.
+
+    Args:
+        path: Of the JSONL file.
+        checkpoint: Its name there.
+        samples: Of all answers.
+        weights: The fingerprint of the checkpoint's; compared where the file beside knows it.
 
     Returns:
         One per sample; None where there is no answer.
 
     Raises:
-        ValueError: A line is corrupt or of another sample, or none is of the checkpoint.
+        ValueError: A line is corrupt or of another sample, or none is of the checkpoint, or they
+            are of other weights.
         OSError: There is no such file.
     """
     verdicts: list[bool | None] = [None] * len(samples)
     names = set()
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             try:
                 values = json.loads(line)
@@ -46,7 +56,21 @@ def read_verdicts(
             verdicts[index] = correct
     if verdicts.count(None) == len(verdicts):
         raise ValueError(f"{path} has no answers of {checkpoint}, but of {sorted(names)}")
+    report = Path(path).with_suffix(".report.json")
+    if weights is not None and report.is_file():
+        answered = _settings_of(report, checkpoint).get("weights", weights)
+        if answered != weights:
+            raise ValueError(f"{path} has answers that {checkpoint} gave with other weights")
     return verdicts
+
+
+def _settings_of(report: Path, checkpoint: str) -> dict[str, Any]:
+    """What a checkpoint's answers were made with; empty where the report does not say."""
+    try:
+        found = json.loads(report.read_bytes())["checkpoints"].items()
+        return next((x["settings"] for name, x in found if Path(name) == Path(checkpoint)), {})
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{report} is no report of an evaluation: {error!r}") from error
 
 
 class PredictionFile:

@@ -24,10 +24,10 @@ SECONDS_PER_LINE = 10.0  # in a file
 def bars() -> Progress:
     """Bars with a name, a count and the field ``note``."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         TimeRemainingColumn(),
         console=Console(stderr=True),
     )

@@ -140,12 +140,14 @@ def format_table(
         rows: Name and numbers.
         columns: Key of the numbers, header, format.
     """
+    from rich.markup import escape
+
     table = _table()
     for _, header, _ in columns:
         table.add_column(header, justify="right")
     for name, values in rows:
         found = [(values.get(key), spec) for key, _, spec in columns]
-        table.add_row(name, *("-" if x is None else format(x, spec) for x, spec in found))
+        table.add_row(escape(name), *("-" if x is None else format(x, spec) for x, spec in found))
     return plain_text(table)
 
 

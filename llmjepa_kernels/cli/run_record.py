@@ -56,6 +56,11 @@ class RunRecord:
             return
         path = self.directory / RECORD
         if not path.is_file():
+            if found := self._leftovers():
+                raise ValueError(
+                    f"--resume: {self.directory} holds {found[0].name}, but no {RECORD} with the "
+                    "options of its run: delete it by --overwrite"
+                )
             return
         try:
             record = json.loads(path.read_bytes())
@@ -96,11 +101,14 @@ class RunRecord:
             faults.append(f"{checkpoint} is incomplete: {fault}")
         return None, faults
 
-    def begin(self, *, overwrite: bool = False) -> None:
-        """Writes the options; an earlier result is gone, and with `overwrite` its checkpoints."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        for path in self._leftovers() if overwrite else ():
+    def delete(self) -> None:
+        """Deletes an earlier run, its record first: so nothing goes on with what is left of it."""
+        for path in self._leftovers():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def begin(self) -> None:
+        """Writes the options; an earlier result is gone."""
+        self.directory.mkdir(parents=True, exist_ok=True)
         self._write(None)
 
     def finish(self, values: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import sys
 
 def is_first_process() -> bool:
     """Whether torchrun has started no process before this one."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return os.environ.get("RANK", "") in ("", "0")
 
 
 def say(text: str) -> None:

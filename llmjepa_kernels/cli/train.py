@@ -97,10 +97,14 @@ def train(options: TrainOptions) -> None:
             print(rehearsal(matched, training_arguments(own, options.output_dir, seeds[0])))
         return
     # The main process alone writes; the others agree with it on what is finished already.
+    if is_main:
+        options.output_dir.mkdir(parents=True, exist_ok=True)
     with only_process(options.output_dir) if is_main else nullcontext():
         if is_main or options.resume:
             for record in records:
                 record.check(resume=options.resume, overwrite=options.overwrite)
+        for record in records if is_main and options.overwrite else ():
+            record.delete()  # all at once, as an interrupted command may be gone on with
         logging.disable_progress_bar()  # of reading and writing weights
         if is_main and not options.streaming:
             print_left_out(data.left_out)
@@ -135,7 +139,9 @@ def train(options: TrainOptions) -> None:
                     )
             clear_device_cache(garbage_collection=True)  # before the next model comes
         if is_main and results:
-            print("\n" + write_report(results, options.output_dir, _about(options)))
+            about = _about(options)
+            about["remarks"] += [f"diverged, and not in the table: {title}" for title in diverged]
+            print("\n" + write_report(results, options.output_dir, about))
             print(f"Checkpoints, report.txt, report.json and report.png: {options.output_dir}/")
             finished = [record for record in records if record.title not in diverged]
             print("next: llmjepa analyze", *(record.directory for record in finished))

@@ -41,6 +41,10 @@ from llmjepa_kernels.training.loss_dropout import PER
 from llmjepa_kernels.tubes import FORMS
 
 MATCHES = ("steps", "tokens")
+# Options of Transformers that are these by another name.
+SAME = {"epochs": "--num-train-epochs", "batch_size": "--per-device-train-batch-size"}
+# Of Transformers, those that no result depends on, or that are secret.
+NOT_RECORDED = ("--hub-token", "--report-to", "--run-name")
 OBJECTIVE, TRAINING = "objective", "training"
 
 
@@ -91,8 +95,9 @@ examples:
 """
 
     when_interrupted: ClassVar[str] = (
-        "interrupted: the same command with --resume keeps the runs that are finished, and goes on "
-        "from the last checkpoint, if --save-steps or --save-strategy made any"
+        "interrupted: the same command with --resume (in place of --overwrite) keeps the runs that "
+        "are finished, and goes on from the last checkpoint, if --save-steps or --save-strategy "
+        "made any"
     )
 
     output_dir: Path = option(  # noqa: RUF009
@@ -443,13 +448,31 @@ examples:
         if self.seeds and len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"--seeds must differ, got {list(self.seeds)}")
 
+    @classmethod
+    def of(cls, *given: Any) -> TrainOptions:
+        """As `Options.of`; refuses two names of the same thing, of which one would not count."""
+        options = super().of(*given)
+        for name, other in SAME.items():
+            value = getattr(options, name)
+            if value is not None and any(word.partition("=")[0] == other for word in options.other):
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is {other}: give one of them, or {other} in place "
+                    f"of the {value} that a file or a preset says"
+                )
+        return options
+
     def packages(self) -> dict[str, list[str]]:
         packages = ["transformers", "accelerate", "tokenizers", "matplotlib", "rich", "scipy"]
         packages += ["peft"] * (self.lora_rank is not None) + needs_gguf(self.model or "")
         return {"train": packages, "data": ["datasets"] * (self.eval_split is not None)}
 
     def recorded(self) -> dict[str, Any]:
-        return {**super().recorded(), "other": list(self.other)}
+        other, is_recorded = [], True
+        for word in self.other:
+            if word.startswith("--"):
+                is_recorded = word.partition("=")[0] not in NOT_RECORDED
+            other += [word] if is_recorded else []
+        return {**super().recorded(), "other": other}
 
     @property
     def compared_token(self) -> str | int:

@@ -342,9 +342,14 @@ class TrainingData:
         )
 
     def fingerprint(self) -> str:
-        """Tells whether two runs had the same data."""
+        """Tells whether two runs had the same data, of the same tokens."""
         parts = (self.train, self.held_out, self.out_of_distribution)
-        return data_fingerprint(*(part.samples for part in parts))
+        tokens = (
+            {"input_ids": [segment.input_ids for segment in example.segments]}
+            for part in parts
+            for example in part.examples
+        )
+        return data_fingerprint(*(part.samples for part in parts), tokens)
 
     def _part(
         self, located: list[LocatedSample], left_out: LeftOut, *, answered: bool = False

@@ -68,7 +68,7 @@ class TrainingRun:
             trainer.add_callback(bar)
         is_main = trainer.is_world_process_zero()
         if is_main:
-            self.record.begin(overwrite=self.options.overwrite)
+            self.record.begin()
             self._announce(checkpoint, faults)
         from_checkpoint = None if checkpoint is None else str(checkpoint)
         try:

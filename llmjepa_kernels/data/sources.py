@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
@@ -61,8 +62,9 @@ def open_rows(source: Source) -> Rows:
     if (path / "src.txt").is_file() and (path / "targ.txt").is_file():
         return _line_pairs(path)
     if (path / "dataset_dict.json").is_file():
-        splits = json.loads((path / "dataset_dict.json").read_bytes())["splits"]
-        raise ValueError(f"{name} has several splits: give one, such as {path / splits[0]}")
+        splits = sorted(file.parent for file in path.glob("*/dataset_info.json"))
+        such = f", such as {splits[0]}" if splits else ""
+        raise ValueError(f"{name} has several splits: give one{such}")
     if (path / "dataset_info.json").is_file():
         return _dataset(name, _datasets().load_from_disk(name))
     raise ValueError(
@@ -101,6 +103,8 @@ def _opened(name: str) -> Iterator[Any]:
 
 @cache
 def _standard_input() -> bytes:
+    if sys.stdin is None:
+        raise ValueError("standard input is closed")
     return sys.stdin.buffer.read()
 
 
@@ -174,6 +178,8 @@ _READERS: dict[str, Callable[[str], Rows]] = {
 
 def _line_pairs(directory: Path) -> Rows:
     with open(directory / "src.txt", "rb") as src, open(directory / "targ.txt", "rb") as targ:
+        for file in (src, targ):  # past a byte order mark
+            file.seek(3 if file.read(3) == codecs.BOM_UTF8 else 0)
         for number, lines in enumerate(zip_longest(src, targ), start=1):
             yield f"{directory}:{number}", partial(_pair, *lines)
 

@@ -136,12 +136,16 @@ def _content_span(
 def token_span(offsets: list[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
     """The tokens that hold the characters start..end, as (first, last + 1).
 
-    Several tokens may share the offsets of one character, a token of white space may have empty
-    ones, and where the tokenizer composes characters the last token may end before they do: so the
-    search is for where the first token ends, and for where those behind the last begin.
+    Several tokens may share the offsets of one character, and a token of white space may have
+    empty ones, so the search goes by where tokens end and then takes in all that begin earlier.
+    Where the tokenizer composes characters, none may end there.
     """
     first = bisect_right(offsets, start, key=lambda offset: offset[1])
-    stop = bisect_left(offsets, end, lo=first, key=lambda offset: offset[0])
+    stop = bisect_left(offsets, end, lo=first, key=lambda offset: offset[1])
+    if stop < len(offsets) and (offsets[stop][0] < end or offsets[stop] == (end, end)):
+        stop += 1
+    while stop < len(offsets) and offsets[stop][0] < end:
+        stop += 1
     return first, min(max(stop, first + 1), len(offsets))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -152,6 +153,13 @@ def predict(
     if example_format.end_id is not None:
         stops.add(example_format.end_id)
     longest = max_new_tokens or max(lengths, default=0) + 1
+    if rule.name == "exact" and longest < max(lengths, default=0):
+        warnings.warn(
+            f"max_new_tokens={max_new_tokens} cuts answers, of which the longest has "
+            f"{max(lengths)} tokens: one that equals its sample's where it was cut counts as right",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     choice_ids: dict[int, str] = {}
     if rule.choices and samples:
         choice_ids = _choice_ids(rule.choices, samples[0], tokenizer, example_format)
@@ -336,5 +344,5 @@ def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], **options: boo
 def refuse_nan(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
     """A logits processor: the most likely of NaNs would be a token like any other."""
     if scores.isnan().any():
-        raise ValueError("the model's logits are NaN: it cannot be evaluated")
+        raise FloatingPointError("the model's logits are NaN: it cannot be evaluated")
     return scores

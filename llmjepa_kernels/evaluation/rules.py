@@ -27,7 +27,8 @@ RULE_OF_RECIPE = {
 CHOICES = ("A", "B", "C", "D")
 _NUMBER = re.compile(
     r"####[ \t]*([-+\u2212]?)[ \t]*[$€£¥]?[ \t]*([-+\u2212]?)"
-    r"(\d[\d,]*(?![\d,])(?:\.\d+(?!\d))?|\.\d+(?!\d))(?![/:^]|\.\d)",  # all of it, or none
+    r"(\d[\d,]*(?![\d,])(?:\.\d+(?!\d))?|\.\d+(?!\d))"
+    r"(?![/:^_]|\.\d|[eE][-+]?\d|[ \t]*\*[ \t]*\d|[ \t]+\d)",  # all of it, or none
     re.ASCII,
 )
 

@@ -345,6 +345,15 @@ def test_cosines_of_right_and_wrong_answers(checkpoints, tmp_path, capsys):
     capsys.readouterr()
     assert analyze(checkpoints / "chat", *options) == 2
     assert "has no answers of" in capsys.readouterr().err
+    made_with = answers.with_suffix(".report.json")
+    report = json.loads(made_with.read_text())
+    for each in report["checkpoints"].values():
+        each["settings"]["weights"] = "others"
+    before = made_with.read_text()
+    made_with.write_text(json.dumps(report))
+    assert analyze(*names, *options) == 2
+    assert "gave with other weights" in capsys.readouterr().err
+    made_with.write_text(before)
     other = tmp_path / "other.jsonl"
     other.write_text("".join(json.dumps(row) + "\n" for row in grammar.generate(7, seed=99)))
     assert analyze(*names, "--data", other, *options[2:]) == 2

@@ -20,6 +20,7 @@ from llmjepa_kernels.data.example_format import ExampleFormat
 from llmjepa_kernels.data.predictor_tokens import add_tokens, predictor_tokens
 from llmjepa_kernels.data.tokenizer import train_tokenizer
 from llmjepa_kernels.hf import load as models
+from llmjepa_kernels.hf.export import _say_in_old_words, export_model
 from tests.support.models import tiny_model
 
 PROMPT = "lines with a vowel or [0-9]"
@@ -250,3 +251,29 @@ def test_what_cannot_leave(adapter, tmp_path, capsys):
     assert export(tmp_path / "adapter", tmp_path / "out") == 2
     assert "adapter_model.safetensors cannot be read" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_several_ends_get_new_ids(tmp_path):
+    model, tokenizer, kept = checkpoint(tmp_path / "in", after=("<|sep|>", "<|end|>"))
+    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end|>")]
+    model.generation_config.eos_token_id = ends
+    export_model(model, tokenizer, predictor_tokens(2), tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert again.generation_config.eos_token_id == [kept.index(i) for i in ends]
+
+
+def test_rotary_scaling_in_the_words_of_older_versions():
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}
+    values = {"dtype": "bfloat16", "rope_parameters": rope}
+    _say_in_old_words(values)
+    assert values["rope_scaling"] == {"rope_type": "llama3", "factor": 8.0}
+
+
+def test_into_a_directory_that_is_there(tmp_path, monkeypatch):
+    checkpoint(tmp_path / "in")
+    there = tmp_path / "out"
+    there.mkdir()
+    monkeypatch.chdir(there)
+    assert export(tmp_path / "in", ".") == 0
+    assert (there / "model.safetensors").is_file()
+    assert not list(there.glob("tmp*"))

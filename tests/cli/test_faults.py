@@ -20,6 +20,7 @@ from llmjepa_kernels.cli import main as cli
 from llmjepa_kernels.cli import starting_point
 from llmjepa_kernels.cli.evaluate_options import EvaluateOptions
 from llmjepa_kernels.cli.train_options import TrainOptions
+from llmjepa_kernels.cli.training_run import TrainingRun
 from llmjepa_kernels.data import grammar
 from llmjepa_kernels.files import only_process
 from llmjepa_kernels.hf import load as models
@@ -304,3 +305,147 @@ def test_held_out_data_without_samples(tmp_path, error):
     data = tmp_path / "data.jsonl"
     data.write_text("")
     assert f"--eval-data {data} has no samples" in error("train", "--eval-data", data)
+
+
+def test_underscores_in_options_are_hyphens(tmp_path):
+    assert run("train", *TINY, "--max_steps", 1, f"--output_dir={tmp_path / 'my_runs'}") == 0
+    assert (tmp_path / "my_runs" / "llm-jepa" / "model.safetensors").is_file()
+
+
+def test_two_names_of_one_option(tmp_path, error):
+    words = ["train", *TINY, "--epochs", 1, "--num-train-epochs", 7]
+    assert "--epochs is --num-train-epochs: give one of them" in error(*words)
+    config = tmp_path / "c.yaml"
+    config.write_text("per_device_train_batch_size: 5\n")
+    words = ["train", *TINY, "--config", config]
+    assert "--batch-size is --per-device-train-batch-size" in error(*words)
+    config.write_text("learning_rate: 1e-3\nlearning_rate: 5e-5\n")
+    assert "learning_rate is given twice" in error(*words)
+    config.write_text(f"learning_rate: 1{'0' * 400}\n")
+    assert "learning_rate must be of type float" in error(*words)
+    assert "--batch-size must be" in error("train", "--batch-size", "9" * 400)
+
+
+def test_a_resume_needs_the_state_of_the_optimizer(tmp_path, error):
+    words = ["train", *TINY, "--output-dir", tmp_path, "--resume", "--save-only-model", "True"]
+    assert "which --save-only-model does not save" in error(*words)
+
+
+def test_what_is_secret_or_of_no_consequence_is_not_recorded():
+    other = (
+        "--hub-token",
+        "hf_secret",
+        "--weight-decay",
+        "0.1",
+        "--run-name=a",
+        "--report-to",
+        "x",
+    )
+    assert TrainOptions(other=other).recorded()["other"] == ["--weight-decay", "0.1"]
+
+
+def test_an_interrupted_overwrite_is_not_gone_on_with(tmp_path, error, monkeypatch):
+    words = ["train", *TINY, "--seeds", 1, 2, "--save-steps", 1, "--output-dir", tmp_path]
+    assert run(*words, "--max-steps", 2) == 0
+    old = tmp_path / "seed-2" / "llm-jepa"
+    weights = (old / "model.safetensors").read_bytes()
+    # As if it had been killed while the first one trained anew.
+    monkeypatch.setattr(TrainingRun, "run", killed)
+    new = ["--max-steps", 2, "--learning-rate", 1e-5]
+    with pytest.raises(RuntimeError, match="killed"):
+        run(*words, *new, "--overwrite")
+    monkeypatch.undo()
+    assert not list(old.glob("checkpoint-*"))
+    assert run(*words, *new, "--resume") == 0
+    assert (old / "model.safetensors").read_bytes() != weights
+    (old / "run.json").unlink()  # as in the middle of deleting
+    assert "but no run.json with the options of its run" in error(*words, *new, "--resume")
+
+
+def killed(_):
+    raise RuntimeError("killed")
+
+
+def test_another_chat_template_is_no_way_to_go_on(model, tmp_path, error):
+    words = ["train", "--model", model, *TINY[4:], "--max-steps", 1, "--output-dir", tmp_path / "o"]
+    assert run(*words) == 0
+    template = model / "chat_template.jinja"
+    template.write_text(template.read_text() + "!")
+    assert "had other options: samples" in error(*words, "--resume")
+
+
+def test_names_with_brackets(model, tmp_path, capsys):
+    names = [shutil.copytree(model, tmp_path / name) for name in ("z[v1]", "y[/x]")]
+    assert run("evaluate", *names, "--samples", 2) == 0
+    printed = capsys.readouterr().out
+    assert "z[v1]" in printed
+    assert "y[/x]" in printed
+    assert run("analyze", names[0], "--samples", 2, "--output-dir", tmp_path / "a") == 0
+    assert "z[v1]" in capsys.readouterr().out
+
+
+def test_results_of_what_is_through_are_shown(model, trained, capsys):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 20}))
+    assert run("evaluate", trained / "llm-jepa", model, "--samples", 2) == 2
+    printed = capsys.readouterr()
+    assert "do not end" in printed.out
+    assert "more than the 20 of the model" in printed.err
+
+
+def test_a_cut_that_makes_answers_right_is_warned_of(model):
+    with pytest.warns(RuntimeWarning, match="max_new_tokens=1 cuts answers"):
+        assert run("evaluate", model, "--samples", 2, "--max-new-tokens", 1) == 0
+
+
+def test_standard_input_that_is_closed(model, monkeypatch, error):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "which is closed" in error("generate", model)
+    assert "standard input is closed" in error("evaluate", model, "--data", "-")
+    assert "--temperature must be 0 or at least 0.001" in error(
+        "generate", model, "--temperature", 1e-42
+    )
+
+
+@pytest.mark.parametrize("rank", ["", "abc"])
+def test_a_rank_that_is_none(rank):
+    environment = {**os.environ, "RANK": rank}
+    words = [sys.executable, "-m", "llmjepa_kernels", "train", "--epochs", "0"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+
+
+def test_help_needs_no_optional_package():
+    script = (
+        "import sys\n"
+        "class Blocked:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name.partition('.')[0] in {'scipy', 'rich', 'matplotlib', 'peft', 'yaml'}:\n"
+        "            raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Blocked())\n"
+        "from llmjepa_kernels.cli.main import main\n"
+        "main(['train', '--help'])\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
+def test_a_directory_is_locked_in_itself(tmp_path):
+    with only_process(tmp_path), pytest.raises(BlockingIOError), only_process(tmp_path):
+        pass
+    assert not list(tmp_path.parent.glob(f".{tmp_path.name}.lock"))
+
+
+def test_a_run_that_diverged_is_in_the_report(tmp_path):
+    words = [
+        "train",
+        *TINY,
+        "--max-steps",
+        3,
+        "--output-dir",
+        tmp_path,
+        "--objective",
+        "ntp",
+        "jepa",
+    ]
+    assert run(*words, "--jepa-weight", 3e38) == 1
+    assert "diverged, and not in the table: LLM-JEPA, seed" in (tmp_path / "report.txt").read_text()

@@ -13,6 +13,7 @@ from llmjepa_kernels import Example, Segment, llm_jepa_example, pack
 from llmjepa_kernels.cli import main as cli
 from llmjepa_kernels.cli.packed_row import row_figure, row_text, runs_of
 from llmjepa_kernels.data import grammar
+from llmjepa_kernels.data.chat import chat_example
 from llmjepa_kernels.data.example_format import ExampleFormat
 from llmjepa_kernels.data.predictor_tokens import predictor_tokens
 from llmjepa_kernels.data.tokenizer import train_tokenizer
@@ -134,3 +135,10 @@ def test_a_rehearsal_writes_nothing(tmp_path, capsys):
     output = capsys.readouterr().out
     assert "40 examples, 6 updates" in output
     assert "padding" in output.split("the first row")[0]
+
+
+def test_dollars_are_no_formulas(tmp_path):
+    tokenizer = train_tokenizer(grammar.generate(20, seed=3), vocab_size=300)
+    chat = [{"role": "user", "content": "$^$ $5?"}, {"role": "assistant", "content": "$\\begin$"}]
+    row = pack([chat_example(chat, tokenizer)])
+    row_figure(runs_of(row, 0, tokenizer)).savefig(tmp_path / "row.png")

@@ -8,6 +8,7 @@ from zipfile import ZipFile
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling
 
 from llmjepa_kernels import llm_jepa_example, pack
@@ -401,3 +402,27 @@ def test_smollm2(tmp_path):
     assert decode(tokenizer, prompt.input_ids).endswith("<|im_start|>user\nlines with 'dog'?")
     assert decode(tokenizer, completion.labels) == ".*<|im_end|>"
     assert decode(tokenizer, target.input_ids).endswith("<|im_start|>assistant\n.*")
+
+
+def test_a_limit_keeps_what_the_tokenizer_adds_behind_apart():
+    tokenizer = copy.deepcopy(get_tokenizer())
+    backend = tokenizer.backend_tokenizer
+    around = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    backend.post_processor = processors.Sequence([backend.post_processor, around])
+    chat = turns("SYS", "ASK a question of many words? " * 3, "ANS")
+    options = {"add_special_tokens": True, "pred_ids": [PRED]}
+    whole = chat_example(chat, tokenizer, **options)
+    cut = 0
+    for limit in range(60, len(sequence_ids(whole, whole.path.segment))):
+        example = chat_example(chat, tokenizer, max_length=limit, **options)
+        assert tokenizer.eos_token_id not in sequence_ids(example, example.pairs[0][0])
+        assert all(stop < limit for _, stop in example.path.spans)
+        cut += 1
+    assert cut > 10
+
+
+def test_plain_format_without_a_bos_token():
+    tokenizer = copy.deepcopy(get_tokenizer(None))
+    tokenizer.bos_token = None
+    example = plain_example(CHAT, tokenizer, separator_id=5, end_id=2)
+    assert None not in example.segments[0].input_ids

@@ -1,15 +1,18 @@
 """The format of a checkpoint's examples: what it makes of a sample, and its way through a file."""
 
+import copy
 import dataclasses
 import json
 
 import pytest
 from huggingface_hub import constants
+from tokenizers import processors
 
 from llmjepa_kernels.data.chat import chat_example, chat_prompt, plain_example, plain_prompt
 from llmjepa_kernels.data.example_format import FORMAT_FILE, ExampleFormat
 from llmjepa_kernels.data.grammar import generate
 from llmjepa_kernels.data.tokenizer import train_tokenizer
+from tests.support.chats import CHAT, get_tokenizer
 
 SAMPLE = {**generate(1)[0], "text": "lines", "code": "a.*b"}
 
@@ -144,3 +147,28 @@ def test_format_of_a_model_of_the_hub(tmp_path, monkeypatch):
     saved.save(tmp_path / "models--some--with" / "snapshots" / commit)
     assert ExampleFormat.load("some/with") == saved
     assert ExampleFormat.load("some/without") == ExampleFormat()
+
+
+@pytest.fixture
+def with_bos():
+    """A tokenizer that begins every text with <s>."""
+    tokenizer = copy.deepcopy(get_tokenizer())
+    backend = tokenizer.backend_tokenizer
+    begin = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    backend.post_processor = processors.Sequence([backend.post_processor, begin])
+    return tokenizer
+
+
+@pytest.mark.parametrize("options", [{"embedding_token": -1}, {"add_special_tokens": True}])
+def test_options_of_the_authors_reach_the_example(with_bos, options):
+    official = {"layout": "official"}
+    example = ExampleFormat(**official, **options).example({"messages": CHAT}, with_bos)
+    assert example == chat_example(CHAT, with_bos, **official, **options)
+    assert example != chat_example(CHAT, with_bos, **official)
+
+
+def test_prompts_have_the_special_tokens_of_training(with_bos):
+    example_format = ExampleFormat(add_special_tokens=True, layout="official")
+    chat = example_format.example({"messages": CHAT}, with_bos).segments[0]
+    start = next(i for i, label in enumerate(chat.labels) if label != -100)
+    assert example_format.prompt({"messages": CHAT}, with_bos) == chat.input_ids[:start]

@@ -3,6 +3,7 @@
 import pytest
 
 from llmjepa_kernels.data.chat import chat_example, plain_example
+from llmjepa_kernels.data.messages import RENDERED_KEYS, checked_messages
 from tests.support.chats import CHAT, get_tokenizer, turns
 
 
@@ -49,3 +50,10 @@ def test_contents_in_parts_and_turns_that_would_be_lost():
             chat_example([message, CHAT[2]], tokenizer)
     null = {"role": "user", "content": "ASK?", "tool_calls": None, "thinking": None}
     assert chat_example([CHAT[0], null, CHAT[2]], tokenizer) == chat_example(CHAT, tokenizer)
+
+
+@pytest.mark.parametrize("key", RENDERED_KEYS)
+def test_keys_that_a_template_would_write_are_refused(key):
+    assert len(RENDERED_KEYS) == 5
+    with pytest.raises(ValueError, match=f"has {key}, which would be lost"):
+        checked_messages([{"role": "user", "content": "a", key: "x"}, *turns("ANS")])

@@ -143,13 +143,21 @@ def test_pairs_of_lines(tmp_path):
         list(read_chats(tmp_path, recipe="nl_rx"))
 
 
+def test_pairs_of_lines_behind_a_byte_order_mark(tmp_path):
+    for name, line in (("src", "the word"), ("targ", "dog")):
+        (tmp_path / f"{name}.txt").write_bytes(b"\xef\xbb\xbf" + f"{line}\n".encode())
+    (sample,) = read_chats(tmp_path, recipe="nl_rx")
+    assert [turn["content"] for turn in sample["messages"]][-1] == "dog"
+    assert "\ufeff" not in str(sample)
+
+
 def test_saved_datasets(tmp_path):
     samples = grammar.generate(5)
     table = datasets.Dataset.from_list(samples)
     table.save_to_disk(tmp_path / "one")
     assert list(read_chats(tmp_path / "one")) == samples
     datasets.DatasetDict(train=table, test=table).save_to_disk(tmp_path / "both")
-    with pytest.raises(ValueError, match=r"several splits: give one, such as .*both/train"):
+    with pytest.raises(ValueError, match=r"several splits: give one, such as .*both/test"):
         read_chats(tmp_path / "both")
     assert list(read_chats(str(tmp_path / "both" / "test"))) == samples
     with pytest.raises(ValueError, match=r"neither of src.txt and targ.txt nor a saved dataset"):

@@ -110,3 +110,10 @@ def test_an_answer_that_begins_in_a_token_of_the_template_is_warned_of():
         chat_example(turns("ASK", "ANS"), tokenizer)
     with pytest.warns(RuntimeWarning, match="a token that the chat template begins, such as '[?]"):
         chat_example(turns("ASK", "\nANS"), tokenizer)
+
+
+def test_newlines_alone_are_trimmed():
+    turn = "'<|im_start|>' + m['content'].strip('\\n')"
+    tokenizer = get_tokenizer("{% for m in messages %}{{ " + turn + " }}{% endfor %}")
+    example = chat_example(turns("\n ASK \n", "\n  ANS"), tokenizer)
+    assert decode(tokenizer, example.segments[0].input_ids).endswith("ASK ")

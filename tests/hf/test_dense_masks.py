@@ -371,3 +371,19 @@ def test_visible_until_is_recovered_or_there_is_none(seq, seed, form, flips):
     else:
         rows = ~nobody
         assert torch.equal(visible(found)[rows], seen[rows])
+
+
+def test_biases_that_hide_nothing_are_no_mask():
+    index = torch.arange(6)
+    hidden = (index > index[:, None])[None]
+    assert visible_until_of(torch.zeros(1, 6, 6).masked_fill(hidden, -9000.0)) is None
+    assert visible_until_of(torch.zeros(1, 6, 6).masked_fill(hidden, -1e4)) is not None
+
+
+def test_padding_under_the_lowest_numbers_of_float16_stays_finite():
+    seen = prefix_mask(16)[None].clone()
+    seen[:, 12:] = False
+    seen[:, :, 12:] = False
+    inputs = inputs_for(seen[:, 0], torch.arange(16)[None])
+    model = patch_model(tiny_model("llama", dtype=torch.float16))
+    assert torch.isfinite(model(**inputs, attention_mask=as_form(seen, "lowest")).logits).all()

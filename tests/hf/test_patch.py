@@ -12,7 +12,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-from llmjepa_kernels import pack
+from llmjepa_kernels import Example, Segment, pack
 from llmjepa_kernels.hf import interface, layer
 from llmjepa_kernels.hf.interface import NAME
 from llmjepa_kernels.hf.patch import patch_model, patched_impl, unpatch_model
@@ -559,3 +559,13 @@ def test_config_is_untouched_by_a_failed_patch():
         patch_model(model, impl="cuda")
     assert config._attn_implementation == "sdpa"
     assert not model.model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("window", [7, 8])
+def test_a_window_about_as_long_as_the_row(window):
+    batch = pack([Example([Segment(list(range(4, 12)))])], block_size=4)  # positions 0 to 7
+    found, expected = (
+        patch_model(tiny_model("mistral_window", sliding_window=window), impl=impl)(**batch).logits
+        for impl in (None, "reference")
+    )
+    torch.testing.assert_close(found, expected)

@@ -294,3 +294,16 @@ def test_what_says_who_sees_whom_must_not_change_before_the_backward(name):
     row[name].copy_(row[name].clone())
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_gradients_of_a_sum(eager, monkeypatch):
+    """Whose gradient is one number, with strides of 0."""
+    if not eager:
+        monkeypatch.setattr(attention, "runs_eagerly", lambda *_: False)
+    q = torch.randn(1, 2, 20, 16, requires_grad=True)
+    until = torch.full((1, 20), 20, dtype=torch.int32)
+    out = view_attention(q, q, q, until)
+    (found,) = torch.autograd.grad(out.sum(), q, retain_graph=True)
+    (expected,) = torch.autograd.grad(out, q, torch.ones_like(out).contiguous())
+    torch.testing.assert_close(found, expected)

@@ -44,9 +44,12 @@ def main() -> int:
             env={**os.environ, "LLMJEPA_CPU_FLAGS": flags, "LDFLAGS": SANITIZE},
             check=True,
         )
+        library = Path(build, "llmjepa_kernels/ops/_cpu.so")
+        if not library.exists():  # setup.py goes on without it, and the tests would be skipped
+            raise SystemExit("the kernels could not be compiled with the sanitizers")
         environment = {
             **os.environ,
-            "LLMJEPA_CPU_LIBRARY": f"{build}/llmjepa_kernels/ops/_cpu.so",
+            "LLMJEPA_CPU_LIBRARY": str(library),
             # The sanitizers' runtimes must come before everything that Python loads, and
             # Python itself is not free of leaks.
             "LD_PRELOAD": ":".join(runtimes),

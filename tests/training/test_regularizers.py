@@ -151,3 +151,12 @@ def test_micro_batches_count_by_their_pairs():
         shared = llm_jepa_loss(model, pack(part), **options, num_pairs_in_batch=7)
         for name in ("sigreg_loss", "vicreg_loss"):
             torch.testing.assert_close(shared[name], alone[name] * alone.num_pairs / 7)
+
+
+@pytest.mark.parametrize("function", [sigreg, vicreg])
+def test_autocast_changes_nothing(function):
+    states = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
+    real = torch.ones(40, dtype=torch.bool)
+    expected = function(states, real)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(function(states, real), expected)
