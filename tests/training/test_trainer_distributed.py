@@ -149,6 +149,10 @@ def test_updates_are_those_of_one_process(two_processes, one_process, kind, metr
         for name in NAMES & a.keys():
             assert b[name] == pytest.approx(a[name], rel=1e-5, abs=1e-5), name
         assert b["relative_cost"] > a["relative_cost"]  # shorter rows share less
+        # All tokens of all processes: those of the chats alone are the same.
+        alone = [log["tokens_per_step"] / log["relative_cost"] for log in (a, b)]
+        assert alone[1] == pytest.approx(alone[0], rel=1e-3)
+        assert a["flops_per_step"] < b["flops_per_step"] < 1.5 * a["flops_per_step"]
 
 
 @pytest.mark.slow

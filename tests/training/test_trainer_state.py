@@ -15,6 +15,7 @@ from llmjepa_kernels.hf.patch import patch_model
 from llmjepa_kernels.training.checkpoints import mark_complete, why_incomplete
 from llmjepa_kernels.training.loss_dropout import LossDropout
 from llmjepa_kernels.training.objective import llm_jepa_loss
+from llmjepa_kernels.training.sampler import UpdateSampler
 from llmjepa_kernels.training.trainer import LLMJEPATrainer
 from llmjepa_kernels.tubes import TubeSampler
 from tests.training.test_trainer import ROWS, arguments, build, parameters, tiny_llama
@@ -226,3 +227,15 @@ def test_a_module_around_the_model_trains(tokenizer, tmp_path):
     trainer = LLMJEPATrainer(Around(model), arguments(tmp_path), collator, train_dataset=ROWS)
     trainer.train()
     assert not torch.equal(parameters(model), before)
+
+
+def test_several_processes_share_the_work(tokenizer, tmp_path, monkeypatch):
+    model, collator = build(tokenizer)
+    data = [collator.example(row) for row in ROWS]
+    options = arguments(tmp_path, dataloader_drop_last=True)
+    trainer = LLMJEPATrainer(model, options, collator, train_dataset=data)
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    sampler = trainer._get_train_sampler()
+    assert isinstance(sampler, UpdateSampler)
+    assert sampler.drop_last
+    assert sampler.work(0, 0) == trainer._work_of(data)(0, 0) > 0
