@@ -14,6 +14,7 @@ from accelerate.data_loader import SeedableRandomSampler
 from torch import Tensor
 from torch.utils.data import RandomSampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from llmjepa_kernels.data.predictor_tokens import warn_if_frozen
@@ -184,7 +185,6 @@ class LLMJEPATrainer(Trainer):
         self._num_pairs: Tensor | int = 0
         self._num_tubes: Tensor | int = 0
         self._eval_sums = torch.zeros(0)
-        self._limit = self.args.save_total_limit
         self._counted: Any = None
         self._begin()
 
@@ -433,9 +433,7 @@ class LLMJEPATrainer(Trainer):
         self._refuse_to_go_on_with(float(self._train_sums.sum()))
         trained: Any = self.model
         for name, parameter in trained.named_parameters():
-            if (
-                not parameter.requires_grad
-            ):  # and of a dtype, perhaps, of which nothing can be asked
+            if not parameter.requires_grad:  # and perhaps of a dtype that knows no isfinite
                 continue
             local = getattr(parameter, "to_local", lambda parameter=parameter: parameter)()
             if not local.isfinite().all():
@@ -446,9 +444,7 @@ class LLMJEPATrainer(Trainer):
 
     def _save(self, output_dir=None, state_dict=None):
         """Saves a checkpoint's weights; example format and view head beside them."""
-        limit, self.args.save_total_limit = self.args.save_total_limit, self._limit
-        super()._save(output_dir, state_dict)  # and the arguments
-        self.args.save_total_limit = limit
+        super()._save(output_dir, state_dict)
         if self.args.should_save:
             share_as_umask_says(Path(output_dir or str(self.args.output_dir)))
         if self.args.should_save and isinstance(self.data_collator, LLMJEPACollator):
@@ -488,19 +484,21 @@ class LLMJEPATrainer(Trainer):
         directory = Path(run_directory, f"checkpoint-{self.state.global_step}")
         if self.args.should_save:  # an interrupted run may have left it there
             (directory / MANIFEST).unlink(missing_ok=True)
-        self._limit, self.args.save_total_limit = self.args.save_total_limit, None
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             with saving(directory):
                 super()._save_checkpoint(model, trial)
-                self.accelerator.wait_for_everyone()
-                if self.args.should_save:
-                    mark_complete(directory)
         finally:
-            self.args.save_total_limit = self._limit
+            self.args.save_total_limit = limit
+        with saving(directory):
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                torch.save(self.args, directory / TRAINING_ARGS_NAME)  # those with the limit
+                mark_complete(directory)
         if self.args.should_save:
             rotate_checkpoints(
                 output_dir=run_directory,
-                save_total_limit=self._limit,
+                save_total_limit=limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,
             )
