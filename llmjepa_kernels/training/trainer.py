@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, cast
@@ -13,7 +13,7 @@ import torch
 from accelerate.data_loader import SeedableRandomSampler
 from torch import Tensor
 from torch.utils.data import RandomSampler, SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -25,6 +25,7 @@ from llmjepa_kernels.ops.common import real_tubes
 from llmjepa_kernels.packing import IGNORE, Example, without_views
 from llmjepa_kernels.training.checkpoints import MANIFEST, mark_complete, saving
 from llmjepa_kernels.training.collator import LLMJEPACollator
+from llmjepa_kernels.training.epochs import SetEpoch
 from llmjepa_kernels.training.flops import FlopCount
 from llmjepa_kernels.training.loss_dropout import LossDropout
 from llmjepa_kernels.training.objective import REQUIRED_KEYS, llm_jepa_loss, real_tokens
@@ -172,7 +173,7 @@ class LLMJEPATrainer(Trainer):
         # A stream is read by every process; a batch packed by the first could not be cut apart.
         self.accelerator.dataloader_config.dispatch_batches = False
         self._update_sampler: UpdateSampler | None = None
-        self.add_callback(_SetEpoch(self))
+        self.add_callback(SetEpoch(self))
         self.args.remove_unused_columns = False  # the collator takes the columns it knows
         self.model_accepts_loss_kwargs = True  # makes Trainer count the supervised tokens
         # Terms that are there for some alone are not logged for all.
@@ -556,37 +557,6 @@ class LLMJEPATrainer(Trainer):
         if self._started is not None:
             self._started += time.perf_counter() - paused  # not time spent on training
         return output
-
-
-class _SetEpoch(TrainerCallback):
-    """Tells sampler, dataset and collator the epoch.
-
-    Accelerate tells the first two, but only in one process that has not resumed.
-    """
-
-    def __init__(self, trainer: LLMJEPATrainer):
-        self.trainer = trainer
-        self.epoch: int | None = None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.epoch = None
-
-    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        # Counted, since the state's stays below 1 over a stream of unknown length.
-        self.epoch = int(state.epoch or 0) if self.epoch is None else self.epoch + 1
-        dataset = getattr(train_dataloader, "dataset", None)
-        for stage in (self.trainer._update_sampler, self.trainer.data_collator, *_within(dataset)):
-            set_epoch = getattr(stage, "set_epoch", None)
-            if set_epoch is not None:
-                set_epoch(self.epoch)
-
-
-def _within(dataset: Any) -> Iterator[Any]:
-    """A dataset, and those that it is a part of, or made of."""
-    yield dataset
-    inner = getattr(dataset, "dataset", None)
-    for part in [*([] if inner is None else [inner]), *(getattr(dataset, "datasets", None) or ())]:
-        yield from _within(part)
 
 
 def _is_patched(model: torch.nn.Module) -> bool:
