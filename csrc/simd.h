@@ -76,17 +76,19 @@ template <class T>
 LK_INLINE IntVec<T> splat_int(Int<T> x) {
   return x - IntVec<T>{};
 }
-template <class T>
-LK_INLINE Vec<T> load(const T* p) {
-  Vec<T> x;
+template <class V>
+LK_INLINE V load_vector(const void* p) {
+  V x;
   std::memcpy(&x, p, sizeof(x));
   return x;
 }
 template <class T>
+LK_INLINE Vec<T> load(const T* p) {
+  return load_vector<Vec<T>>(p);
+}
+template <class T>
 LK_INLINE IntVec<T> load_int(const Int<T>* p) {
-  IntVec<T> x;
-  std::memcpy(&x, p, sizeof(x));
-  return x;
+  return load_vector<IntVec<T>>(p);
 }
 template <class T>
 LK_INLINE void store(T* p, Vec<T> x) {

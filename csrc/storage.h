@@ -64,9 +64,7 @@ LK_INLINE BitsVec to_half_bits(FloatVec x, Float16) {
 
 template <class S>
 LK_INLINE FloatVec load_half(const S* p) {
-  HalfVec half;
-  std::memcpy(&half, p, sizeof(half));
-  return from_half_bits(__builtin_convertvector(half, BitsVec), S{});
+  return from_half_bits(__builtin_convertvector(load_vector<HalfVec>(p), BitsVec), S{});
 }
 
 LK_INLINE FloatVec load_row(const float* p) { return load(p); }

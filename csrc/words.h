@@ -51,9 +51,7 @@ constexpr int kFold = WordTraits<E>::kFold;
 
 template <class E>
 LK_INLINE WordVec<E> load_words(const E* p) {
-  WordVec<E> x;
-  std::memcpy(&x, p, sizeof(x));
-  return x;
+  return load_vector<WordVec<E>>(p);
 }
 template <class E>
 LK_INLINE void store_words(E* p, WordVec<E> x) {

@@ -42,8 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the ``llmjepa`` command.
 
     Returns:
-        Its exit status: 0; 1 if a training diverged; 2 if an option, a file or the machine is at
-        fault, which one line names; 130 if it was interrupted.
+        Its exit status: 0; 1 if a training diverged or a model gives NaN; 2 if an option, a file or
+        the machine is at fault, which one line names; 130 if it was interrupted.
     """
     for stream in (sys.stdout, sys.stderr):  # which may not know λ
         if isinstance(stream, io.TextIOWrapper):

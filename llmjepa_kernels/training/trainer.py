@@ -103,9 +103,9 @@ class LLMJEPATrainer(Trainer):
 
     Raises:
         FloatingPointError: By ``train`` and ``save_model``, see above.
-        ValueError: `weight_warmup` is not from 0 to 1; or DataParallel, label smoothing, a loss
-            function or metrics of logits are asked for, none of which fits a packed row; or a
-            `ViewHead` under FSDP or DeepSpeed.
+        ValueError: `weight_warmup` is not from 0 to 1; or DataParallel, label smoothing, NEFTune,
+            a loss function or metrics of logits are asked for, none of which fits a packed row; or
+            a `ViewHead` under FSDP or DeepSpeed.
     """
 
     # Trainer must not divide by the accumulation steps what is already normalised over them.
