@@ -31,6 +31,7 @@ SOURCES = sorted(Path(__file__).with_name("csrc").glob("*.[ch]*"))
 PORTABLE = ("portable", 16, 16, [])
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
 X86 = (
+    ("amx", 64, 32, [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]),
     ("avx512bf16", 64, 32, [*AVX512, "-mavx512bf16"]),
     ("avx512", 64, 32, AVX512),
     ("avx2", 32, 16, ["-mavx2", "-mfma"]),
@@ -126,7 +127,7 @@ setup(
             "llmjepa_kernels.ops._cpu",
             [
                 f"csrc/{name}.cpp"
-                for name in ("api", "cache", "kernels", "plan", "schedule", "threads")
+                for name in ("amx", "api", "cache", "kernels", "plan", "schedule", "threads")
             ],
             depends=["csrc"],
             optional=False,

@@ -5,6 +5,7 @@
 #include <new>
 #include <vector>
 
+#include "amx.h"
 #include "kernels.h"
 #include "plan.h"
 #include "schedule.h"
@@ -14,6 +15,11 @@
   namespace isa {                  \
   extern const KernelTable kTable; \
   }
+#ifdef LK_WITH_AMX
+namespace amx {
+extern const AttentionKernels kBfloat16Attention;
+}
+#endif
 #ifdef LK_WITH_AVX512BF16
 namespace avx512bf16 {
 extern const AttentionKernels kBfloat16Attention;
@@ -45,10 +51,18 @@ const std::vector<Isa>& isas() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
 #ifdef LK_WITH_AVX512BF16
+      const auto add = [&](const char* name, const AttentionKernels& kernels, KernelTable* table) {
+        *table = avx512::kTable;
+        table->attention[LK_BFLOAT16] = kernels;
+        found.push_back({name, table});
+      };
       if (__builtin_cpu_supports("avx512bf16")) {
-        static KernelTable table = avx512::kTable;
-        table.attention[LK_BFLOAT16] = avx512bf16::kBfloat16Attention;
-        found.push_back({"avx512bf16", &table});
+#ifdef LK_WITH_AMX
+        static KernelTable with_amx;
+        if (may_use_amx()) add("amx", amx::kBfloat16Attention, &with_amx);
+#endif
+        static KernelTable with_bfloat16;
+        add("avx512bf16", avx512bf16::kBfloat16Attention, &with_bfloat16);
       }
 #endif
       found.push_back({"avx512", &avx512::kTable});

@@ -65,6 +65,12 @@ struct TileShape {
     if (max_vectors < kMaxVectors) max_vectors = kMaxVectors;
   }
 
+  // Words of the rows of a chunk as words across keys, and as accumulate_columns reads them.
+  int64_t across_size() const { return int64_t{kChunk} / kFold<E> * stride; }
+  int64_t columns_size() const {
+    return kTiled<E> ? int64_t{padded} * kTileColumns : across_size();
+  }
+
   // Heads, and queries, that are processed together.
   int heads(const LkAttention& a) const {
     const int64_t group = a.heads / a.kv_heads;
@@ -182,13 +188,18 @@ struct KeyMask {
   }
 };
 
-// The keys of a chunk that a panel visits: positions in the chunk, ascending. Keys whose values
-// share words are visited together; only the last of a chunk may be without its neighbour.
+// Words across keys that are visited together.
+template <class E>
+constexpr int kGroupWords = kTiled<E> ? kTile : 1;
+static_assert(kTileColumns * 2 == kChunk && kTileColumns % kTile == 0, "a chunk fills its columns");
+
+// The keys of a chunk that a panel visits: positions in the chunk, ascending, in groups of which
+// only the last of the chunk may lack some.
 struct PanelKeys {
   int count, words;
   bool masked;          // some lane may not see some key
   int32_t* index;       // [kChunk]
-  int64_t* offset;      // [kChunk], of the rows of words across keys
+  int64_t* offset;      // [kChunk], of the words across keys
   uint8_t* needs_mask;  // [kChunk], only if `masked`
 
   explicit PanelKeys(Arena& arena)
@@ -199,11 +210,11 @@ struct PanelKeys {
   template <class E>
   void select(const LkAttention& a, const KeyMask<Sum<E>>& mask, const KeyChunk& chunk,
               const Panel& panel, const TileShape<E>& shape) {
-    constexpr int F = kFold<E>;
+    constexpr int F = kFold<E>, kGroup = kGroupWords<E> * F;
     masked = panel.ragged || !chunk.full;
     count = words = 0;
-    for (int first = 0; first < chunk.count; first += F) {
-      const int end = first + F < chunk.count ? first + F : chunk.count;
+    for (int first = 0; first < chunk.count; first += kGroup) {
+      const int end = first + kGroup < chunk.count ? first + kGroup : chunk.count;
       if (!chunk.full) {
         if (chunk.key[first] >= panel.queries.end) break;  // keys ascend
         bool seen = false;
@@ -212,7 +223,9 @@ struct PanelKeys {
         }
         if (!seen) continue;
       }
-      offset[words++] = int64_t{first / F} * shape.stride;
+      for (int n = first; n < end; n += F) {
+        offset[words++] = int64_t{n / F} * (kTiled<E> ? 1 : shape.stride);
+      }
       for (int n = first; n < end; ++n) {
         index[count] = n;
         needs_mask[count] =
@@ -245,6 +258,26 @@ bool pack_keys(const LkTensor& x, int64_t row, int64_t kv_head, const KeyChunk& 
              shape.padded_words, &finite);
   }
   return finite.all();
+}
+
+// Packed rows of keys as accumulate_columns reads them, by way of `across`.
+template <class E>
+void keys_to_columns(const TileShape<E>& shape, const E* packed, int count, E* across, E* columns) {
+  words_across(packed, shape.word_stride, count, shape.padded_words, across, shape.stride);
+  if constexpr (kTiled<E>) {
+    using T = Sum<E>;  // as which words can be moved
+    int words = (count + kFold<E> - 1) / kFold<E>;
+    for (; words % kTile != 0; ++words) {
+      std::memset(across + int64_t{words} * shape.stride, 0, shape.padded * sizeof(E));
+    }
+    for (int n = 0; n < words; n += kTile) {
+      for (int d = 0; d < shape.padded; d += kTile) {
+        transpose_block(reinterpret_cast<const T*>(across + int64_t{n} * shape.stride + d),
+                        shape.stride, reinterpret_cast<T*>(columns + d * kTileColumns + n),
+                        kTileColumns);
+      }
+    }
+  }
 }
 
 // Asks for the rows that read_lanes will read.
@@ -311,29 +344,37 @@ struct SoftCap {
       : inverse(a.softcap > 0 ? T(1 / a.softcap) : T(0)), cap(T(a.softcap)) {}
 };
 
-// The rare tile in which an operand is infinite or NaN and must not reach lanes that the mask
-// hides it from, as 0 * NaN would. Sums run in the order of accumulate_columns.
+// What is infinite or NaN must not reach lanes that the mask hides it from, as 0 * NaN would. So
+// where an operand holds some, products are of a copy without it, in which all sums are as ever,
+// and then what the copy lacks is added where it is seen.
 template <class E>
+__attribute__((noinline)) void copy_finite(const E* words, int64_t count, E* out) {
+  for (int64_t i = 0; i < count; i += kLanes<Sum<E>>) {
+    store_words(out + i, finite_part(load_words(words + i)));
+  }
+}
+template <class T>
+LK_INLINE bool is_finite(T x) {
+  return x * 0 == 0;
+}
+
+// Of a[word] that copy_finite has changed in `finite`.
+template <class E, int V>
 __attribute__((noinline)) void accumulate_columns_masked(
-    const E* a, const PanelKeys& keys, const KeyChunk& chunk, int dim, const E* p, int vectors,
+    const E* a, const E* finite, const PanelKeys& keys, const KeyChunk& chunk, int dim, const E* p,
     const Sum<E>* alpha, const KeyMask<Sum<E>>& mask, const Int<Sum<E>>* query,
     const Int<Sum<E>>* position, Sum<E>* c) {
-  using T = Sum<E>;
-  constexpr int W = kLanes<T>, F = kFold<E>;
-  for (int d = 0; d < dim; ++d) {
-    for (int v = 0; v < vectors; ++v) {
-      Vec<T> acc = {};
-      for (int n = 0; n < keys.words; ++n) {
-        IntVec<T> seen[F] = {};
-        for (int i = 0; i < F && n * F + i < keys.count; ++i) {
-          seen[i] = mask.visible(chunk.key[keys.index[n * F + i]], load_int<T>(query + v * W),
-                                 load_int<T>(position + v * W));
-        }
-        const auto x = keep(splat_word(a[keys.offset[n] + d]), seen);
-        acc = multiply_add(x, load_words(p + (n * vectors + v) * W), acc);
+  constexpr int kPanel = V * kLanes<Sum<E>>, F = kFold<E>;
+  accumulate_columns<E, V>(finite, keys.offset, keys.words, dim, p, alpha, c);
+  for (int n = 0; n < keys.count; ++n) {
+    const int32_t j = chunk.key[keys.index[n]];
+    for (int d = 0; d < dim; ++d) {
+      const Sum<E> x = number(a[keys.offset[n / F] + d * kColumnStride<E>], n % F);
+      if (is_finite(x)) continue;
+      for (int i = 0; i < kPanel; ++i) {
+        if (!mask.visible(j, query[i], position[i])) continue;
+        c[d * kPanel + i] += number(p[n / F * kPanel + i], n % F) * x;
       }
-      T* out = c + (int64_t{d} * vectors + v) * W;
-      store(out, load(out) * (alpha ? load(alpha + v * W) : splat(T(1))) + acc);
     }
   }
 }
@@ -341,25 +382,19 @@ __attribute__((noinline)) void accumulate_columns_masked(
 // Likewise for accumulate_rows.
 template <class E>
 __attribute__((noinline)) void accumulate_rows_masked(
-    const E* p, int words, const PanelKeys& keys, const KeyChunk& chunk, int row_vectors, const E* b,
-    int64_t stride, const KeyMask<Sum<E>>& mask, const Int<Sum<E>>* query,
+    const E* p, int words, const PanelKeys& keys, const KeyChunk& chunk, int vectors, const E* b,
+    const E* finite, int64_t stride, const KeyMask<Sum<E>>& mask, const Int<Sum<E>>* query,
     const Int<Sum<E>>* position, Sum<E>* c) {
-  using T = Sum<E>;
-  constexpr int W = kLanes<T>, F = kFold<E>;
-  for (int n = 0; n < keys.count; ++n) {
-    const int32_t j = chunk.key[keys.index[n]];
-    for (int d = 0; d < row_vectors * W; d += W) {
-      Vec<T> acc = {};
-      for (int i = 0; i < words; ++i) {
-        IntVec<T> seen[F];
-        for (int f = 0; f < F; ++f) {
-          seen[f] = splat_int<T>(-mask.visible(j, query[i * F + f], position[i * F + f]));
-        }
-        acc = multiply_add(splat_word(p[n * words + i]), keep(load_words(b + i * stride + d), seen),
-                           acc);
+  constexpr int F = kFold<E>;
+  accumulate_rows<E>(p, words, keys.index, keys.count, vectors, finite, stride, false, c);
+  for (int i = 0; i < words * F; ++i) {
+    for (int d = 0; d < vectors * kLanes<Sum<E>>; ++d) {
+      const Sum<E> x = number(b[i / F * stride + d], i % F);
+      if (is_finite(x)) continue;
+      for (int n = 0; n < keys.count; ++n) {
+        if (!mask.visible(chunk.key[keys.index[n]], query[i], position[i])) continue;
+        c[keys.index[n] * stride + d] += number(p[n * words + i / F], i % F) * x;
       }
-      T* out = c + keys.index[n] * stride + d;
-      store(out, load(out) + acc);
     }
   }
 }

@@ -27,6 +27,8 @@ struct BackwardWorkspace {
   E *rows, *out;                   // [W][word_stride] and [words][W] of one vector
   T* dq_rows;                      // [W][stride]
   E *k, *v, *k_across;             // [kChunk][word_stride], the last as words across keys
+  E *k_columns, *finite_k;         // the same for accumulate_columns, and what is finite of it
+  E* finite_lanes;                 // what is finite of a panel's q_across or dout_across
   T *dk, *dv;                      // [kChunk][stride]
   T *p, *ds;                       // [kChunk][lanes of a panel]
   E* ds_across;                    // the same as words across keys
@@ -50,7 +52,10 @@ struct BackwardWorkspace {
     dq_rows = arena.take<T>(int64_t{kLanes<T>} * shape.stride);
     k = arena.take<E>(int64_t{kChunk} * shape.word_stride);
     v = arena.take<E>(int64_t{kChunk} * shape.word_stride);
-    k_across = kFold<E> == 1 ? k : arena.take<E>(int64_t{kChunk} / kFold<E> * shape.stride);
+    k_across = kFold<E> == 1 ? k : arena.take<E>(shape.across_size());
+    k_columns = kTiled<E> ? arena.take<E>(shape.columns_size()) : k_across;
+    finite_k = arena.take<E>(shape.columns_size());
+    finite_lanes = arena.take<E>(int64_t{kMaxVectors} * kLanes<T> / kFold<E> * shape.stride);
     dk = arena.take<T>(int64_t{kChunk} * shape.stride);
     dv = arena.take<T>(int64_t{kChunk} * shape.stride);
     constexpr int64_t kScores = int64_t{kChunk} * kMaxVectors * kLanes<T>;
@@ -224,13 +229,14 @@ void backward_panel(const LkAttention& a, BackwardWorkspace<S>& w,
   softmax_backward<T, V>(softcap, mask, *w.chunk, keys, query, position, w.lse + lane,
                          w.delta + lane, w.p, w.ds);
 
-  const E* ds_across = round_across<E>(w.ds, keys.count, V * W, w.ds_across);
+  const E* ds_across = round_across<E>(w.ds, keys.count, V * W, kGroupWords<E>, w.ds_across);
   T* dq = w.dq + int64_t{lane} * shape.padded;
   if (k_finite || !keys.masked) {
-    accumulate_columns<E, V>(w.k_across, keys.offset, keys.words, shape.dim, ds_across, nullptr, dq);
+    accumulate_columns<E, V>(w.k_columns, keys.offset, keys.words, shape.dim, ds_across, nullptr,
+                             dq);
   } else {
-    accumulate_columns_masked<E>(w.k_across, keys, *w.chunk, shape.dim, ds_across, V, nullptr, mask,
-                                 query, position, dq);
+    accumulate_columns_masked<E, V>(w.k_columns, w.finite_k, keys, *w.chunk, shape.dim, ds_across,
+                                    nullptr, mask, query, position, dq);
   }
   bool q_finite = true, dout_finite = true;
   for (int v = panel.first; v < panel.first + V; ++v) {
@@ -244,8 +250,9 @@ void backward_panel(const LkAttention& a, BackwardWorkspace<S>& w,
       accumulate_rows<E>(words, kWords, keys.index, keys.count, shape.vectors, b, shape.stride,
                          fresh, c);
     } else {
-      accumulate_rows_masked<E>(words, kWords, keys, *w.chunk, shape.vectors, b, shape.stride, mask,
-                                query, position, c);
+      copy_finite(b, int64_t{kWords} * shape.stride, w.finite_lanes);
+      accumulate_rows_masked<E>(words, kWords, keys, *w.chunk, shape.vectors, b, w.finite_lanes,
+                                shape.stride, mask, query, position, c);
     }
   };
   add_rows(dout_finite, w.p, w.dout_across + rows, w.dv);
@@ -290,7 +297,14 @@ void read_queries(const LkAttention& a, int64_t row, const BlockLanes<Compute<S>
       // delta = sum of dout * out, in the order in which dP sums dout * v: a query that sees a
       // single key has out = v, and then a gradient of exactly zero.
       Vec<T> delta = {};
-      for (int begin = 0; begin < shape.words; begin += kDepth) {
+      if constexpr (kTiled<E>) {
+        T products[W * W];
+        const int32_t first_row = 0;
+        dot_tiles(w.rows, shape.word_stride, &first_row, W, shape.words, dout, count * W, W,
+                  products);
+        for (int i = 0; i < W; ++i) delta[i] = products[i * W + i];
+      }
+      for (int begin = 0; !kTiled<E> && begin < shape.words; begin += kDepth) {
         const int end = begin + kDepth < shape.words ? begin + kDepth : shape.words;
         Vec<T> sum = {};
         for (int d = begin; d < end; ++d) {
@@ -328,8 +342,8 @@ void backward_range(const LkAttention& a, int64_t row, int64_t kv_head, const Bl
   while (cursor.next(w.chunk)) {
     const bool k_finite = pack_keys<S>(a.k, row, kv_head, *w.chunk, w.shape, w.k);
     pack_keys<S>(a.v, row, kv_head, *w.chunk, w.shape, w.v);
-    words_across(w.k, w.shape.word_stride, w.chunk->count, w.shape.padded_words, w.k_across,
-                 w.shape.stride);
+    keys_to_columns(w.shape, w.k, w.chunk->count, w.k_across, w.k_columns);
+    if (!k_finite) copy_finite(w.k_columns, w.shape.columns_size(), w.finite_k);
     // The first panel writes dk and dv if it visits all keys, none of them under a mask.
     bool fresh = w.chunk->full && !lanes.panel(a, row, 0).ragged;
     if (!fresh) {
@@ -368,6 +382,7 @@ template <class S>
 void attention_backward(const LkAttention& a, const BackwardTask& task, void* scratch) {
   using T = Compute<S>;
   BackwardWorkspace<S> workspace(a, scratch);
+  const TileRegisters<Word<S>> tiles;
   T* own = nullptr;
   if (!kInPlace<S>) {
     own = workspace.arena.template take<T>(2 * (task.query_end - task.query_begin) * a.dim);

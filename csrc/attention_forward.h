@@ -21,6 +21,7 @@ struct ForwardWorkspace {
   E* q_rows;             // [W][word_stride]
   T* out_rows;           // [W][stride]
   E *k, *v, *v_across;   // [kChunk][word_stride], the last as words across keys
+  E *v_columns, *finite; // the same for accumulate_columns, and what is finite of it
   T* scores;             // [kChunk][lanes of a panel]
 
   ForwardWorkspace(const LkAttention& a, void* base)
@@ -37,7 +38,9 @@ struct ForwardWorkspace {
     out_rows = arena.take<T>(int64_t{kLanes<T>} * shape.stride);
     k = arena.take<E>(int64_t{kChunk} * shape.word_stride);
     v = arena.take<E>(int64_t{kChunk} * shape.word_stride);
-    v_across = kFold<E> == 1 ? v : arena.take<E>(int64_t{kChunk} / kFold<E> * shape.stride);
+    v_across = kFold<E> == 1 ? v : arena.take<E>(shape.across_size());
+    v_columns = kTiled<E> ? arena.take<E>(shape.columns_size()) : v_across;
+    finite = arena.take<E>(shape.columns_size());
     scores = arena.take<T>(int64_t{kChunk} * kMaxVectors * kLanes<T>);
   }
 };
@@ -115,12 +118,13 @@ void forward_panel(const LkAttention& a, ForwardWorkspace<S>& w, const SoftCap<C
                  w.q + int64_t{lane} * shape.padded_words, &scale, w.scores);
   finish_scores<T, V>(softcap, mask, *w.chunk, keys, query, position, w.scores);
   online_softmax_update<T, V>(keys.count, w.scores, w.max + lane, w.sum + lane, w.alpha);
-  const E* p = round_across<E>(w.scores, keys.count, V * W, reinterpret_cast<E*>(w.scores));
+  const E* p = round_across<E>(w.scores, keys.count, V * W, kGroupWords<E>,
+                               reinterpret_cast<E*>(w.scores));
   if (v_finite || !keys.masked) {
-    accumulate_columns<E, V>(w.v_across, keys.offset, keys.words, shape.dim, p, w.alpha, out);
+    accumulate_columns<E, V>(w.v_columns, keys.offset, keys.words, shape.dim, p, w.alpha, out);
   } else {
-    accumulate_columns_masked<E>(w.v_across, keys, *w.chunk, shape.dim, p, V, w.alpha, mask, query,
-                                 position, out);
+    accumulate_columns_masked<E, V>(w.v_columns, w.finite, keys, *w.chunk, shape.dim, p, w.alpha,
+                                    mask, query, position, out);
   }
 }
 
@@ -159,8 +163,8 @@ void forward_range(const LkAttention& a, int64_t row, int64_t kv_head, const Blo
   while (cursor.next(w.chunk)) {
     pack_keys<S>(a.k, row, kv_head, *w.chunk, w.shape, w.k);
     const bool v_finite = pack_keys<S>(a.v, row, kv_head, *w.chunk, w.shape, w.v);
-    words_across(w.v, w.shape.word_stride, w.chunk->count, w.shape.padded_words, w.v_across,
-                 w.shape.stride);
+    keys_to_columns(w.shape, w.v, w.chunk->count, w.v_across, w.v_columns);
+    if (!v_finite) copy_finite(w.v_columns, w.shape.columns_size(), w.finite);
     for (int first = 0; first < lanes.vectors; first += lanes.panel_vectors(first)) {
       const Panel panel = lanes.panel(a, row, first);
       switch (panel.vectors) {
@@ -206,6 +210,7 @@ template <class S>
 void attention_forward(const LkAttention& a, int64_t row, int64_t kv_head, int64_t query_begin,
                        int64_t query_end, void* scratch) {
   ForwardWorkspace<S> workspace(a, scratch);
+  const TileRegisters<Word<S>> tiles;
   for_head_groups(a, kv_head, query_begin, query_end, workspace.shape,
                   [&](const BlockRange& range) {
                     forward_range<S>(a, row, kv_head, range, workspace);

@@ -6,14 +6,19 @@
 // softmax statistics are lane-wise.
 #pragma once
 
-#include "words.h"
+#include "tiles.h"
 
 namespace LK_ISA {
 
 // Vectors of a panel, and of a row that accumulate_rows takes at once; rows of a register block
 // with V vectors: accumulators, operands and addresses must fit.
 #if LK_VECTOR_REGISTERS == 32
-constexpr int kMaxVectors = 3, kMaxRowVectors = 4;
+#ifdef __AMX_BF16__
+constexpr int kMaxVectors = 2;  // tiles
+#else
+constexpr int kMaxVectors = 3;
+#endif
+constexpr int kMaxRowVectors = 4;
 template <int V>
 constexpr int kRows = V == 4 ? 6 : V == 3 ? 8 : 12;
 #else
@@ -63,6 +68,19 @@ struct ColumnGather {
   LK_INLINE E operator()(int r, int k) const { return base[offset[k] + r]; }
 };
 
+// c[n][lane] = sum over words d of a[index[n] * stride + d] * b[d * b_stride + lane], where neighbours
+// of the same tile are neighbours in `a`.
+template <class E>
+LK_INLINE void dot_tiles(const E* a, int64_t stride, const int32_t* index, int count, int words,
+                         const E* b, int64_t b_stride, int lanes, Sum<E>* c) {
+  for_tile_blocks(count, lanes, [&](auto rows, auto columns, int n, int lane) LK_INLINE_LAMBDA {
+    multiply_tiles<rows.value, columns.value>(
+        words, Matrix{[&](int i, int d) { return a + index[n + i] * stride + d; }, stride},
+        Matrix{[&](int d, int i) { return b + d * b_stride + lane + i; }, b_stride}, true,
+        Matrix{[&](int i, int j) { return c + (n + i) * lanes + lane + j; }, lanes});
+  });
+}
+
 // Products of so many words are summed apart, so that rounding does not grow with the head dim.
 constexpr int kDepth = 128;
 
@@ -74,6 +92,12 @@ __attribute__((noinline)) void dot_rows(const E* a, int64_t stride, const int32_
                                         Sum<E>* c) {
   using T = Sum<E>;
   constexpr int W = kLanes<T>;
+  if constexpr (kTiled<E>) {
+    dot_tiles(a, stride, index, count, words, b, V * W, V * W, c);
+    if (*factor == 1) return;
+    for (int i = 0; i < count * V; ++i) store(c + i * W, load(c + i * W) * *factor);
+    return;
+  }
   for_row_blocks<kRows<V>>(0, count, [&](auto rows, int n) LK_INLINE_LAMBDA {
     constexpr int R = decltype(rows)::value;
     RowPointers<E, R> pointers;
@@ -92,8 +116,14 @@ __attribute__((noinline)) void dot_rows(const E* a, int64_t stride, const int32_
   });
 }
 
-// c[d][lane] = c[d][lane] * alpha[lane] + sum over words n of a[offset[n] + d] * p[n][lane]: the
-// output and the gradient of the queries, both transposed. A null alpha is 1.
+// From one number of the rows that accumulate_columns reads to the next. Tile registers want the
+// words of several rows as neighbours.
+constexpr int kTileColumns = 64;
+template <class E>
+constexpr int kColumnStride = kTiled<E> ? kTileColumns : 1;
+
+// c[d][lane] = c[d][lane] * alpha[lane] + sum over words n of a[offset[n] + d * kColumnStride] *
+// p[n][lane]: the output and the gradient of the queries, both transposed. A null alpha is 1.
 template <class E, int V>
 __attribute__((noinline)) void accumulate_columns(const E* a, const int64_t* offset, int words,
                                                   int dim, const E* p, const Sum<E>* alpha,
@@ -102,6 +132,22 @@ __attribute__((noinline)) void accumulate_columns(const E* a, const int64_t* off
   constexpr int W = kLanes<T>;
   Vec<T> factor[V];
   for (int v = 0; v < V; ++v) factor[v] = alpha ? load(alpha + v * W) : splat(T(1));
+  if constexpr (kTiled<E>) {
+    for (int d = 0; alpha && d < dim; ++d) {
+      for (int v = 0; v < V; ++v) {
+        T* out = c + (d * V + v) * W;
+        store(out, load(out) * factor[v]);
+      }
+    }
+    for_tile_blocks(dim, V * W, [&](auto rows, auto columns, int d, int lane) LK_INLINE_LAMBDA {
+      constexpr int kStride = kColumnStride<E>;
+      multiply_tiles<rows.value, columns.value>(
+          words, Matrix{[&](int i, int n) { return a + offset[n] + (d + i) * kStride; }, kStride},
+          Matrix{[&](int n, int i) { return p + n * V * W + lane + i; }, V * W}, false,
+          Matrix{[&](int i, int j) { return c + (d + i) * V * W + lane + j; }, V * W});
+    });
+    return;
+  }
   for_row_blocks<kRows<V>>(0, dim, [&](auto rows, int d) LK_INLINE_LAMBDA {
     constexpr int R = decltype(rows)::value;
     Vec<T> acc[R][V];
@@ -155,6 +201,18 @@ template <class E>
 __attribute__((noinline)) void accumulate_rows(const E* p, int words, const int32_t* index,
                                                int count, int vectors, const E* b, int64_t stride,
                                                bool fresh, Sum<E>* c) {
+  if constexpr (kTiled<E>) {
+    if (words % kTile == 0) {
+      const int dim = vectors * kLanes<Sum<E>>;
+      for_tile_blocks(count, dim, [&](auto rows, auto columns, int n, int d) LK_INLINE_LAMBDA {
+        multiply_tiles<rows.value, columns.value>(
+            words, Matrix{[&](int i, int k) { return p + (n + i) * words + k; }, words},
+            Matrix{[&](int k, int j) { return b + k * stride + d + j; }, stride}, fresh,
+            Matrix{[&](int i, int j) { return c + index[n + i] * stride + d + j; }, stride});
+      });
+      return;
+    }
+  }
   accumulate_rows_from<E>(0, p, words, index, count, vectors, b, stride, fresh, c);
 }
 

@@ -66,13 +66,15 @@ LK_INLINE Vec<double> multiply_add(Vec<double> x, Vec<double> y, Vec<double> sum
   return x * y + sum;
 }
 
-// x without the numbers that are hidden: `seen` is all ones or zero for each number of a word.
-LK_INLINE FloatVec keep(FloatVec x, const IntVec<float> (&seen)[1]) {
-  return bit_cast<FloatVec>(bit_cast<IntVec<float>>(x) & seen[0]);
+// The numbers of words that are finite, and zero for the others.
+LK_INLINE FloatVec finite_part(FloatVec x) { return x * 0.0f == FloatVec{} ? x : FloatVec{}; }
+LK_INLINE Vec<double> finite_part(Vec<double> x) {
+  return x * 0.0 == Vec<double>{} ? x : Vec<double>{};
 }
-LK_INLINE Vec<double> keep(Vec<double> x, const IntVec<double> (&seen)[1]) {
-  return bit_cast<Vec<double>>(bit_cast<IntVec<double>>(x) & seen[0]);
-}
+
+// The i-th number of a word.
+LK_INLINE float number(float x, int) { return x; }
+LK_INLINE double number(double x, int) { return x; }
 
 // Whether all numbers that were added are finite.
 template <class E>
@@ -93,8 +95,14 @@ LK_INLINE FloatVec multiply_add(BitsVec x, BitsVec y, FloatVec sum) {
   return (FloatVec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
 }
 
-LK_INLINE BitsVec keep(BitsVec x, const IntVec<float> (&seen)[2]) {
-  return x & ((bit_cast<BitsVec>(seen[0]) & 0xffffu) | (bit_cast<BitsVec>(seen[1]) & ~0xffffu));
+LK_INLINE BitsVec finite_part(BitsVec x) {
+  constexpr uint32_t kLow = 0x7f80u, kHigh = kLow << 16;  // the exponents
+  x = (x & kLow) == kLow ? x & ~0xffffu : x;
+  return (x & kHigh) == kHigh ? x & 0xffffu : x;
+}
+
+LK_INLINE float number(Bfloat16Pair x, int i) {
+  return bit_cast<float>(i == 0 ? x.bits << 16 : x.bits & ~0xffffu);
 }
 
 template <>
@@ -186,9 +194,10 @@ LK_INLINE const E* words_across(const E* rows, int64_t stride, int count, int wo
   }
 }
 
-// Numbers [count][lanes] as words across neighbouring rows, which may take the place of them.
+// Numbers [count][lanes] as words across neighbouring rows, which may take the place of them. Zeros
+// fill the rows of words up to a multiple of `multiple`.
 template <class E>
-LK_INLINE const E* round_across(const Sum<E>* rows, int count, int lanes, E* across) {
+LK_INLINE const E* round_across(const Sum<E>* rows, int count, int lanes, int multiple, E* across) {
   if constexpr (kFold<E> == 1) {
     return rows;
   } else {
@@ -198,6 +207,9 @@ LK_INLINE const E* round_across(const Sum<E>* rows, int count, int lanes, E* acr
         const auto y = i + 1 < count ? load(rows + (i + 1) * lanes + v) : Vec<Sum<E>>{};
         store_words(across + i / 2 * lanes + v, round_across(x, y));
       }
+    }
+    for (int i = (count + 1) / 2; i % multiple != 0; ++i) {
+      for (int v = 0; v < lanes; v += kLanes<Sum<E>>) store_words(across + i * lanes + v, BitsVec{});
     }
     return across;
   }

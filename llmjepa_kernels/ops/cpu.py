@@ -1,6 +1,6 @@
-"""CPU back end of the operations: C++ kernels for AVX-512, AVX2, NEON and plain vectors.
+"""CPU back end of the operations: C++ kernels for AVX-512, AMX, AVX2, NEON and plain vectors.
 
-Everything is summed in float32 (float64 for float64). On AVX512-BF16, attention of bfloat16
+Everything is summed in float32 (float64 for float64). On AVX512-BF16 and AMX, attention of bfloat16
 multiplies pairs of them, and rounds P and dS for it as GPUs do; elsewhere it widens them first.
 
 Source: FlashAttention-2, arXiv:2307.08691, in the layout that csrc/attention.h describes.

@@ -75,13 +75,13 @@ def test_any_block_size(isa, block_size, mask_window, dtype):
     check_attention(case, "cpu", dtype, block_size=block_size, mask_window=mask_window)
 
 
+@pytest.mark.parametrize("dtype", SUMMED, ids=str)
 @pytest.mark.parametrize("heads", [(1, 1), (9, 3), (8, 2), (5, 1), (7, 7), (40, 1)])
-def test_head_groups(isa, heads):
+def test_head_groups(isa, heads, dtype):
     case = AttentionCase.random(
         heads=heads[0], kv_heads=heads[1], seq=130, head_dim=48, mean_length=20, seed=heads[0]
     )
-    for dtype in SUMMED:
-        check_attention(case, "cpu", dtype)
+    check_attention(case, "cpu", dtype)
 
 
 @pytest.mark.parametrize("dtype", SUMMED, ids=str)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import shutil
 import struct
 import subprocess
-import sys
 from pathlib import Path
 
 from llmjepa_kernels.ops import cpu
+from tests.support.build_cpu import build_library
 
-ROOT = Path(__file__).parents[2]
 ITEM_SIZES = (4, 8, 2, 2)  # of LkDtype
 
 
@@ -27,22 +25,19 @@ class EmulatedLibrary:
     def __init__(self, machine: str, build: Path):
         compiler = f"{machine}-linux-gnu-g++"
         environment = {
-            **os.environ,
             "LLMJEPA_CPU_MACHINE": machine,
             "CC": f"{machine}-linux-gnu-gcc",
             "CXX": compiler,
             "LDSHARED": f"{compiler} -shared",
             "LDCXXSHARED": f"{compiler} -shared",
         }
-        command = [sys.executable, "setup.py", "-q", "build_ext", "--force"]
-        command += [f"--build-lib={build}", f"--build-temp={build}/temp"]
-        subprocess.run(command, cwd=ROOT, env=environment, check=True)
+        library = build_library(build, **environment)
         driver = build / "driver"
         source = Path(__file__).with_suffix(".cpp")
         subprocess.run([compiler, "-std=c++17", "-O1", source, "-ldl", "-o", driver], check=True)
         self.directory = build
         self.command = [f"qemu-{machine}", "-L", f"/usr/{machine}-linux-gnu", driver]
-        self.command.append(build / "llmjepa_kernels/ops/_cpu.so")
+        self.command.append(library)
         self.isas = subprocess.check_output(self.command, text=True).split()
 
     @staticmethod

@@ -1,6 +1,6 @@
 """Runs the tests of the CPU kernels on a library built with AddressSanitizer and UBSan.
 
-    python tests/support/sanitize_cpu.py [pytest arguments instead of the usual selection]
+    python -m tests.support.sanitize_cpu [pytest arguments instead of the usual selection]
 
 Any report of a sanitizer fails the run. Needs GCC (or CXX) with libasan and libubsan.
 """
@@ -12,7 +12,8 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.support.build_cpu import ROOT, build_library
+
 # Every kernel, instruction set and dtype, but not every case of it.
 SELECTED = (
     "head_dims or options or ragged or extreme or strides or openmp or finite or loss or refused"
@@ -30,23 +31,7 @@ def main() -> int:
     ]
     with tempfile.TemporaryDirectory() as build:
         flags = f"{SANITIZE} -O2 -g -fno-omit-frame-pointer"
-        subprocess.run(
-            [
-                sys.executable,
-                "setup.py",
-                "-q",
-                "build_ext",
-                "--force",
-                f"--build-lib={build}",
-                f"--build-temp={build}/temp",
-            ],
-            cwd=ROOT,
-            env={**os.environ, "LLMJEPA_CPU_FLAGS": flags, "LDFLAGS": SANITIZE},
-            check=True,
-        )
-        library = Path(build, "llmjepa_kernels/ops/_cpu.so")
-        if not library.exists():  # setup.py goes on without it, and the tests would be skipped
-            raise SystemExit("the kernels could not be compiled with the sanitizers")
+        library = build_library(Path(build), LLMJEPA_CPU_FLAGS=flags, LDFLAGS=SANITIZE)
         environment = {
             **os.environ,
             "LLMJEPA_CPU_LIBRARY": str(library),
