@@ -63,15 +63,15 @@ class BuildKernels(build_ext):
             )
 
     def knows(self, name, flags):
-        """Whether the compiler takes the flags of an instruction set."""
+        """Whether the compiler takes the flags of an instruction set, and its assembler follows."""
         if not flags:
             return True
-        empty = Path(self.build_temp) / "empty.cpp"
-        empty.parent.mkdir(parents=True, exist_ok=True)
-        empty.touch()
+        probe = Path(self.build_temp) / "probe.cpp"
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.write_text('#ifdef __AMX_TILE__\nvoid probe() { asm("tilerelease"); }\n#endif\n')
         try:
             self.compiler.compile(
-                [str(empty)], output_dir=self.build_temp, extra_postargs=[*FLAGS, *flags]
+                [str(probe)], output_dir=self.build_temp, extra_postargs=[*FLAGS, *flags]
             )
         except CompileError:
             print(f"the compiler knows no {name}: the CPU kernels do without it", file=sys.stderr)
