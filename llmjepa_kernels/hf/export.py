@@ -102,13 +102,7 @@ def export_adapter(source: Path, tokenizer: Any, removed: Collection[str], direc
         weights = load_file(source / ADAPTER_WEIGHTS)
     except Exception as error:  # of safetensors
         raise OSError(f"{source / ADAPTER_WEIGHTS} cannot be read: {error}") from error
-    whole = tuple(f".{name}." for name in config.get("modules_to_save") or ())
-    plain = {
-        name: w
-        for name, w in weights.items()
-        if "lora_" in name or (any(map(name.__contains__, whole)) and not _is_copy(name))
-        if TOKEN_ROWS not in name
-    }
+    plain = {name: w for name, w in weights.items() if _is_trained(name, config)}
     # PEFT also keeps the frozen embeddings and head of a base model that was resized.
     frozen = [w for name, w in weights.items() if name not in plain and name.endswith(".weight")]
     rows = {len(w) for w in frozen}
@@ -123,9 +117,14 @@ def export_adapter(source: Path, tokenizer: Any, removed: Collection[str], direc
     export_tokenizer(tokenizer, removed, directory)
 
 
-def _is_copy(name: str) -> bool:
-    """Whether that is what PEFT keeps of a resized base model beside a module saved whole."""
-    return ".original_module." in name or ".modules_to_save." in name
+def _is_trained(name: str, config: dict[str, Any]) -> bool:
+    """Whether a weight of an adapter is more than rows of tokens or a copy of the base model's."""
+    # The latter two PEFT keeps beside a module that is saved whole, if it was resized.
+    if any(part in name for part in (TOKEN_ROWS, ".original_module.", ".modules_to_save.")):
+        return False
+    whole = (f".{module}." in name for module in config.get("modules_to_save") or ())
+    has_biases = config.get("bias", "none") != "none"
+    return "lora_" in name or any(whole) or (has_biases and name.endswith(".bias"))
 
 
 def export_tokenizer(tokenizer: Any, removed: Collection[str], directory: Path) -> None:

@@ -171,11 +171,12 @@ def test_an_adapter_stays_one(adapter, tmp_path):
 
 
 def test_modules_that_an_adapter_saves_whole(tmp_path, capsys):
-    """With biases and modules in them; a head that was resized does not fit the base model."""
+    """And biases; a head that was resized does not fit the base model."""
     checkpoint(tmp_path / "base")
     adapted, tokenizer = models.load_pretrained(str(tmp_path / "base"))
     whole = ["embed_tokens", "lm_head", "mlp"]
-    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=whole)
+    trained = {"modules_to_save": whole, "bias": "lora_only"}
+    config = LoraConfig(r=2, target_modules=["q_proj"], **trained)
     ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
 
     def save(model, directory):
