@@ -77,8 +77,9 @@ def export_adapter(source: Path, tokenizer: Any, removed: Collection[str], direc
         tokenizer, removed, directory: As in `export_model`.
 
     Raises:
-        ValueError: It also trains rows of other tokens, which the base model may lack, or tokens
-            would get other ids than they have there.
+        ValueError: It also trains rows of other tokens, which the base model may lack, or a whole
+            head or embeddings that were resized, or tokens would get other ids than they have
+            there.
         OSError: The weights cannot be read.
     """
     config = json.loads((source / ADAPTER_CONFIG).read_bytes())
@@ -101,17 +102,29 @@ def export_adapter(source: Path, tokenizer: Any, removed: Collection[str], direc
         weights = load_file(source / ADAPTER_WEIGHTS)
     except Exception as error:  # of safetensors
         raise OSError(f"{source / ADAPTER_WEIGHTS} cannot be read: {error}") from error
+    plain = {name: w for name, w in weights.items() if _is_trained(name, config)}
     # PEFT also keeps the frozen embeddings and head of a base model that was resized.
-    whole = tuple(f".{name}.weight" for name in config.get("modules_to_save") or ())
-    plain = {
-        name: w
-        for name, w in weights.items()
-        if TOKEN_ROWS not in name and ("lora_" in name or name.endswith(whole))
-    }
+    frozen = [w for name, w in weights.items() if name not in plain and name.endswith(".weight")]
+    rows = {len(w) for w in frozen}
+    if resized := sorted(name for name, w in plain.items() if rows & set(w.shape)):
+        raise ValueError(
+            f"the adapter in {source} has {', '.join(resized)} for more tokens than its base "
+            "model: --merge"
+        )
     save_file(plain, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     config["trainable_token_indices"] = None
     (directory / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     export_tokenizer(tokenizer, removed, directory)
+
+
+def _is_trained(name: str, config: dict[str, Any]) -> bool:
+    """Whether a weight of an adapter is more than rows of tokens or a copy of the base model's."""
+    # The latter two PEFT keeps beside a module that is saved whole, if it was resized.
+    if any(part in name for part in (TOKEN_ROWS, ".original_module.", ".modules_to_save.")):
+        return False
+    whole = (f".{module}." in name for module in config.get("modules_to_save") or ())
+    has_biases = config.get("bias", "none") != "none"
+    return "lora_" in name or any(whole) or (has_biases and name.endswith(".bias"))
 
 
 def export_tokenizer(tokenizer: Any, removed: Collection[str], directory: Path) -> None:

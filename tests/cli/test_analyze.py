@@ -22,10 +22,14 @@ from llmjepa_kernels.evaluation.geometry import (
     embed_views,
     linear_residual,
     view_geometry,
+    view_states,
 )
 from llmjepa_kernels.hf import load as models
-from llmjepa_kernels.packing import sequence_ids
+from llmjepa_kernels.hf.patch import patch_model
+from llmjepa_kernels.packing import pack, sequence_ids
 from llmjepa_kernels.training.telemetry import CollapseTelemetry
+from tests.support.helpers import random_examples
+from tests.support.models import tiny_model
 
 
 def randn(*shape, seed=0):
@@ -149,6 +153,20 @@ def test_states_that_cannot_be_compared():
         view_geometry(randn(3, 4), broken)
     with pytest.raises(ValueError, match="predictors must be finite, row 1 holds"):
         view_geometry(randn(3, 4), randn(3, 4), (broken, randn(3, 4)))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_stays_in_its_mode(training):
+    """Also after an error; its dropout does not touch the states."""
+    model = patch_model(tiny_model("llama").train(training))
+    batch, seen = pack(random_examples(3, seed=1)), []
+    model.model.layers[0].register_forward_hook(lambda module, *_: seen.append(module.training))
+    view_states(model, [batch])
+    assert seen == [False]
+    assert model.training is model.model.layers[0].training is training
+    with pytest.raises(ValueError, match="layer must be from"):
+        view_states(model, [batch], layer=9)
+    assert model.training is training
 
 
 SAMPLES = 7

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmjepa_kernels.cli import main as cli
@@ -145,7 +145,7 @@ def adapter(tmp_path, request):
     def make(*after):
         model, tokenizer = models.load_pretrained(str(tmp_path / "base"))
         ids = add_tokens(model, tokenizer, [*predictor_tokens(2), *after])
-        adapted = models.add_lora(model, 4, new_ids=ids)
+        adapted = models.add_lora(model, 2, new_ids=ids)
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name or "delta" in name:
                 torch.nn.init.normal_(parameter.data, std=0.05)
@@ -168,6 +168,44 @@ def test_an_adapter_stays_one(adapter, tmp_path):
     assert "library_name: peft" in (tmp_path / "out" / "README.md").read_text()
     found = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert found.get_vocab() == AutoTokenizer.from_pretrained(tmp_path / "base").get_vocab()
+
+
+def test_modules_that_an_adapter_saves_whole(tmp_path, capsys):
+    """And biases; a head that was resized does not fit the base model."""
+    checkpoint(tmp_path / "base")
+    adapted, tokenizer = models.load_pretrained(str(tmp_path / "base"))
+    whole = ["embed_tokens", "lm_head", "mlp"]
+    trained = {"modules_to_save": whole, "bias": "lora_only"}
+    config = LoraConfig(r=2, target_modules=["q_proj"], **trained)
+    ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+
+    def save(model, directory):
+        model = get_peft_model(model, config).eval()
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter.data, std=0.05)
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        with torch.no_grad():
+            return model(ids).logits
+
+    expected = save(adapted, tmp_path / "adapter")
+    assert export(tmp_path / "adapter", tmp_path / "out") == 0
+    base, _ = models.load_pretrained(str(tmp_path / "base"))
+    plain = PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    with torch.no_grad():
+        assert torch.equal(plain(ids).logits, expected)
+
+    grown, _ = models.load_pretrained(str(tmp_path / "base"))
+    add_tokens(grown, tokenizer, predictor_tokens(3))
+    expected = save(grown, tmp_path / "grown")
+    assert export(tmp_path / "grown", tmp_path / "none") == 2
+    assert "embed_tokens.weight for more tokens than its base" in capsys.readouterr().err
+    assert export(tmp_path / "grown", tmp_path / "merged", "--merge") == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        found = merged(ids).logits
+    torch.testing.assert_close(found, expected[..., : found.shape[-1]])
 
 
 def test_an_adapter_is_merged(adapter, tmp_path):

@@ -79,6 +79,22 @@ def test_a_decoder_that_its_config_makes_bidirectional(batch):
         model(**batch)
 
 
+def test_a_position_bias_is_not_left_out(batch):
+    """As the attention of Inkling passes one."""
+    model = patch_model(tiny_model("llama"))
+    with pytest.raises(ValueError, match="no position_bias, which LlamaAttention passes"):
+        model(**batch, position_bias=torch.zeros(1))
+
+
+@pytest.mark.parametrize("name", ["pixel_values", "pixel_values_videos", "input_features"])
+def test_rows_are_packed_of_text_alone(batch, name):
+    model = patch_model(Family("gemma3").model()).eval()
+    inputs = {key: batch[key] for key in ("input_ids", "position_ids", "visible_until")}
+    with pytest.raises(ValueError, match=f"{name} must not be given with visible_until"):
+        model(**inputs, **{name: torch.zeros(1, 3, 8, 8)})
+    assert model(**inputs, pixel_values=None).logits.shape[:2] == batch["input_ids"].shape
+
+
 def test_each_part_gets_its_own_implementation_back():
     model = Family("gemma3").model()
     before = {"": "sdpa", "text_config": "eager", "vision_config": "sdpa"}

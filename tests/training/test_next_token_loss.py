@@ -10,6 +10,7 @@ from llmjepa_kernels import pack
 from llmjepa_kernels.data.tokenizer import train_tokenizer
 from llmjepa_kernels.hf.head import Head
 from llmjepa_kernels.hf.patch import patch_model
+from llmjepa_kernels.training import next_token_loss as next_token_module
 from llmjepa_kernels.training import trainer as trainer_module
 from llmjepa_kernels.training.objective import llm_jepa_loss, supervised_positions
 from llmjepa_kernels.training.trainer import LLMJEPATrainer
@@ -160,6 +161,31 @@ def test_a_head_in_pieces_is_not_used(batch, monkeypatch):
     sizes = watch_logits(model)
     assert llm_jepa_loss(model, batch, max_logits=ROWS * VOCAB).loss == whole.loss
     assert max(sizes) == supervised_positions(batch["labels"]).numel() * VOCAB
+
+
+@pytest.mark.parametrize("does_more", [False, True])
+@pytest.mark.parametrize("max_logits", [ROWS * VOCAB, 2**20])
+def test_processes_find_out_together_what_the_head_does(batch, monkeypatch, max_logits, does_more):
+    """Those with few logits too: with FSDP all must run a second forward where one needs it."""
+    monkeypatch.setattr(next_token_module, "is_distributed", lambda: True)
+    model, forwards = patched("llama"), []
+    model.register_forward_hook(lambda *_: forwards.append("forward"))
+    if does_more:
+        model.config.logit_scale = 2.0  # which Llama does not know
+    llm_jepa_loss(model, batch, max_logits=max_logits)
+    assert len(forwards) == (2 if does_more else 1)
+    assert Head(model).is_exact is not does_more
+    llm_jepa_loss(model, batch, max_logits=max_logits)
+    assert len(forwards) == (3 if does_more else 2)
+
+
+def test_a_process_that_alone_needs_another_forward_stops(batch, monkeypatch):
+    monkeypatch.setattr(next_token_module, "is_distributed", lambda: True)
+    model = patched("llama")
+    llm_jepa_loss(model, batch, max_logits=ROWS * VOCAB)
+    monkeypatch.setattr(Head, "gives", lambda *_: False)
+    with pytest.raises(RuntimeError, match="the head gives other logits than the model does"):
+        llm_jepa_loss(model, batch, max_logits=ROWS * VOCAB)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

@@ -6,7 +6,9 @@ from torch.nn import functional
 
 from llmjepa_kernels import Example, PackedBatch, Segment, pack
 from llmjepa_kernels.hf.patch import patch_model
-from llmjepa_kernels.ops.loss import METRICS, last_token_loss
+from llmjepa_kernels.ops.loss import METRICS, last_token_loss, pair_views
+from llmjepa_kernels.ops.tubes import semantic_tube_loss
+from llmjepa_kernels.training import objective
 from llmjepa_kernels.training.objective import LLMJEPAOutput, llm_jepa_loss, supervised_positions
 from tests.support.helpers import random_examples
 from tests.support.models import tiny_model
@@ -144,6 +146,27 @@ def test_head_runs_on_supervised_tokens_only(batch):
     llm_jepa_loss(model, batch)
     most = int((batch["labels"][:, 1:] != -100).sum(dim=1).max())
     assert rows == [(len(batch["labels"]), most)]
+
+
+@pytest.mark.parametrize(("patched", "expected"), [("reference", "reference"), ("flash", None)])
+def test_the_losses_run_on_the_back_end_of_the_model(batch, monkeypatch, patched, expected):
+    """All of them; on the default one where that is of attention alone."""
+    losses, found = (last_token_loss, semantic_tube_loss, pair_views), []
+
+    def watch(loss):
+        def spy(*args, impl, **options):
+            found.append((loss, impl))
+            return loss(*args, impl=impl, **options)
+
+        monkeypatch.setattr(objective, loss.__name__, spy)
+
+    for loss in losses:
+        watch(loss)
+    monkeypatch.setattr(objective, "patched_impl", lambda model: patched)
+    model = patch_model(tiny_model("llama"))
+    llm_jepa_loss(model, batch, metric="l2", stp_weight=1.0, return_views=True)
+    assert len(found) == 4  # the distance of "l2", and that of the logged cosine
+    assert set(found) == {(loss, expected) for loss in losses}
 
 
 @pytest.mark.parametrize("kind", ["packed", "plain dict", "without schedule", "with supervised"])

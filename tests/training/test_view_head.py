@@ -130,6 +130,13 @@ def test_same_seed_same_weights_and_the_global_one_is_left_alone():
     assert after[0] == after[1] == after[2]
 
 
+def test_first_weights_of_matrices_are_those_of_glorot_and_bengio():
+    head = add_view_head(tiny_model("llama"), predictor=True, tube_predictor=True)
+    for matrix in (head.predictor, head.tube_predictor):
+        bound = (6 / sum(matrix.weight.shape)) ** 0.5
+        assert 0.95 * bound < matrix.weight.abs().max() <= bound
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_saved_model_loads_without_it_and_it_loads_beside(tmp_path, model, dtype, recwarn):
     model = model.to(dtype)
@@ -194,6 +201,23 @@ def test_the_trainer_trains_saves_and_resumes_it(tmp_path, caplog):
     (tmp_path / "checkpoint-2" / HEAD_FILE).unlink()
     with pytest.raises(ValueError, match=f"has no {HEAD_FILE}, but the model has a ViewHead"):
         trainer(start, collator, tmp_path).train(str(tmp_path / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DeepSpeed"])
+def test_what_cuts_parameters_apart_is_refused(tmp_path, monkeypatch, name):
+    """Said of itself by Transformers' trainer, as neither runs in one process on a CPU."""
+    start = LLMJEPATrainer.create_accelerator_and_postprocess
+
+    def with_plugin(self):
+        start(self)
+        setattr(self, f"is_{name.lower()}_enabled", True)
+
+    monkeypatch.setattr(LLMJEPATrainer, "create_accelerator_and_postprocess", with_plugin)
+    model, collator = build(train_tokenizer(ROWS, vocab_size=300))
+    trainer(model, collator, tmp_path)
+    add_view_head(model, predictor=True)
+    with pytest.raises(ValueError, match=f"does not support a ViewHead under {name}"):
+        trainer(model, collator, tmp_path)
 
 
 def test_the_best_model_comes_with_its_head(tmp_path):
