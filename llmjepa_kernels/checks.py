@@ -29,7 +29,10 @@ def plain(value: Any) -> Any:
     """A number that was checked as Python's own, also if it is NumPy's."""
     if isinstance(value, (torch.SymInt, torch.SymFloat)):
         return value
-    return operator.index(value) if hasattr(value, "__index__") else float(value)
+    try:
+        return operator.index(value)
+    except TypeError:  # a float, or an array of one
+        return float(value)
 
 
 def check_finite(name: str, value: Any, *, positive: bool = False) -> None:

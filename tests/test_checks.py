@@ -145,7 +145,7 @@ def test_numbers_of_numpy(impl):
     if impl == "cpu" and not cpu.is_available():
         pytest.skip("the library was not compiled")
     options = {"window": 3, "softcap": 2.5, "softmax_scale": 0.25}
-    kinds = {"window": np.int64, "softcap": np.float32, "softmax_scale": np.float32}
+    kinds = {"window": np.int64, "softcap": np.float32, "softmax_scale": np.array}
     others = {name: kinds[name](value) for name, value in options.items()}
     found, expected = (
         function(x, position_ids=POSITIONS, impl=impl, **given) for given in (others, options)

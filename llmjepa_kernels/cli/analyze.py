@@ -87,7 +87,11 @@ def analyze(options: AnalyzeOptions) -> None:
             model, tokenizer = load_checkpoint(checkpoint, options, device)
             verdicts = None
             if options.answers is not None:
-                weights = weights_fingerprint(model)
+                weights = {
+                    "weights": weights_fingerprint(model),
+                    "dtype": options.dtype,
+                    "load_in": options.load_in,
+                }
                 verdicts = read_verdicts(options.answers, checkpoint, chats, weights)
             load_view_head(model, checkpoint)
             trained = ExampleFormat.load(

@@ -8,7 +8,7 @@ from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
 
-from llmjepa_kernels.cli.option_parser import Options, flag_of, kinds, specs
+from llmjepa_kernels.cli.option_parser import Options, flags_of, kinds, specs
 
 
 def read_config(path: str | None, command: type[Options]) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -32,7 +32,10 @@ def read_config(path: str | None, command: type[Options]) -> tuple[dict[str, Any
         """Takes no key twice, of which the last would count."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            merge = "tag:yaml.org,2002:merge"  # the key <<, which has no value
+            keys = [
+                self.construct_object(key, deep=True) for key, _ in node.value if key.tag != merge
+            ]
             for key in keys:
                 if keys.count(key) > 1:
                     raise yaml.YAMLError(f"{key} is given twice")
@@ -45,15 +48,20 @@ def read_config(path: str | None, command: type[Options]) -> tuple[dict[str, Any
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} must map options to values, got {type(content).__name__}")
     types = kinds(command)
-    names = {flag_of(each.name, spec).removeprefix("--"): each for each, spec in specs(command)}
+    names = {
+        flag.removeprefix("--"): each
+        for each, spec in specs(command)
+        for flag in flags_of(each.name, spec)
+    }
     values: dict[str, Any] = {}
     other: list[str] = []
     seen: dict[str, str] = {}
     for key, value in content.items():
         name = str(key).replace("_", "-")
-        if name in seen:
-            raise ValueError(f"{path}: {key} is given twice, as {seen[name]} too")
-        seen[name] = str(key)
+        same = names[name].name if name in names else name
+        if same in seen:
+            raise ValueError(f"{path}: {key} is given twice, as {seen[same]} too")
+        seen[same] = str(key)
         if value is None:
             continue
         if name not in names:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import io
+import re
 import sys
 import time
 import warnings
@@ -73,7 +74,8 @@ def main(argv: list[str] | None = None) -> int:
 def _hyphenated(word: str) -> str:
     """An option with hyphens, as which Transformers' scripts take underscores too."""
     name, equals, value = word.partition("=")
-    return name.replace("_", "-") + equals + value if name.startswith("--") else word
+    is_option = re.fullmatch(r"--[\w-]+", name)  # and no text that begins so
+    return name.replace("_", "-") + equals + value if is_option else word
 
 
 def _warning(

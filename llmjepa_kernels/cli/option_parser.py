@@ -54,6 +54,7 @@ class Option(NamedTuple):
     group: str | None
     metavar: str | None
     flag: str | None
+    alias: str | None
     choices: tuple[str, ...]
     range: Range
     default: str | None
@@ -67,6 +68,7 @@ def option(
     group: str | None = None,
     metavar: str | None = None,
     flag: str | None = None,
+    alias: str | None = None,
     choices: Iterable[str] = (),
     range: Range = Range(),
     default_is: str | None = None,
@@ -80,12 +82,13 @@ def option(
         group: The heading in ``--help``, if another than "options".
         metavar: Stands for the value in ``--help``.
         flag: Its name on the command line. Default: the field's, with "--" and hyphens.
+        alias: Another one, as which Transformers' scripts know it.
         choices: All values, if they are few.
         range: Of a number.
         default_is: Says what a default of None stands for.
         recorded: Whether the result of a run depends on it.
     """
-    spec = Option(help, group, metavar, flag, tuple(choices), range, default_is, recorded)
+    spec = Option(help, group, metavar, flag, alias, tuple(choices), range, default_is, recorded)
     return field(default=default, metadata={"option": spec})
 
 
@@ -135,12 +138,12 @@ class Options:
             if spec.group not in groups:
                 groups[spec.group] = parser.add_argument_group(spec.group)
             if each.default is MISSING:
-                name, how = each.name, {}
+                names, how = [each.name], {}
             else:
-                name, how = flag_of(each.name, spec), {"dest": each.name}
+                names, how = flags_of(each.name, spec), {"dest": each.name}
             negatable = any(each.name in preset for preset in cls.presets.values())
             how |= _how(spec, each.default, *types[each.name], negatable)
-            groups[spec.group].add_argument(name, **how)
+            groups[spec.group].add_argument(*names, **how)
 
     @classmethod
     def of(
@@ -201,6 +204,11 @@ def specs(cls: type[Options]) -> Iterator[tuple[Field[Any], Option]]:
 def flag_of(name: str, spec: Option) -> str:
     """How an option is written."""
     return spec.flag or f"--{name.replace('_', '-')}"
+
+
+def flags_of(name: str, spec: Option) -> list[str]:
+    """All ways to write it."""
+    return [flag_of(name, spec), *([] if spec.alias is None else [spec.alias])]
 
 
 def _check(flag: str, spec: Option, value: Any) -> None:

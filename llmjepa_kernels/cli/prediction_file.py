@@ -19,7 +19,7 @@ def read_verdicts(
     path: str | os.PathLike[str],
     checkpoint: str,
     samples: Sequence[Mapping[str, Any]],
-    weights: str | None = None,
+    weights: Mapping[str, Any] | None = None,
 ) -> list[bool | None]:
     """Whether a checkpoint's answer to each sample is right, as `PredictionFile` has written it.
 
@@ -27,7 +27,8 @@ def read_verdicts(
         path: Of the JSONL file.
         checkpoint: Its name there.
         samples: Of all answers.
-        weights: The fingerprint of the checkpoint's; compared where the file beside knows it.
+        weights: The checkpoint's, as its fingerprint ``weights``, and ``dtype`` and ``load_in``, in
+            which they were loaded; compared where the file beside knows the same of the latter.
 
     Returns:
         One per sample; None where there is no answer.
@@ -58,17 +59,20 @@ def read_verdicts(
         raise ValueError(f"{path} has no answers of {checkpoint}, but of {sorted(names)}")
     report = Path(path).with_suffix(".report.json")
     if weights is not None and report.is_file():
-        answered = _settings_of(report, checkpoint).get("weights", weights)
-        if answered != weights:
+        answered = {**weights, **_settings_of(report, checkpoint)}
+        loaded = all(answered[key] == weights[key] for key in ("dtype", "load_in"))
+        if loaded and answered["weights"] != weights["weights"]:
             raise ValueError(f"{path} has answers that {checkpoint} gave with other weights")
     return verdicts
 
 
 def _settings_of(report: Path, checkpoint: str) -> dict[str, Any]:
-    """What a checkpoint's answers were made with; empty where the report does not say."""
+    """What a checkpoint's answers were made with, as far as the report says."""
     try:
-        found = json.loads(report.read_bytes())["checkpoints"].items()
-        return next((x["settings"] for name, x in found if Path(name) == Path(checkpoint)), {})
+        content = json.loads(report.read_bytes())
+        found = content["checkpoints"].items()
+        own = [each["settings"] for name, each in found if Path(name) == Path(checkpoint)]
+        return {**content.get("settings", {}), **(own[0] if own else {})}
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{report} is no report of an evaluation: {error!r}") from error
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmjepa_kernels.files import write_whole
-from llmjepa_kernels.training.checkpoints import checkpoints, why_incomplete
+from llmjepa_kernels.training.checkpoints import checkpoints, has_training_state, why_incomplete
 
 RECORD = "run.json"
 LENGTHS = ("epochs", "max_steps")
@@ -75,21 +75,27 @@ class RunRecord:
                 "--output-dir"
             )
         changed = sorted(k for k in now if before[k] != now[k])
-        if changed and all(_is_longer(k, before[k], now[k]) for k in changed):
-            if self.checkpoint()[0] is None:
-                raise ValueError(
-                    f"--resume: the run in {self.directory} has no checkpoint to go on from to "
-                    f"{changed[0]} {now[changed[0]]!r}: --save-steps or --save-strategy would have "
-                    "made some"
-                )
-            return
-        if changed:
+        if not all(_is_longer(k, before[k], now[k]) for k in changed):
             raise ValueError(
                 f"--resume: the run in {self.directory} had other options: "
                 + ", ".join(f"{k} {before[k]!r}, now {now[k]!r}" for k in changed)
                 + "; choose another --output-dir"
             )
-        self.result = result
+        if result is not None and not changed:
+            self.result = result
+            return
+        checkpoint, _ = self.checkpoint()
+        if changed and checkpoint is None:
+            raise ValueError(
+                f"--resume: the run in {self.directory} has no checkpoint to go on from to "
+                f"{changed[0]} {now[changed[0]]!r}: --save-steps or --save-strategy would have "
+                "made some"
+            )
+        if checkpoint is not None and not has_training_state(checkpoint):
+            raise ValueError(
+                "--resume needs the state of the optimizer, which --save-only-model has kept out "
+                f"of {checkpoint}: begin anew by --overwrite"
+            )
 
     def checkpoint(self) -> tuple[Path | None, list[str]]:
         """The last complete checkpoint, and what is wrong with later ones."""

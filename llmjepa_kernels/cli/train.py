@@ -85,9 +85,10 @@ def train(options: TrainOptions) -> None:
         TrainingRun(options, data, rule, record, first, terms_of(record.name))
         for record in records[: len(options.objectives)]
     ]
-    options_of = _matched(options, runs, arguments)
+    lengths = _matched(options, runs, arguments)
+    options_of = {name: replace(options, **length) for name, length in lengths.items()}
     for record in records:  # whose length another first objective would change
-        record.options["matched"] = list(options_of[record.name].other[len(options.other) :])
+        record.options["matched"] = lengths[record.name]
     if is_main and (options.dry_run or options.streaming):
         print_left_out(data.left_out)
     if options.dry_run:
@@ -151,19 +152,19 @@ def train(options: TrainOptions) -> None:
 
 def _matched(
     options: TrainOptions, runs: list[TrainingRun], arguments: TrainingArguments
-) -> dict[str, TrainOptions]:
-    """The options of each objective: with --match tokens, each is trained as long as that takes."""
+) -> dict[str, dict[str, Any]]:
+    """How long each objective is trained, where --match tokens says so."""
     if options.match == "steps":
-        return {run.record.name: options for run in runs}
+        return {run.record.name: {} for run in runs}
     tokens = [run.tokens_per_example() for run in runs]
-    matched = {}
+    matched: dict[str, dict[str, Any]] = {}
     for run, own in zip(runs, tokens, strict=True):
         share = tokens[0] / own
-        if arguments.max_steps > 0:
-            length = ("--max-steps", str(max(round(arguments.max_steps * share), 1)))
-        else:
-            length = ("--num-train-epochs", str(arguments.num_train_epochs * share))
-        matched[run.record.name] = replace(options, other=(*options.other, *length))
+        matched[run.record.name] = (
+            {"max_steps": max(round(arguments.max_steps * share), 1)}
+            if arguments.max_steps > 0
+            else {"epochs": arguments.num_train_epochs * share}
+        )
     return matched
 
 

@@ -41,8 +41,6 @@ from llmjepa_kernels.training.loss_dropout import PER
 from llmjepa_kernels.tubes import FORMS
 
 MATCHES = ("steps", "tokens")
-# Options of Transformers that are these by another name.
-SAME = {"epochs": "--num-train-epochs", "batch_size": "--per-device-train-batch-size"}
 # Of Transformers, those that no result depends on, or that are secret.
 NOT_RECORDED = ("--hub-token", "--report-to", "--run-name")
 OBJECTIVE, TRAINING = "objective", "training"
@@ -152,6 +150,7 @@ examples:
         metavar="N",
         range=POSITIVE,
         default_is=_by_start("num_train_epochs"),
+        alias="--num-train-epochs",
     )
     batch_size: int | None = option(
         None,
@@ -160,6 +159,7 @@ examples:
         metavar="N",
         range=COUNT,
         default_is=_by_start("per_device_train_batch_size"),
+        alias="--per-device-train-batch-size",
     )
     learning_rate: float | None = option(
         None,
@@ -447,19 +447,6 @@ examples:
             raise ValueError("--resume goes on with what --overwrite deletes: give one of them")
         if self.seeds and len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"--seeds must differ, got {list(self.seeds)}")
-
-    @classmethod
-    def of(cls, *given: Any) -> TrainOptions:
-        """As `Options.of`; refuses two names of the same thing, of which one would not count."""
-        options = super().of(*given)
-        for name, other in SAME.items():
-            value = getattr(options, name)
-            if value is not None and any(word.partition("=")[0] == other for word in options.other):
-                raise ValueError(
-                    f"--{name.replace('_', '-')} is {other}: give one of them, or {other} in place "
-                    f"of the {value} that a file or a preset says"
-                )
-        return options
 
     def packages(self) -> dict[str, list[str]]:
         packages = ["transformers", "accelerate", "tokenizers", "matplotlib", "rich", "scipy"]

@@ -38,10 +38,6 @@ def training_arguments(options: TrainOptions, directory: Path, seed: int) -> Tra
     )
     if unknown:
         raise ValueError(f"unknown options {' '.join(unknown)}: see llmjepa train --help")
-    if options.resume and arguments.save_only_model:
-        raise ValueError(
-            "--resume needs the state of the optimizer, which --save-only-model does not save"
-        )
     if arguments.resume_from_checkpoint is not None:
         raise ValueError("--resume-from-checkpoint is not supported: use --resume")
     at_once = arguments.train_batch_size * arguments.world_size

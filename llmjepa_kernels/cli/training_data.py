@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from llmjepa_kernels.training.streaming import ExampleStream
 from llmjepa_kernels.tubes import TubeSampler
 
 HEAD = 1000  # samples of a stream that are looked at before training
+TOLD_BY = 1000  # samples whose tokens tell tokenizers apart
 
 
 class LeftOut:
@@ -342,14 +344,19 @@ class TrainingData:
         )
 
     def fingerprint(self) -> str:
-        """Tells whether two runs had the same data, of the same tokens."""
+        """Tells whether two runs had the same data, of the same tokens.
+
+        Some templates write the date, so it is by what the tokens are made of.
+        """
         parts = (self.train, self.held_out, self.out_of_distribution)
-        tokens = (
-            {"input_ids": [segment.input_ids for segment in example.segments]}
-            for part in parts
-            for example in part.examples
-        )
-        return data_fingerprint(*(part.samples for part in parts), tokens)
+        start, first = self._start, islice(self.train.samples, TOLD_BY)
+        texts = (json.dumps(sample, sort_keys=True, default=str) for sample in first)
+        made_of = [
+            {"template": start.tokenizer.chat_template, "max_positions": start.max_positions},
+            asdict(start.example_format),
+            *({"tokens": start.tokenizer.encode(text, verbose=False)} for text in texts),
+        ]
+        return data_fingerprint(*(part.samples for part in parts), made_of)
 
     def _part(
         self, located: list[LocatedSample], left_out: LeftOut, *, answered: bool = False

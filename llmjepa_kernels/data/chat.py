@@ -202,7 +202,6 @@ def plain_example(
     else:
         contents.append((len(prompt), len(prompt) + len(answer)))
     if supervise in ("assistant", "content"):
-        learnt_answers(turns)
         labels = [IGNORE] * len(prompt) + sequence[len(prompt) :]
         if supervise == "content":
             labels[-1] = IGNORE
@@ -443,13 +442,18 @@ def _labels(
     tokenizer: PreTrainedTokenizerBase, chat: Rendering, turns: Sequence[Turn], supervise: str
 ) -> list[int]:
     """Of the tokens of a chat of these turns."""
-    ids = chat.input_ids
+    ids, learnt = chat.input_ids, learnt_answers(turns)
     if supervise in ("all", "released"):
-        return _labels_of_all(tokenizer, ids, supervise)
+        labels = _labels_of_all(tokenizer, ids, supervise)
+        for i, turn in enumerate(turns):
+            if turn["role"] == "assistant" and i not in learnt:
+                start, stop = chat.spans[i]
+                labels[start:stop] = [IGNORE] * (stop - start)
+        return labels
     labels = [IGNORE] * len(ids)
     # The end of a turn is what the template writes after the last one, white space excepted.
     end_of_turn = chat.text[chat.char_spans[-1][1] :].rstrip()
-    for i in learnt_answers(turns):
+    for i in learnt:
         start, stop = chat.spans[i]
         content_start, content_end = chat.char_spans[i]
         begins_before = start < stop and chat.offsets[start][0] < content_start
@@ -473,10 +477,9 @@ def _end_of_prompt(tokenizer: PreTrainedTokenizerBase, chat: Rendering, start: i
     end = token_span(tokens.offsets, start, len(text))[0]
     if tokens.input_ids[:end] != chat.input_ids[:end]:
         warnings.warn(
-            "some answers begin in a token that the chat template begins, such as "
-            f"{tokenizer.convert_ids_to_tokens(chat.input_ids[end - 1])!r}: what is generated "
-            "behind the prompt cannot begin so. A template that ends the prompt with a special "
-            "token avoids it",
+            "some answers begin in a token that the chat template begins: what is generated behind "
+            "the prompt cannot begin so. A template that ends the prompt with a special token "
+            "avoids it",
             RuntimeWarning,
             stacklevel=4,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llmjepa_kernels.data.messages import is_list
+from llmjepa_kernels.data.messages import WEIGHT_KEYS, is_list
 
 # What ShareGPT calls the roles; of each, those of `ROLES`.
 SHAREGPT_ROLES = {
@@ -82,7 +82,7 @@ def _sharegpt(conversations: Any) -> list[Any]:
                 f"conversations[{i}] must be from one of {', '.join(SHAREGPT_ROLES)}, got "
                 f"{turn['from']!r}"
             )
-        turns.append({"role": role, "content": turn["value"]})
+        turns.append({**turn, "role": role, "content": turn["value"]})
     return turns
 
 
@@ -90,7 +90,8 @@ def _context(turn: Any) -> Any:
     """A turn of a prompt, whose answers are not learnt unless it says so."""
     if not isinstance(turn, Mapping) or turn.get("role") != "assistant":
         return turn
-    return {"weight": 0, **turn}
+    says = any(turn.get(key) is not None for key in WEIGHT_KEYS)  # Arrow fills in None
+    return turn if says else {**turn, "weight": 0}
 
 
 def _prompt_and_completion(prompt: Any, completion: Any) -> list[Any]:

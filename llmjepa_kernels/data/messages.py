@@ -24,7 +24,7 @@ def checked_messages(messages: Any) -> list[Turn]:
         messages: An optional system turn, then user, assistant and tool turns, the last of which
             is an assistant's, with a user's before it.
     Raises:
-        ValueError: They are something else, or a content is no text.
+        ValueError: They are something else, or a content is no text, or no answer is to be learnt.
     """
     if not is_list(messages):
         raise ValueError(f"messages must be a list of turns, got {type(messages).__name__}")
@@ -57,21 +57,15 @@ def checked_messages(messages: Any) -> list[Turn]:
             "messages must have the roles [system,] user, assistant, with further user, assistant "
             f"and tool turns before the last assistant, got {roles}"
         )
+    if not learnt_answers(turns):
+        raise ValueError("messages must have an assistant turn to learn, all have a weight of 0")
     return turns
 
 
 def learnt_answers(turns: Sequence[Turn]) -> list[int]:
-    """The indices of the assistant turns of `checked_messages` that are not context only.
-
-    Raises:
-        ValueError: There is none.
-    """
-    learnt = [
-        i for i, turn in enumerate(turns) if turn["role"] == "assistant" and "weight" not in turn
-    ]
-    if not learnt:
-        raise ValueError("messages must have an assistant turn to learn, all have a weight of 0")
-    return learnt
+    """The indices of the assistant turns of `checked_messages` that are not context only."""
+    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+    return [i for i in answers if "weight" not in turns[i]]
 
 
 def turns_of_views(turns: Sequence[Mapping[str, str]], view_turn: Any = -1) -> tuple[int, int]:

@@ -138,12 +138,14 @@ def _separated(name: str, delimiter: str) -> Rows:
 
 def _complete(row: dict[Any, Any], delimiter: str) -> dict[str, str]:
     """A row of a table, which must have a value for every column and no more."""
-    for column, value in row.items():
-        # Files of tabs often have quotation marks that quote nothing.
-        if delimiter == "\t" and isinstance(value, str) and "\t" in value and "\n" in value:
+    for column, value in row.items() if delimiter == "\t" else ():
+        # Such files often have quotation marks that quote nothing.
+        lines = value.splitlines()[1:] if isinstance(value, str) else []
+        cells = ([cell.strip() for cell in line.split("\t")] for line in lines)
+        if any(all(found) and len(found) == len(row) for found in cells):
             raise ValueError(
-                f"the value of {column!r} goes over tabs and lines, as behind a quotation mark "
-                f"that should be doubled, got {value!r}"
+                f"the value of {column!r} goes over whole rows, as behind a quotation mark that "
+                f"should be doubled, got {value!r}"
             )
     beyond = len(row.get(None, ()))
     missing = [column for column, value in row.items() if value is None]

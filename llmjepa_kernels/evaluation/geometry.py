@@ -75,6 +75,10 @@ def view_states(
     """
     if pooling not in POOLINGS:
         raise ValueError(f"pooling must be one of {POOLINGS}, got {pooling!r}")
+    # A mixture's loss that balances its experts would be of padding too.
+    configs = model.config, model.config.get_text_config()
+    mixes = any(hasattr(config, "output_router_logits") for config in configs)
+    options = {"output_router_logits": False} if mixes else {}
     was_training = model.training
     model.eval()
     states = []
@@ -86,6 +90,7 @@ def view_states(
             tensors["head_positions"] = torch.zeros(len(batch["input_ids"]), 1, dtype=torch.int64)
             outputs = model(
                 **{key: value.to(model.device) for key, value in tensors.items()},
+                **options,
                 output_hidden_states=True if layer != -1 else None,
                 use_cache=False,
             )

@@ -97,8 +97,9 @@ def _before_parts(
 
 
 def _before_loss(module: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> None:
-    packed = kwargs.get("visible_until") is not None
-    if packed and is_empty(kwargs.get("attention_mask")) and returns_aux_loss(module.config):
+    packed = kwargs.get("visible_until") is not None and is_empty(kwargs.get("attention_mask"))
+    wanted = kwargs.get("output_router_logits") is not False
+    if packed and wanted and returns_aux_loss(module.config):
         raise ValueError(
             f"{type(module).__name__} returns a loss that balances its experts "
             "(output_router_logits=True), for which it must know the padding of a packed row: call "

@@ -60,6 +60,11 @@ def why_incomplete(checkpoint: str | PathLike[str]) -> str | None:
     return None
 
 
+def has_training_state(checkpoint: Path) -> bool:
+    """Whether Trainer has saved more of it than weights, which ``save_only_model`` leaves it at."""
+    return any(checkpoint.glob("rng_state*"))
+
+
 def checkpoints(directory: str | PathLike[str]) -> list[Path]:
     """The checkpoints of a run, complete or not, the latest first."""
     found = [

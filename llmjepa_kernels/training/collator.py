@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -87,6 +88,12 @@ class LLMJEPACollator:
     def epoch(self) -> int:
         """Whose tubes are drawn."""
         return int(self._epoch)
+
+    def for_evaluation(self) -> LLMJEPACollator:
+        """A copy that draws the same tubes in every epoch of this one."""
+        own = copy.copy(self)
+        own._epoch = torch.zeros_like(self._epoch)
+        return own
 
     def __call__(self, features: Sequence[Example | Mapping[str, Any]]) -> PackedBatch:
         """Packs the features, and adds how many tokens their chats alone take.

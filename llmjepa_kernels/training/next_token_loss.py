@@ -113,7 +113,8 @@ def cross_entropy_in_parts(
 
 def is_distributed() -> bool:
     """Whether processes train together."""
-    return distributed.is_available() and distributed.is_initialized()
+    there = distributed.is_available() and distributed.is_initialized()
+    return there and distributed.get_world_size() > 1
 
 
 def _mark_varying(tensors: Iterable[Tensor]) -> None:

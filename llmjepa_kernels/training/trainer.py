@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, cast
@@ -28,6 +30,7 @@ from llmjepa_kernels.training.collator import LLMJEPACollator
 from llmjepa_kernels.training.epochs import SetEpoch
 from llmjepa_kernels.training.flops import FlopCount
 from llmjepa_kernels.training.loss_dropout import LossDropout
+from llmjepa_kernels.training.next_token_loss import MAX_LOGITS
 from llmjepa_kernels.training.objective import REQUIRED_KEYS, llm_jepa_loss, real_tokens
 from llmjepa_kernels.training.sampler import UpdateSampler, example_work
 from llmjepa_kernels.training.telemetry import CollapseTelemetry
@@ -94,6 +97,7 @@ class LLMJEPATrainer(Trainer):
         detach_target: Let no gradient flow into the target views.
         gather_negatives: False keeps the negatives to those of the process; a process group
             takes those of its members, which tensor parallelism needs. See `llm_jepa_loss`.
+        max_logits: The most logits that exist at once; None for all, see `llm_jepa_loss`.
 
     A `ViewHead`, which `add_view_head` gives the model beforehand, is trained along; it is saved
     beside every checkpoint, and read from there by ``train(resume_from_checkpoint=…)``.
@@ -128,6 +132,7 @@ class LLMJEPATrainer(Trainer):
         temperature: float = 0.07,
         detach_target: bool = False,
         gather_negatives: bool | ProcessGroup = True,
+        max_logits: int | None = MAX_LOGITS,
         **more: Any,
     ) -> None:
         if data_collator is None:
@@ -160,6 +165,7 @@ class LLMJEPATrainer(Trainer):
             "temperature": temperature,
             "detach_target": detach_target,
             "gather_negatives": gather_negatives,
+            "max_logits": max_logits,
         }
         compares_batches = metric == "infonce" or sigreg_weight or vicreg_weight
         if compares_batches and gather_negatives is True and self.get_tp_size() > 1:
@@ -195,6 +201,7 @@ class LLMJEPATrainer(Trainer):
         counted = pretrained_model(cast(Any, self.model))
         if counted is not self._counted:
             self._flops, self._counted = FlopCount(cast(Any, self.model)), counted
+        self._updates_in_all = 0
         self._reset_train_sums()
 
     def _inner_training_loop(self, *args, **kwargs):
@@ -275,6 +282,27 @@ class LLMJEPATrainer(Trainer):
         )
         return self._update_sampler
 
+    def get_eval_dataloader(self, eval_dataset=None):
+        """As Trainer's; all evaluations draw the same tubes."""
+        with self._collating_for_evaluation():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset):
+        """As Trainer's; all evaluations draw the same tubes."""
+        with self._collating_for_evaluation():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _collating_for_evaluation(self) -> Iterator[None]:
+        """In it, data loaders are made with a collator of their own, that knows no epochs."""
+        collator = self.data_collator
+        if isinstance(collator, LLMJEPACollator):  # whose epoch its workers share
+            self.data_collator = collator.for_evaluation()
+        try:
+            yield
+        finally:
+            self.data_collator = collator
+
     def _work_of(self, dataset: Any) -> Callable[[int, int], float] | None:
         """The work of (index, update) of a dataset, or None if it cannot be known beforehand."""
         dropout = dataset if isinstance(dataset, LossDropout) else None
@@ -307,11 +335,14 @@ class LLMJEPATrainer(Trainer):
         if self._started is None:
             self._started = time.perf_counter()
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if len(batches) < num_batches and not self._updates_in_all:
+            self._refuse_short_stream(len(batches), num_batches)
         if len(batches) < num_batches:
             # A stream has ended, and is begun again. Of what is left Trainer would make no update,
             # but add its gradients to the next one's.
             return [], None
         self._updates += 1
+        self._updates_in_all += 1
         missing = [name for name in REQUIRED_KEYS if name not in batches[0]]
         if missing:
             raise ValueError(
@@ -325,6 +356,21 @@ class LLMJEPATrainer(Trainer):
             self._num_tubes = self._count([real_tubes(batch["tubes"]) for batch in batches], device)
             self._updates_with_tubes = self._updates_with_tubes + (self._num_tubes > 0)
         return batches, num_items
+
+    def _refuse_short_stream(self, found: int, needed: int) -> None:
+        """Of a stream that ends before the first update of this training."""
+        if found:
+            raise ValueError(
+                f"train_dataset ended after {found} batches, before the first update, which takes "
+                f"gradient_accumulation_steps={needed}"
+            )
+        if self.state.global_step:
+            warnings.warn(
+                "the stream ended within what the checkpoint has seen of it, and is begun again, "
+                "perhaps not at the example where the training was interrupted",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _count(self, real: list[Tensor], device: torch.device) -> Any:
         """How many are True of all batches of an update, over all processes.
@@ -530,16 +576,10 @@ class LLMJEPATrainer(Trainer):
     ):
         """Evaluates; each loss is the mean over all tokens or pairs, however they are batched."""
         paused = time.perf_counter()
-        collator: Any = self.data_collator
-        epoch = getattr(collator, "epoch", None)
-        if epoch is not None:  # the same tubes in every evaluation
-            collator.set_epoch(0)
         self._eval_sums = torch.zeros(len(MEANS) + 3, device=self.args.device)
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
-        if epoch is not None:
-            collator.set_epoch(epoch)
         *sums, items, pairs, tubes = self.accelerator.reduce(
             self._eval_sums, reduction="sum"
         ).tolist()

@@ -371,6 +371,8 @@ def test_cosines_of_right_and_wrong_answers(checkpoints, tmp_path, capsys):
     made_with.write_text(json.dumps(report))
     assert analyze(*names, *options) == 2
     assert "gave with other weights" in capsys.readouterr().err
+    # The same weights look otherwise in another dtype.
+    assert analyze(*names, *options, "--dtype", "bfloat16") == 0
     made_with.write_text(before)
     other = tmp_path / "other.jsonl"
     other.write_text("".join(json.dumps(row) + "\n" for row in grammar.generate(7, seed=99)))

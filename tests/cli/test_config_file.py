@@ -48,6 +48,20 @@ def test_the_file_the_preset_and_the_command_line(config):
     assert found.other[-2:] == ("--warmup-steps", "7")  # the last counts
 
 
+def test_names_that_transformers_gives_options(config):
+    path = config("num_train_epochs: 7\nper_device_train_batch_size: 3\n")
+    assert (options(path).epochs, options(path).batch_size) == (7, 3)
+    assert options(path, "--epochs", 2).epochs == 2
+    found = options(config("preset: authors\n"), "--num-train-epochs", 2)
+    assert (found.epochs, found.other.count("--num-train-epochs")) == (2, 0)
+
+
+def test_values_that_are_merged(config):
+    path = config("<<: &more\n  weight_decay: 0.1\n  epochs: 1\nepochs: 3\n")
+    assert options(path).other[-2:] == ("--weight-decay", "0.1")
+    assert options(path).epochs == 3
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import ExitStack
+from datetime import datetime
 
 import pytest
 import torch
@@ -313,12 +314,11 @@ def test_underscores_in_options_are_hyphens(tmp_path):
 
 
 def test_two_names_of_one_option(tmp_path, error):
-    words = ["train", *TINY, "--epochs", 1, "--num-train-epochs", 7]
-    assert "--epochs is --num-train-epochs: give one of them" in error(*words)
     config = tmp_path / "c.yaml"
-    config.write_text("per_device_train_batch_size: 5\n")
+    config.write_text("per_device_train_batch_size: 5\nbatch_size: 5\n")
     words = ["train", *TINY, "--config", config]
-    assert "--batch-size is --per-device-train-batch-size" in error(*words)
+    message = "batch_size is given twice, as per_device_train_batch_size too"
+    assert message in error(*words)
     config.write_text("learning_rate: 1e-3\nlearning_rate: 5e-5\n")
     assert "learning_rate is given twice" in error(*words)
     config.write_text(f"learning_rate: 1{'0' * 400}\n")
@@ -326,9 +326,39 @@ def test_two_names_of_one_option(tmp_path, error):
     assert "--batch-size must be" in error("train", "--batch-size", "9" * 400)
 
 
-def test_a_resume_needs_the_state_of_the_optimizer(tmp_path, error):
-    words = ["train", *TINY, "--output-dir", tmp_path, "--resume", "--save-only-model", "True"]
-    assert "which --save-only-model does not save" in error(*words)
+def test_a_resume_needs_the_state_of_the_optimizer(tmp_path, error, capsys):
+    words = ["train", *TINY, "--output-dir", tmp_path, "--save-only-model", "True"]
+    words += ["--max-steps", 1, "--save-steps", 1]
+    assert run(*words) == 0
+    assert run(*words, "--resume") == 0
+    assert "finished before, kept" in capsys.readouterr().out
+    record = tmp_path / "llm-jepa" / "run.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"result": None}))
+    assert "which --save-only-model has kept out of" in error(*words, "--resume")
+
+
+def test_a_template_with_the_date_can_be_resumed(model, tmp_path, monkeypatch, capsys):
+    template = model / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%d %b %Y') }}" + template.read_text())
+    words = ["train", "--model", model, "--train-samples", 4, "--eval-samples", 1]
+    words += ["--max-steps", 1, "--no-compare", "--output-dir", tmp_path / "out"]
+    assert run(*words) == 0
+
+    class Tomorrow(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime(2100, 1, 1)
+
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Tomorrow)
+    assert run(*words, "--resume") == 0
+    assert "finished before, kept" in capsys.readouterr().out
+
+
+def test_a_value_may_look_like_an_option(trained, capsys):
+    words = ["generate", trained / "llm-jepa", "--max-new-tokens", 1]
+    assert cli._hyphenated("--use_cache what is it?") == "--use_cache what is it?"
+    assert cli._hyphenated("--output_dir=a_b") == "--output-dir=a_b"
+    assert run(*words, "--prompt=--use_cache what is it?") == 0
 
 
 def test_what_is_secret_or_of_no_consequence_is_not_recorded():

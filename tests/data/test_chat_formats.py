@@ -49,6 +49,17 @@ def test_other_forms(row, expected):
     assert list(read_chats([row])) == [expected]
 
 
+def test_what_sharegpt_says_of_a_turn_counts():
+    asked, answer = SHAREGPT
+    again = [{"from": "human", "value": "AND"}, {"from": "gpt", "value": "YES"}]
+    for context in ({"weight": 0}, {"train": False}):
+        (read,) = read_chats([{"conversations": [asked, {**answer, **context}, *again]}])
+        assert [turn.get("weight") for turn in read["messages"]] == [None, 0, None, None]
+    called = {**answer, "tool_calls": [{"name": "f"}]}
+    with pytest.raises(ValueError, match=r"messages\[1\] has tool_calls, which would be lost"):
+        list(read_chats([{"conversations": [asked, called, *again]}]))
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

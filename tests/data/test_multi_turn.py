@@ -156,8 +156,20 @@ def test_answers_that_are_context_only(context, layout):
 
 def test_answers_in_a_prompt_are_context_only():
     tokenizer = get_tokenizer(SMOLLM2)
-    (read,) = read_chats([{"prompt": LONG[:-1], "completion": LONG[-1:]}])
-    assert supervised(tokenizer, chat_example(read["messages"], tokenizer)) == ["TWO<|im_end|>"]
+    for says, learnt in (({}, 1), ({"weight": None}, 1), ({"weight": 1}, 2), ({"train": True}, 2)):
+        prompt = [{**turn, **says} if turn["role"] == "assistant" else turn for turn in LONG[:-1]]
+        (read,) = read_chats([{"prompt": prompt, "completion": LONG[-1:]}])
+        found = supervised(tokenizer, chat_example(read["messages"], tokenizer))
+        assert found == ["ONE<|im_end|>", "TWO<|im_end|>"][-learnt:]
+    for everything in ("all", "released"):
+        example = chat_example(
+            read_one({"prompt": LONG[:-1], "completion": LONG[-1:]})["messages"],
+            tokenizer,
+            supervise=everything,
+        )
+        found = " ".join(supervised(tokenizer, example))
+        assert "TWO" in found
+        assert "ONE" not in found
 
 
 def test_weights_that_are_none():
@@ -168,6 +180,8 @@ def test_weights_that_are_none():
             chat_example(chat, tokenizer)
     nothing = turns("ASK?", "ANS")
     nothing[1]["weight"] = 0
+    with pytest.raises(ValueError, match="must have an assistant turn to learn"):
+        read_one({"messages": nothing})  # where --skip-bad-lines leaves it out
     with pytest.raises(ValueError, match="must have an assistant turn to learn"):
         chat_example(nothing, tokenizer)
     with pytest.raises(ValueError, match="must have an assistant turn to learn"):

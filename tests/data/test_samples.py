@@ -222,6 +222,10 @@ def test_tables(tmp_path):
     write(tmp_path / "t.TSV", "text\tlabel", "fine\t1")
     (sample,) = read_chats(tmp_path / "t.TSV", recipe="rotten_tomatoes")
     assert sample["messages"][-1]["content"] == "Good"
+    quoted = '"def f(x):\n\treturn x\n\n\tpass"'  # tabs and lines that are no rows
+    write(tmp_path / "code.tsv", "prompt\tcompletion", f"write f\t{quoted}")
+    (sample,) = read_chats(tmp_path / "code.tsv")
+    assert sample["messages"][-1]["content"] == quoted.strip('"')
     table = datasets.Dataset.from_list([chat("b", text="x"), chat("a", text=None)])
     table.to_parquet(tmp_path / "t.parquet")
     assert list(read_chats([tmp_path / "t.parquet", path])) == [
@@ -260,7 +264,7 @@ def test_compressed_files_and_standard_input(tmp_path, monkeypatch):
         (
             "a.tsv",
             b'text\tlabel\n"a first\t1\nb\tlast"\t1\n',
-            "goes over tabs and lines, as behind",
+            "goes over whole rows, as behind",
         ),
         ("a.csv", b"prompt,completion\n\xff,b\n", r"a\.csv: not CSV in UTF-8 .*0xff"),
         ("a.parquet", b"PAR1 or not", r"a\.parquet is no Parquet file"),

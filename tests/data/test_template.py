@@ -108,7 +108,7 @@ def test_an_answer_that_begins_in_a_token_of_the_template_is_warned_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         chat_example(turns("ASK", "ANS"), tokenizer)
-    with pytest.warns(RuntimeWarning, match="a token that the chat template begins, such as '[?]"):
+    with pytest.warns(RuntimeWarning, match="a token that the chat template begins: "):
         chat_example(turns("ASK", "\nANS"), tokenizer)
 
 

@@ -315,18 +315,19 @@ def test_what_the_scale_makes_infinite_stays_isolated(isa, isolated):
     assert torch.equal(after["dv"][:, :, unseen], before["dv"][:, :, unseen])
 
 
+@pytest.mark.parametrize("dtype", SUMMED, ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_shows(isa, isolated, value):
+def test_what_is_not_finite_shows(isa, isolated, value, dtype):
     case, seen = isolated
     token = 100
     v = case.v.clone()
     v[:, :, token] = value
-    out = AttentionCase(**{**case.__dict__, "v": v}).run("cpu", torch.float32)["out"]
+    out = AttentionCase(**{**case.__dict__, "v": v}).run("cpu", dtype)["out"]
     assert not out[:, :, seen[:, token]].isfinite().any()
     assert out[:, :, ~seen[:, token]].isfinite().all()
     q = case.q.clone()
     q[:, :, token] = float("nan")
-    run = AttentionCase(**{**case.__dict__, "q": q}).run("cpu", torch.float32)
+    run = AttentionCase(**{**case.__dict__, "q": q}).run("cpu", dtype)
     assert run["out"][:, :, token].isnan().all()
     assert run["dk"][:, :, seen[token]].isnan().all()
 

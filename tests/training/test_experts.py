@@ -5,6 +5,7 @@ import torch
 from transformers import TrainingArguments
 
 from llmjepa_kernels import Example, Segment, pack
+from llmjepa_kernels.evaluation.geometry import view_states
 from llmjepa_kernels.hf.patch import patch_model, unpatch_model
 from llmjepa_kernels.packing import sequence_ids
 from llmjepa_kernels.training.objective import llm_jepa_loss, real_tokens
@@ -82,6 +83,15 @@ def test_parts_count_by_their_supervised_tokens(max_logits):
     for one, share in zip(alone, shares, strict=True):
         expected = one.aux_loss * one.num_items / whole.num_items
         torch.testing.assert_close(share.aux_loss, expected)
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_states_of_views_need_no_loss(family):
+    model, batch = model_of(family), pack(random_examples(2, seed=5))
+    predictors, targets = view_states(model, [batch])
+    found = torch.nn.functional.normalize(torch.stack([predictors, targets]), dim=-1)
+    views = llm_jepa_loss(model, batch, return_views=True).views
+    torch.testing.assert_close(found, views.detach().float().view_as(found))
 
 
 def test_none_unless_the_model_is_asked_for_it():

@@ -1,7 +1,5 @@
 """The next-token loss in parts: that of all logits at once, which never exist."""
 
-from functools import partial
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -11,7 +9,6 @@ from llmjepa_kernels.data.tokenizer import train_tokenizer
 from llmjepa_kernels.hf.head import Head
 from llmjepa_kernels.hf.patch import patch_model
 from llmjepa_kernels.training import next_token_loss as next_token_module
-from llmjepa_kernels.training import trainer as trainer_module
 from llmjepa_kernels.training.objective import llm_jepa_loss, supervised_positions
 from llmjepa_kernels.training.trainer import LLMJEPATrainer
 from tests.support.helpers import random_examples
@@ -224,10 +221,12 @@ def test_the_head_runs_in_parts_under_accelerates_autocast(tmp_path, dtype, monk
         model.to(dtype)
         start, sizes = parameters(model).float(), []
         model.lm_head.register_forward_hook(lambda *x, sizes=sizes: sizes.append(x[-1].numel()))
-        loss = partial(llm_jepa_loss, max_logits=max_logits)
-        monkeypatch.setattr(trainer_module, "llm_jepa_loss", loss)
         trainer = LLMJEPATrainer(
-            model, arguments(tmp_path, bf16=True, max_steps=2), collator, train_dataset=CHATS
+            model,
+            arguments(tmp_path, bf16=True, max_steps=2),
+            collator,
+            train_dataset=CHATS,
+            max_logits=max_logits,
         )
         trainer.train()
         results.append((trainer.state.log_history[0]["loss"], parameters(model).float() - start))

@@ -50,6 +50,24 @@ def test_the_end_of_a_stream_makes_no_update_of_double_weight(tokenizer, tmp_pat
     assert norms[2:] == pytest.approx(norms[:2], rel=1e-4)
 
 
+def test_a_stream_that_is_too_short(tokenizer, tmp_path):
+    model, collator = build(tokenizer)
+    options = arguments(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=4)
+    trainer = LLMJEPATrainer(model, options, collator, train_dataset=Stream())
+    with pytest.raises(ValueError, match="ended after 3 batches, before the first update"):
+        trainer.train()
+
+
+def test_a_resume_beyond_the_end_of_a_stream_is_told(tokenizer, tmp_path):
+    model, collator = build(tokenizer)
+    options = arguments(tmp_path, max_steps=5, save_strategy="steps", save_steps=4)
+    options.per_device_train_batch_size = 4
+    trainer = LLMJEPATrainer(model, options, collator, train_dataset=Stream())
+    trainer.train()
+    with pytest.warns(RuntimeWarning, match="the stream ended within what the checkpoint has seen"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
 class Interrupt(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 3:
@@ -155,7 +173,15 @@ def test_evaluations_have_the_same_tubes(tokenizer, tmp_path):
     trainer = LLMJEPATrainer(
         model, options, collator, stp_weight=1.0, train_dataset=ROWS, eval_dataset=ROWS
     )
+    epochs = []
+
+    class Watch(TrainerCallback):
+        def on_prediction_step(self, *args, **kwargs):
+            epochs.append(collator.epoch)  # which workers may be drawing the tubes of meanwhile
+
+    trainer.add_callback(Watch)
     trainer.train()
+    assert set(epochs) == {0, 1, 2}
     logs = trainer.state.log_history
     assert len({log["eval_stp_loss"] for log in logs if "eval_loss" in log}) == 1
     assert len({log["stp_loss"] for log in logs if "loss" in log}) > 1
