@@ -116,11 +116,14 @@ class ExampleFormat:
         Raises:
             ValueError: The sample is malformed, or does not fit the tokenizer or `max_length`.
         """
+        views = sample.get("views")
+        if isinstance(views, Mapping):  # Arrow fills in None for those of other samples
+            views = {name: view for name, view in views.items() if view is not None}
         options: dict[str, Any] = {
             "pred_ids": self.pred_ids,
             "text": sample.get("text"),
             "code": sample.get("code"),
-            "views": sample.get("views"),
+            "views": views,
             "pairs": sample.get("pairs"),
             "direction": self.direction,
             "pred_position": self.pred_position,

@@ -132,8 +132,10 @@ def add_tokens(
     if head is not None and _weight(head) is not embeddings[0]:
         embeddings.append(_weight(head))
     for start, stop in ((known, len(tokenizer)), (needed, padded)):
-        for weight in embeddings if start < stop else ():
-            _init_rows(weight, start, stop, seed)
+        for weight in embeddings:
+            end = min(stop, len(weight))  # a head may lack rows that the embeddings have to spare
+            if start < end:
+                _init_rows(weight, start, end, seed)
     _never_generate(model, range(needed, padded), new=range(known, len(tokenizer)))
     if len(tokenizer) > known:
         warn_if_frozen(model, list(range(known, len(tokenizer))))

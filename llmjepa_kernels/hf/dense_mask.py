@@ -39,14 +39,17 @@ def recognise(
         queries see nothing. None for any other mask.
     """
     per_layer_type = isinstance(given, dict) and given.keys() <= MASK_TYPES
-    mask = given.get("full_attention") if per_layer_type else given
+    mask = given
+    if per_layer_type:
+        mask = given.get("full_attention", given.get("sliding_attention"))
     if not isinstance(mask, Tensor) or mask.shape[1:] != (1, seq, seq) or mask.requires_grad:
         return None
     visible_until = visible_until_of(mask[:, 0])
     if visible_until is None:
         return None
     visible_until = visible_until.expand(batch, -1).contiguous()
-    if not per_layer_type:
+    # A composite model hands the user's one mask on as that of each type of layer.
+    if not per_layer_type or given.get("sliding_attention") is mask:
         _warn_of_padding(mask[:, 0])
         # Transformers applies one 4D mask as it is, also in layers with a sliding window.
         found = {"visible_until": visible_until, "ignore_window": True}

@@ -55,18 +55,28 @@ def export_model(model: Any, tokenizer: Any, removed: Collection[str], directory
     with torch.no_grad():
         for rows in {id(x): x for x in tensors if x is not None}.values():  # tied ones once
             rows[: len(kept)] = rows[kept]
-    model.resize_token_embeddings(len(kept), mean_resizing=False)
     new = {old: i for i, old in enumerate(kept)}
-    config = model.generation_config
-    for name in ("suppress_tokens", "eos_token_id"):
-        ids = getattr(config, name)
-        if isinstance(ids, int):
-            setattr(config, name, new.get(ids))
-        elif ids:
-            setattr(config, name, [new[i] for i in ids if i in new] or None)
+    configs = (model.config, model.config.get_text_config(), model.generation_config)
+    for config in {id(each): each for each in configs}.values():
+        _renumber(config, new)
+    model.resize_token_embeddings(len(kept), mean_resizing=False)
     model.save_pretrained(directory)
     _edit(directory / "config.json", _say_in_old_words)
     export_tokenizer(tokenizer, removed, directory)
+
+
+def _renumber(config: Any, new: dict[int, int]) -> None:
+    """Gives the token ids that a config names their new numbers; those of no token are gone."""
+    for name, ids in list(vars(config).items()):
+        if not name.endswith(("_token_id", "suppress_tokens", "bad_words_ids")):
+            continue
+        if isinstance(ids, list) and ids:
+            words = [i if isinstance(i, list) else [i] for i in ids]
+            words = [[new[i] for i in word] for word in words if new.keys() >= set(word)]
+            ids = words if isinstance(ids[0], list) else [i for (i,) in words]
+            setattr(config, name, ids or None)
+        elif isinstance(ids, int) and ids >= 0:
+            setattr(config, name, new.get(ids))
 
 
 def export_adapter(source: Path, tokenizer: Any, removed: Collection[str], directory: Path) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import weakref
+from collections.abc import Iterator
 from typing import Any, cast
 
 from torch import nn
@@ -53,16 +55,25 @@ for _registered, _impl in _IMPLS.items():
 
 def innermost(model: PreTrainedModel) -> list[PreTrainedModel]:
     """The models that hold the layers, and are called with keyword arguments by those around."""
-    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    return [m for m in models if not any(isinstance(x, PreTrainedModel) for x in _inside(m))]
-
-
-def _inside(module: nn.Module) -> list[nn.Module]:
-    return list(module.modules())[1:]
+    models = {
+        f"{name}." if name else "": module
+        for name, module in model.named_modules()
+        if isinstance(module, PreTrainedModel)
+    }
+    return [
+        module
+        for name, module in models.items()
+        if not any(other != name and other.startswith(name) for other in models)
+    ]
 
 
 def check(model: PreTrainedModel) -> None:
     """Raises TypeError unless the attention of a model, and of all in it, can be replaced."""
+    if model.config.is_encoder_decoder:
+        raise TypeError(
+            f"{type(model).__name__} has an encoder, whose attention is not causal: a packed row "
+            "needs a causal language model"
+        )
     for part in innermost(model):
         if not part._can_set_attn_implementation() or not any(
             getattr(part, f"_supports_{other}") for other in OTHERS
@@ -73,28 +84,23 @@ def check(model: PreTrainedModel) -> None:
             )
         if reason := DEVIATING.get(part.config.model_type):
             raise TypeError(f"{type(part).__name__} {reason}, so its attention cannot be replaced")
-        for layer in part.modules():
+        for layer in _attention_layers(part):
             arguments = inspect.signature(layer.forward).parameters
             kinds = {argument.kind for argument in arguments.values()}
-            if (
-                hasattr(layer, "layer_idx")
-                and hasattr(layer, "is_causal")
-                and "attention_mask" in arguments
-                and inspect.Parameter.VAR_KEYWORD not in kinds
-            ):
+            if "attention_mask" in arguments and inspect.Parameter.VAR_KEYWORD not in kinds:
                 raise TypeError(
                     f"{type(layer).__name__} takes no further keyword arguments, so the mask of "
                     "a packed row cannot reach it"
                 )
 
 
+def _attention_layers(part: PreTrainedModel) -> Iterator[nn.Module]:
+    return (x for x in part.modules() if hasattr(x, "layer_idx") and hasattr(x, "is_causal"))
+
+
 def patch(model: PreTrainedModel, impl: str | None) -> None:
     """Lets a model, with all models in it, attend through `view_attention`."""
-    previous: Any = _implementations(model.config)
-    if previous[""] in _IMPLS:  # patched before, or by a model that shares the config
-        previous = getattr(model, "_before_view_attention", None)
-        previous = previous or model.get_correct_attn_implementation(None)
-    cast(Any, model)._before_view_attention = previous
+    cast(Any, model)._before_view_attention = _implementations(model)
     _set_implementation(model, _name(impl))
     for part in innermost(model):
         try:
@@ -102,42 +108,85 @@ def patch(model: PreTrainedModel, impl: str | None) -> None:
         except RuntimeError as error:
             raise TypeError(f"{type(part).__name__} cannot be patched: {error}") from error
     if hasattr(model, "generate_batch"):  # models with a head
-        vars(model)["generate_batch"] = functools.partial(_generate_batch, model)
+        vars(model)["generate_batch"] = _GenerateBatch(model)
 
 
-def _implementations(config: Any) -> dict[str, str]:
-    """That of each of its parts, as `set_attn_implementation` takes them, and its own for ""."""
-    parts = {name: getattr(config, name, None) for name in config.sub_configs}
-    found = {name: getattr(part, "_attn_implementation", None) for name, part in parts.items()}
-    chosen = {name: implementation for name, implementation in found.items() if implementation}
-    return {"": config._attn_implementation, **chosen}
+def _configs(model: PreTrainedModel) -> list[Any]:
+    """All that say how a model, or a part of it, attends; those of parts behind the whole's."""
+    found: dict[int, Any] = {}
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        for each in (config, *(getattr(config, name, None) for name in _names_of_parts(config))):
+            if hasattr(each, "_attn_implementation"):
+                found.setdefault(id(each), each)
+    return list(found.values())
 
 
-def _set_implementation(model: PreTrainedModel, chosen: str | dict[str, str]) -> None:
-    """Has a model attend by this implementation, or its parts by one each."""
-    model.set_attn_implementation(chosen)
-    # Of a class that is written in a notebook Transformers sets none, but shares its config.
-    own = chosen if isinstance(chosen, str) else chosen[""]
+def _names_of_parts(config: Any) -> Iterator[str]:
+    yield from getattr(config, "sub_configs", ())
+
+
+def _implementations(model: PreTrainedModel) -> list[tuple[Any, str | None]]:
+    """Each config with the implementation that it names when its model is not patched."""
+    known = {
+        id(config): implementation
+        for module in model.modules()
+        for config, implementation in vars(module).get("_before_view_attention", ())
+    }
+    found = []
+    for config in _configs(model):
+        implementation = config._attn_implementation
+        if implementation in _IMPLS:  # patched before, or by a model that shares the config
+            implementation = known.get(id(config)) or model.get_correct_attn_implementation(None)
+        found.append((config, implementation))
+    return found
+
+
+def _set_implementation(model: PreTrainedModel, name: str) -> None:
+    """Has a model, with all models in it, attend by this implementation."""
+    model.set_attn_implementation(name)
     for part in innermost(model):
-        if part.config is model.config and part.config._attn_implementation != own:
-            part.set_attn_implementation(own)
+        # Of a class that is written in a notebook Transformers sets none, but shares its config.
+        if part.config is model.config and part.config._attn_implementation != name:
+            part.set_attn_implementation(name)
+        for layer in _attention_layers(part):  # a copied one has a config of its own
+            own: Any = getattr(layer, "config", part.config)
+            if own is not part.config:
+                own._attn_implementation = part.config._attn_implementation
 
 
-def _generate_batch(model: Any, *args: Any, **kwargs: Any) -> Any:
+def _restore(model: Any) -> None:
+    for config, implementation in model._before_view_attention:
+        config._attn_implementation = implementation
+
+
+class _GenerateBatch:
     """Transformers' own, which takes none but its own implementations of attention."""
-    ours = model.config._attn_implementation
-    try:
-        _set_implementation(model, model._before_view_attention)
-        return type(model).generate_batch(model, *args, **kwargs)
-    finally:
-        _set_implementation(model, ours)
+
+    def __init__(self, model: Any) -> None:
+        self._model = weakref.ref(model)  # so that the model is freed with its last reference
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = self._model()
+        ours = model.config._attn_implementation
+        try:
+            _restore(model)
+            return type(model).generate_batch(model, *args, **kwargs)
+        finally:
+            _set_implementation(model, ours)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _GenerateBatch:
+        model = self._model()
+        return _GenerateBatch(memo.get(id(model), model))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _GenerateBatch, (self._model(),)
 
 
 def unpatch(model: PreTrainedModel) -> None:
     """Undoes `patch`, if it was called."""
-    previous = vars(model).get("_before_view_attention")
-    if previous is not None:
-        _set_implementation(model, previous)
+    if "_before_view_attention" in vars(model):
+        _restore(model)
         vars(model).pop("_before_view_attention")
         vars(model).pop("generate_batch", None)
 

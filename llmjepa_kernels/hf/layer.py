@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from typing import Any
 
@@ -174,7 +175,8 @@ def _has_window(module: nn.Module) -> bool:
     if layer_types is not None:
         return layer_types[module.layer_idx] == "sliding_attention"
     window = getattr(module.config, "sliding_window", None)
-    return bool(window) and getattr(module.config, "use_sliding_window", True)
+    hides = window and window < getattr(module.config, "max_position_embeddings", math.inf)
+    return bool(hides) and getattr(module.config, "use_sliding_window", True)
 
 
 _ATTENTION_DROPOUT = (

@@ -157,10 +157,15 @@ def llm_jepa_loss(
     if max_logits is not None:
         check_whole("max_logits", max_logits, least=1)
 
+    pretrained = pretrained_model(model)
+    if not torch.compiler.is_compiling() and pretrained.get_output_embeddings() is None:
+        raise ValueError(
+            "model must have a language model head, as AutoModelForCausalLM gives one; "
+            f"{type(pretrained).__name__} has none"
+        )
     positions, targets = _supervised(batch)
     tensors = {key: batch[key] for key in ("input_ids", "position_ids", "visible_until")}
     tensors |= schedule_of(batch)
-    pretrained = pretrained_model(model)
     if returns_aux_loss(pretrained.config):
         tensors["attention_mask"] = real_tokens(batch)
     outputs, ntp_sum = next_token_loss(model, tensors, positions, targets, max_logits)
@@ -290,6 +295,13 @@ def _supervised(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     positions = batch.get("supervised")
     if positions is None:
         positions = supervised_positions(labels)
+    elif labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        wanted, found = int((labels[:, 1:] != IGNORE).sum()), int((positions >= 0).sum())
+        if wanted != found:
+            raise ValueError(
+                f"batch['supervised'] has {found} positions, but the labels have {wanted}: without "
+                "it they are taken from labels that were changed"
+            )
     successors = (positions + 1).clamp(max=labels.shape[1] - 1)
     return positions, labels.gather(1, successors).masked_fill(positions < 0, IGNORE)
 

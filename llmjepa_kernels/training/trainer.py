@@ -47,6 +47,16 @@ OF["stp_loss"] = "tubes"
 SUMS = (*MEANS, "pairs", "tubes", "tokens", "sft_tokens", "flops")
 
 
+# Of TRL's SFTConfig, what its own collator and loss would do, and the values that ask for nothing.
+SFT_OPTIONS = {
+    "loss_type": ("nll", "chunked_nll"),
+    "completion_only_loss": (None,),
+    "assistant_only_loss": (False,),
+    "packing": (False,),
+    "padding_free": (False,),
+}
+
+
 class LLMJEPATrainer(Trainer):
     """Trains with `llm_jepa_loss`, one forward pass per batch.
 
@@ -224,6 +234,11 @@ class LLMJEPATrainer(Trainer):
             # Its noise is by the length of a row, here that of many examples.
             "neftune_noise_alpha": self.args.neftune_noise_alpha,
         }
+        for name, usual in SFT_OPTIONS.items():
+            given = getattr(self.args, name, usual[0])
+            if given not in usual:
+                name += " of SFTConfig (see LLMJEPACollator and ExampleFormat)"
+                unsupported[name] = given
         head = view_head_of(cast(Any, self.model))
         if head is not None:
             unsupported["a ViewHead under FSDP"] = self.is_fsdp_enabled

@@ -295,9 +295,14 @@ def test_several_ends_get_new_ids(tmp_path):
     model, tokenizer, kept = checkpoint(tmp_path / "in", after=("<|sep|>", "<|end|>"))
     ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end|>")]
     model.generation_config.eos_token_id = ends
+    model.generation_config.bad_words_ids = [[4, ends[1]], tokenizer.encode(predictor_tokens(2)[0])]
+    model.config.pad_token_id = ends[1]
     export_model(model, tokenizer, predictor_tokens(2), tmp_path / "out")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert again.generation_config.eos_token_id == [kept.index(i) for i in ends]
+    expected = [kept.index(i) for i in ends]
+    assert again.generation_config.eos_token_id == expected
+    assert again.generation_config.bad_words_ids == [[4, expected[1]]]
+    assert again.config.pad_token_id == expected[1]
 
 
 def test_rotary_scaling_in_the_words_of_older_versions():

@@ -15,6 +15,7 @@ from llmjepa_kernels.hf.patch import patch_model, unpatch_model
 from llmjepa_kernels.ops.dense import visible
 from tests.support.helpers import random_examples, random_rows
 from tests.support.models import VOCAB, checkpoint_activations, tiny_model
+from tests.support.sweep import Family
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -328,6 +329,20 @@ def test_mask_per_layer_type(family, counts):
         actual = run(model, {**inputs, "attention_mask": masks("bool", seen)})
         assert_same(actual, expected)
         assert counts == {"sparse": 0, "dense": 0, "read": 1, path: 2}
+
+
+def test_one_mask_through_a_composite_model(counts):
+    """Which hands it on as that of each type of layer."""
+    visible_until, position_ids = random_rows(2, 30, seed=5)
+    inputs = inputs_for(visible_until, position_ids)
+    mask = as_form(visible(visible_until), "bool")
+    model = Family("gemma3").model().eval()
+    expected = model(**inputs, attention_mask=mask).logits
+    patch_model(model)
+    counts.update(sparse=0, dense=0, read=0)
+    actual = model(**inputs, attention_mask=mask).logits
+    assert counts == {"sparse": 2, "dense": 0, "read": 1}
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_mask_per_layer_type_without_positions(counts):

@@ -1,14 +1,23 @@
 """Patching: what it changes, what it leaves as it was, what it refuses."""
 
 import copy
+import gc
 import subprocess
 import sys
 import warnings
+import weakref
 
 import pytest
 import torch
 from torch import nn
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from transformers.cache_utils import DynamicCache
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
@@ -146,6 +155,64 @@ def test_patching_twice_and_back(batch):
     assert model.config._attn_implementation == "eager"
 
 
+def test_the_former_implementations_come_back():
+    class WithTeacher(LlamaForCausalLM):
+        def __init__(self, config):
+            super().__init__(config)
+            self.teacher = LlamaForCausalLM(copy.deepcopy(config))
+
+    for own, other in (("eager", "sdpa"), ("sdpa", "eager")):
+        model = WithTeacher(copy.deepcopy(tiny_model("llama").config))
+        model.teacher.set_attn_implementation(other)
+        model.config._attn_implementation = own
+        patch_model(model.model)
+        patch_model(model)
+        unpatch_model(model)
+        configs = model.config, model.teacher.config
+        assert [config._attn_implementation for config in configs] == [own, other]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_layers_that_were_copied(family, batch, sparse_calls):
+    """As PEFT's `layer_replication` does: each has a config of its own."""
+    model = tiny_model(family).eval()
+    model.set_attn_implementation("eager")
+    same = patch_model(copy.deepcopy(model))(**batch).logits
+    inputs = left_padded([9, 7])
+    expected = model(**inputs).logits
+    model.model.layers = nn.ModuleList(copy.deepcopy(one) for one in model.model.layers)
+    patch_model(model)
+    sparse_calls.clear()
+    assert torch.equal(model(**batch).logits, same)
+    assert len(sparse_calls) == 2
+    real = inputs["attention_mask"][..., None].bool()
+    torch.testing.assert_close(model(**inputs).logits * real, expected * real)
+    assert torch.equal(unpatch_model(model)(**inputs).logits, expected)
+
+
+def test_a_patched_model_is_freed_with_its_last_reference():
+    model = patch_model(tiny_model("llama"))
+    weight = weakref.ref(model.lm_head.weight)
+    gc.disable()  # which would find a cycle in the end
+    try:
+        del model
+        assert weight() is None
+    finally:
+        gc.enable()
+
+
+def test_a_window_that_hides_nothing(batch):
+    wide = {"sliding_window": 128, "max_position_embeddings": 128}
+    model = patch_model(AutoModelForCausalLM.from_config(Family("phimoe").config(**wide)))
+    assert model(**batch).logits.isfinite().all()
+
+
+def test_encoders_are_refused():
+    config = T5Config(vocab_size=16, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    with pytest.raises(TypeError, match="has an encoder, whose attention is not causal"):
+        patch_model(T5ForConditionalGeneration(config))
+
+
 def test_impl_reaches_attention(batch, sparse_calls):
     model = patch_model(tiny_model("gemma2"), impl="reference")
     model(**batch)
@@ -202,6 +269,8 @@ def test_base_model_and_wrapper_can_be_patched(batch):
     unpatch_model(model)
 
     wrapper = nn.ModuleDict({"inner": model})
+    with pytest.warns(UserWarning, match="the first LlamaForCausalLM in ModuleDict is patched"):
+        patch_model(nn.ModuleDict({"reference": model, "inner": tiny_model("llama")}))
     assert patch_model(wrapper) is wrapper
     assert torch.equal(wrapper["inner"](**batch).logits, logits)
     unpatch_model(wrapper)

@@ -30,7 +30,12 @@ class Mixed(LLMJEPATrainer, SFTTrainer):
 
 class OfThreeLines(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = llm_jepa_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        outputs = llm_jepa_loss(
+            model,
+            inputs,
+            jepa_weight=1 / self.args.gradient_accumulation_steps,
+            num_items_in_batch=num_items_in_batch,
+        )
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
 
@@ -76,6 +81,25 @@ def test_all_ways_train_the_same(start, tmp_path):
     before = torch.cat([p.detach().flatten() for p in start[0].parameters()])
     assert not torch.equal(weights[0], before)
     assert all(torch.equal(weights[0], other) for other in weights[1:])
+
+
+@pytest.mark.parametrize(
+    "options", [{"loss_type": "dft"}, {"completion_only_loss": True}, {"assistant_only_loss": True}]
+)
+def test_options_of_sft_that_would_be_ignored(start, tmp_path, options):
+    with pytest.raises(ValueError, match=f"does not support {next(iter(options))} of SFTConfig"):
+        trainer(LLMJEPATrainer, start, tmp_path, **options)
+
+
+def test_the_weight_under_gradient_accumulation(start, tmp_path):
+    """By the means of micro-batches, which add up, unless the weight is divided."""
+    losses = []
+    for kind in (LLMJEPATrainer, OfThreeLines):
+        options = {"remove_unused_columns": False, **UNPREPARED, "gradient_accumulation_steps": 2}
+        one = trainer(kind, start, tmp_path, logging_steps=1, **options)
+        one.train()
+        losses.append(one.state.log_history[0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_columns_that_sft_trainer_drops(start, tmp_path):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional
+from transformers import AutoModelForSequenceClassification
 
 from llmjepa_kernels import Example, PackedBatch, Segment, pack
 from llmjepa_kernels.hf.patch import patch_model
@@ -221,6 +222,23 @@ def test_data_parallel(batch):
 def test_unknown_metric(model, batch):
     with pytest.raises(ValueError, match=r"metric must be one of .*'euclid'"):
         llm_jepa_loss(model, batch, metric="euclid")
+
+
+def test_labels_that_were_changed_after_the_collator(model, batch):
+    batch = {**batch, "supervised": supervised_positions(batch["labels"])}
+    labels = batch["labels"].clone()
+    labels[:, 1:] = batch["input_ids"][:, 1:]
+    with pytest.raises(
+        ValueError, match=r"batch\['supervised'\] has \d+ positions, but the labels"
+    ):
+        llm_jepa_loss(model, {**batch, "labels": labels})
+
+
+def test_a_model_without_a_language_model_head(batch):
+    config = tiny_model("llama").config
+    model = patch_model(AutoModelForSequenceClassification.from_config(config))
+    with pytest.raises(ValueError, match="must have a language model head"):
+        llm_jepa_loss(model, batch)
 
 
 def test_pair_outside_the_row(model, batch):

@@ -67,6 +67,16 @@ def test_spare_rows_are_used_and_embeddings_never_shrink(tokenizer):
     assert changed == ids
 
 
+def test_a_head_with_fewer_rows_than_the_embeddings(tokenizer):
+    """Mllama's has none for the spare rows, in which the predictors then are."""
+    model = tiny_llama(tokenizer, spare_rows=5, tied=False)
+    model.lm_head = torch.nn.Linear(model.config.hidden_size, len(tokenizer), bias=False)
+    before = model.lm_head.weight.detach().clone()
+    ids = add_predictor_tokens(model, tokenizer, 2)
+    assert torch.equal(model.lm_head.weight, before)
+    assert model.get_input_embeddings().weight[ids].any(dim=1).all()
+
+
 @pytest.mark.parametrize("family", ["llama", "phi"])  # the head of phi has a bias
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_optimizer_may_be_made_before_the_predictors_are_added(tokenizer, family, tied):
