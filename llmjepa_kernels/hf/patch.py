@@ -77,8 +77,8 @@ def patch_model(model: Model, *, impl: str | None = None) -> Model:
     others = [x for x in model.modules() if isinstance(x, PreTrainedModel) and x not in inside]
     if others:
         warnings.warn(
-            f"the first {type(pretrained).__name__} in {type(model).__name__} is patched, and not "
-            f"the {type(others[0]).__name__} beside it: call patch_model on the one that is trained",
+            f"the first {type(pretrained).__name__} in {type(model).__name__} is patched, not the "
+            f"{type(others[0]).__name__} beside it: call patch_model on the one that is trained",
             stacklevel=2,
         )
     return model

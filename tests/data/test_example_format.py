@@ -33,6 +33,10 @@ def test_chat_and_plain_are_those_of_chat(tokenizer):
     assert chat.example(SAMPLE, tokenizer) == expected != ExampleFormat().example(SAMPLE, tokenizer)
     assert chat.prompt(SAMPLE, tokenizer) == chat_prompt(messages, tokenizer)
 
+    # A table has null where other rows have views.
+    null = {**SAMPLE, "views": {"sql": None}}
+    assert chat.example(null, tokenizer) == chat.example(SAMPLE, tokenizer)
+
     plain = ExampleFormat("plain", separator_id=5, **options)
     expected = plain_example(messages, tokenizer, separator_id=5, **views, **options)
     assert plain.example(SAMPLE, tokenizer) == expected
