@@ -27,7 +27,7 @@ def check_whole(name: str, value: Any, *, least: int, most: int = 2**62) -> None
 
 def plain(value: Any) -> Any:
     """A number that was checked as Python's own, also if it is NumPy's."""
-    if isinstance(value, (torch.SymInt, torch.SymFloat)):
+    if type(value) in (int, float) or isinstance(value, (torch.SymInt, torch.SymFloat)):
         return value
     try:
         return operator.index(value)

@@ -4,6 +4,7 @@ import copy
 import gc
 import subprocess
 import sys
+import types
 import warnings
 import weakref
 
@@ -423,13 +424,15 @@ def test_wrappers_that_cannot_carry_a_packed_row():
         patch_model(peft.get_peft_model(tiny_model("llama"), config))
 
 
-def test_a_class_that_is_written_in_a_notebook(batch):
+def test_a_class_that_is_written_in_a_notebook(batch, monkeypatch):
     """Of which Transformers reads no source, and so sets no attention."""
     model = tiny_model("llama")
     expected = patch_model(tiny_model("llama"))(**batch).logits
-    names = {"__name__": "__notebook__", "Llama": type(model)}
-    exec("class Mine(Llama): _can_set_attn_implementation_cached_value = None", names)
-    mine = names["Mine"](model.config)
+    notebook = types.ModuleType("__notebook__")  # without a file
+    monkeypatch.setitem(sys.modules, "__notebook__", notebook)
+    notebook.Llama = type(model)
+    exec("class Mine(Llama): _can_set_attn_implementation_cached_value = None", vars(notebook))
+    mine = notebook.Mine(model.config)
     mine.load_state_dict(model.state_dict())
     before = mine.config._attn_implementation
     assert torch.equal(patch_model(mine)(**batch).logits, expected)

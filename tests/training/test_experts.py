@@ -90,6 +90,7 @@ def test_states_of_views_need_no_loss(family):
     model, batch = model_of(family), pack(random_examples(2, seed=5))
     predictors, targets = view_states(model, [batch])
     found = torch.nn.functional.normalize(torch.stack([predictors, targets]), dim=-1)
+    model.config.output_router_logits = False
     views = llm_jepa_loss(model, batch, return_views=True).views
     torch.testing.assert_close(found, views.detach().float().view_as(found))
 
