@@ -157,15 +157,10 @@ def llm_jepa_loss(
     if max_logits is not None:
         check_whole("max_logits", max_logits, least=1)
 
-    pretrained = pretrained_model(model)
-    if not torch.compiler.is_compiling() and pretrained.get_output_embeddings() is None:
-        raise ValueError(
-            "model must have a language model head, as AutoModelForCausalLM gives one; "
-            f"{type(pretrained).__name__} has none"
-        )
     positions, targets = _supervised(batch)
     tensors = {key: batch[key] for key in ("input_ids", "position_ids", "visible_until")}
     tensors |= schedule_of(batch)
+    pretrained = pretrained_model(model)
     if returns_aux_loss(pretrained.config):
         tensors["attention_mask"] = real_tokens(batch)
     outputs, ntp_sum = next_token_loss(model, tensors, positions, targets, max_logits)
