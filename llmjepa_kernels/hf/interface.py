@@ -146,8 +146,9 @@ def _set_implementation(model: PreTrainedModel, name: str) -> None:
     """Has a model, with all models in it, attend by this implementation."""
     model.set_attn_implementation(name)
     for part in innermost(model):
-        # Of a class that is written in a notebook Transformers sets none, but shares its config.
-        if part.config is model.config and part.config._attn_implementation != name:
+        # Transformers sets none of a class that is written in a notebook, and 5.5 none of a part
+        # whose config is another of the same class.
+        if part.config._attn_implementation != name:
             part.set_attn_implementation(name)
         for layer in _attention_layers(part):  # a copied one has a config of its own
             own: Any = getattr(layer, "config", part.config)
