@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -10,20 +10,22 @@ from statistics import mean
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch.nn.functional import cosine_similarity
 from transformers.trainer_callback import ProgressCallback
 
 from llmjepa_kernels.cli.progress import TrainingBar, counted
 from llmjepa_kernels.cli.run_record import RunRecord
+from llmjepa_kernels.cli.say import is_first_process
 from llmjepa_kernels.cli.starting_point import StartingPoint
 from llmjepa_kernels.cli.train_options import TrainOptions
 from llmjepa_kernels.cli.training_arguments import training_arguments
 from llmjepa_kernels.cli.training_data import LeftOut, Part, TrainingData
 from llmjepa_kernels.evaluation.geometry import view_states
-from llmjepa_kernels.evaluation.predict import Accuracy, accuracy, predict
+from llmjepa_kernels.evaluation.predict import Accuracy, Prediction, accuracy, predict
 from llmjepa_kernels.evaluation.rules import Rule
 from llmjepa_kernels.files import share_as_umask_says
-from llmjepa_kernels.packing import pack
+from llmjepa_kernels.packing import Example, pack
 from llmjepa_kernels.training.checkpoints import saving
 from llmjepa_kernels.training.collator import LLMJEPACollator, chat_tokens
 from llmjepa_kernels.training.loss_dropout import LossDropout
@@ -80,29 +82,28 @@ class TrainingRun:
         metrics |= self._held_out_losses(trainer)
         with saving(self.record.directory):
             model = self._save(trainer)
-        if not is_main:
-            return {}
         history = trainer.state.log_history
         metrics |= self._last_losses_and_cost(trainer)
         result: dict[str, Any] = {"metrics": metrics, "history": history, "cosines": []}
-        if _is_sharded(trainer):  # this process alone has no whole model that could answer
-            if self.data.held_out.samples:
+        if _is_sharded(trainer):  # no process has a whole model that could answer
+            if self.data.held_out.samples and is_main:
                 print(f"for answers to held-out data: llmjepa evaluate {self.record.directory}")
-            return self.record.finish(result)
+            return self.record.finish(result) if is_main else {}
         cosines = self._pair_cosines(model, self.start.example_format, "cosines of pairs")
         if cosines:
             result["cosines"] = cosines
             metrics["pair_cosine"] = mean(cosines)
             views = replace(self.start.example_format, pred_ids=())
             metrics["view_cosine"] = mean(self._pair_cosines(model, views, "cosines of views"))
-        found = self._accuracy(model, self.data.held_out, "accuracy")
+        found = self._accuracy(trainer, model, self.data.held_out, "accuracy")
         if found.total:
             metrics |= {"accuracy": found.value, "unfinished": found.unfinished / found.total}
             result["accuracy_interval"] = found.interval()
-        found = self._accuracy(model, self.data.out_of_distribution, "accuracy out of distribution")
+        outside, name = self.data.out_of_distribution, "accuracy out of distribution"
+        found = self._accuracy(trainer, model, outside, name)
         if found.total:
             metrics["ood_accuracy"] = found.value
-        return self.record.finish(result)
+        return self.record.finish(result) if is_main else {}
 
     @property
     def _tubes(self) -> TubeSampler | None:
@@ -221,17 +222,16 @@ class TrainingRun:
         does one under FSDP or DeepSpeed.
 
         Returns:
-            The model in it; in the main process only.
+            The model in it.
         """
         directory = Path(str(trainer.args.output_dir))
         merged = self.options.lora_rank is not None and self.options.load_in is None
         merged = merged and not _is_sharded(trainer)
         trainer.save_model(str(directory / "adapter" if merged else directory))
-        if not trainer.is_world_process_zero():
-            return None
         model = trainer.accelerator.unwrap_model(trainer.model)
         if merged:
             model = model.merge_and_unload()
+        if merged and trainer.is_world_process_zero():
             model.save_pretrained(directory)
             if (head := view_head_of(model)) is not None:
                 head.save(directory)
@@ -279,7 +279,9 @@ class TrainingRun:
         ]
         if not examples:
             return []
-        chunks = counted(_chunks(examples, VIEW_BATCH_SIZE), name, len(examples))
+        chunks: Iterable[Sequence[Example]] = _chunks(examples, VIEW_BATCH_SIZE)
+        if is_first_process():
+            chunks = counted(chunks, name, len(examples))
         batches = (pack(chunk) for chunk in chunks)
         predictors, targets = view_states(model, batches)
         head = view_head_of(model)
@@ -289,14 +291,23 @@ class TrainingRun:
                 predictors, targets = head(predictors.to(weights), targets.to(weights))
         return cosine_similarity(predictors, targets).tolist()
 
-    def _accuracy(self, model: Any, part: Part, name: str) -> Accuracy:
-        """Of the answers to a part of the held-out data; of nothing where it has no samples."""
+    def _accuracy(self, trainer: LLMJEPATrainer, model: Any, part: Part, name: str) -> Accuracy:
+        """Of the answers to a part of the held-out data; of nothing where it has no samples.
+
+        Each process has its model answer a share of them.
+        """
         if not part.samples:
             return Accuracy(0, 0)
         tokenizer, example_format = self.start.tokenizer, self.start.example_format
-        batches = predict(model, tokenizer, part.samples, example_format, self.rule)
-        found = counted(batches, name, len(part.samples))
-        return accuracy([each for batch in found for each in batch])
+        process, processes = trainer.accelerator.process_index, trainer.accelerator.num_processes
+        everything = range(len(part.samples))
+        mine = everything[process::processes]
+        others = frozenset(everything) - frozenset(mine)
+        batches: Iterable[Sequence[Prediction]]
+        batches = predict(model, tokenizer, part.samples, example_format, self.rule, done=others)
+        if is_first_process():
+            batches = counted(batches, name, len(mine))
+        return accuracy(gather_object([each for batch in batches for each in batch]))
 
 
 def print_left_out(left_out: LeftOut) -> None:

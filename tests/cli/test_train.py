@@ -29,7 +29,7 @@ from llmjepa_kernels.cli.training_run import TrainingRun
 from llmjepa_kernels.data import grammar
 from llmjepa_kernels.data.example_format import ExampleFormat
 from llmjepa_kernels.data.predictor_tokens import add_tokens
-from llmjepa_kernels.evaluation.predict import evaluate
+from llmjepa_kernels.evaluation.predict import Accuracy, evaluate
 from llmjepa_kernels.hf.patch import patch_model
 from llmjepa_kernels.training.checkpoints import checkpoints, why_incomplete
 
@@ -543,3 +543,19 @@ def test_streaming_resumes_and_counts_what_it_leaves_out(tmp_path, capsys):
     (checkpoint / "checkpoint-6" / "complete.json").unlink()
     assert run(*options, "--max-steps", 6, "--resume") == 0
     assert (checkpoint / "model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_held_out_prompts(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "llmjepa_kernels", "train", "--hidden-size", "64", "--num-layers", "1"]
+    command += ["--train-samples", "16", "--eval-samples", "5", "--max-steps", "2", "--no-compare"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command += ["--batch-size", "4", "--output-dir", str(tmp_path)]
+    run = subprocess.run(command, env=environment, timeout=200, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    result = json.loads((tmp_path / "llm-jepa" / "run.json").read_text())["result"]
+    correct = round(5 * result["metrics"]["accuracy"])
+    assert tuple(result["accuracy_interval"]) == Accuracy(correct, 5).interval()
+    assert result["metrics"]["unfinished"] in {n / 5 for n in range(6)}
+    assert "accuracy" in run.stdout
