@@ -116,14 +116,11 @@ def _configs(model: PreTrainedModel) -> list[Any]:
     found: dict[int, Any] = {}
     for module in model.modules():
         config: Any = getattr(module, "config", None)
-        for each in (config, *(getattr(config, name, None) for name in _names_of_parts(config))):
+        parts = [getattr(config, name, None) for name in getattr(config, "sub_configs", ())]
+        for each in (config, *parts):
             if hasattr(each, "_attn_implementation"):
                 found.setdefault(id(each), each)
     return list(found.values())
-
-
-def _names_of_parts(config: Any) -> Iterator[str]:
-    yield from getattr(config, "sub_configs", ())
 
 
 def _implementations(model: PreTrainedModel) -> list[tuple[Any, str | None]]:

@@ -350,11 +350,10 @@ class LLMJEPATrainer(Trainer):
         if self._started is None:
             self._started = time.perf_counter()
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if len(batches) < num_batches and not self._updates_in_all:
-            self._refuse_short_stream(len(batches), num_batches)
         if len(batches) < num_batches:
             # A stream has ended, and is begun again. Of what is left Trainer would make no update,
             # but add its gradients to the next one's.
+            self._check_stream(len(batches), num_batches)
             return [], None
         self._updates += 1
         self._updates_in_all += 1
@@ -372,8 +371,10 @@ class LLMJEPATrainer(Trainer):
             self._updates_with_tubes = self._updates_with_tubes + (self._num_tubes > 0)
         return batches, num_items
 
-    def _refuse_short_stream(self, found: int, needed: int) -> None:
-        """Of a stream that ends before the first update of this training."""
+    def _check_stream(self, found: int, needed: int) -> None:
+        """Whether a stream, which has ended, may be begun again without a word."""
+        if self._updates_in_all:
+            return
         if found:
             raise ValueError(
                 f"train_dataset ended after {found} batches, before the first update, which takes "
