@@ -31,7 +31,7 @@ SOURCES = sorted(Path(__file__).with_name("csrc").glob("*.[ch]*"))
 PORTABLE = ("portable", 16, 16, [])
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
 X86 = (
-    ("amx", 64, 32, [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]),
+    ("amx", 64, 32, [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-DLK_TILES"]),
     ("avx512bf16", 64, 32, [*AVX512, "-mavx512bf16"]),
     ("avx512", 64, 32, AVX512),
     ("avx2", 32, 16, ["-mavx2", "-mfma"]),
@@ -68,7 +68,7 @@ class BuildKernels(build_ext):
             return True
         probe = Path(self.build_temp) / "probe.cpp"
         probe.parent.mkdir(parents=True, exist_ok=True)
-        probe.write_text('#ifdef __AMX_TILE__\nvoid probe() { asm("tilerelease"); }\n#endif\n')
+        probe.write_text('#ifdef LK_TILES\nvoid probe() { asm("tilerelease"); }\n#endif\n')
         try:
             self.compiler.compile(
                 [str(probe)], output_dir=self.build_temp, extra_postargs=[*FLAGS, *flags]

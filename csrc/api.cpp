@@ -43,10 +43,17 @@ struct Isa {
   const KernelTable* table;
 };
 
+// On demand only: it has run in an emulator alone, and there are virtual machines that lose what is
+// in tile registers when a thread is interrupted.
+bool wants_amx = false;
+
 // Built once; only what this machine has.
 const std::vector<Isa>& isas() {
   static const std::vector<Isa> list = [] {
     std::vector<Isa> found;
+#ifdef LK_WITH_AVX2
+    __builtin_cpu_init();  // which some compilers leave to the caller
+#endif
 #ifdef LK_WITH_AVX512
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
@@ -59,7 +66,7 @@ const std::vector<Isa>& isas() {
       if (__builtin_cpu_supports("avx512bf16")) {
 #ifdef LK_WITH_AMX
         static KernelTable with_amx;
-        if (may_use_amx()) add("amx", amx::kBfloat16Attention, &with_amx);
+        if (wants_amx && may_use_amx()) add("amx", amx::kBfloat16Attention, &with_amx);
 #endif
         static KernelTable with_bfloat16;
         add("avx512bf16", avx512bf16::kBfloat16Attention, &with_bfloat16);
@@ -200,6 +207,8 @@ int32_t attend(const LkAttention& a, Body body) {
 }  // namespace
 
 void lk_set_parallel(LkParallel parallel) { set_parallel(parallel); }
+
+void lk_ask_for_amx() { wants_amx = true; }
 
 int64_t lk_attention_size() { return sizeof(LkAttention); }
 

@@ -88,6 +88,8 @@ LK_EXPORT int64_t lk_pairs_size();
 LK_EXPORT int64_t lk_tubes_size();
 // The digest of csrc/ that setup.py compiled it from.
 LK_EXPORT const char* lk_sources();
+// Has lk_isa_name, if it was not called yet, give "amx" too, and asks Linux for its use.
+LK_EXPORT void lk_ask_for_amx();
 // Instruction sets this library was built for and this machine has, best first; null at the end.
 LK_EXPORT const char* lk_isa_name(int32_t index);
 

@@ -24,7 +24,7 @@ struct BackwardWorkspace {
   T* dq;                           // [panel][dim][lanes of the panel]
   T *lse, *delta;                  // [lanes]
   bool *q_finite, *dout_finite;    // [vectors]
-  E *rows, *out;                   // [W][word_stride] and [words][W] of one vector
+  E *rows, *out;                   // [W][word_stride] and, without tiles, [words][W] of one vector
   T* dq_rows;                      // [W][stride]
   E *k, *v, *k_across;             // [kChunk][word_stride], the last as words across keys
   E *k_columns, *finite_k;         // the same for accumulate_columns, and what is finite of it
@@ -48,7 +48,7 @@ struct BackwardWorkspace {
     q_finite = arena.take<bool>(shape.max_vectors);
     dout_finite = arena.take<bool>(shape.max_vectors);
     rows = arena.take<E>(int64_t{kLanes<T>} * shape.word_stride);
-    out = arena.take<E>(int64_t{kLanes<T>} * shape.padded_words);
+    out = kTiled<E> ? nullptr : arena.take<E>(int64_t{kLanes<T>} * shape.padded_words);
     dq_rows = arena.take<T>(int64_t{kLanes<T>} * shape.stride);
     k = arena.take<E>(int64_t{kChunk} * shape.word_stride);
     v = arena.take<E>(int64_t{kChunk} * shape.word_stride);
@@ -273,7 +273,7 @@ void read_queries(const LkAttention& a, int64_t row, const BlockLanes<Compute<S>
     const bool finite =
         read_lanes<S>(x, row, lanes.head(v), lanes.query(v), lanes.valid(v), shape, rows);
     if (across) words_across(rows, shape.word_stride, W, shape.padded_words, across, shape.stride);
-    rows_to_columns(shape, rows, columns, stride);
+    if (columns) rows_to_columns(shape, rows, columns, stride);
     return finite;
   };
   for (int first = 0; first < lanes.vectors; first += lanes.panel_vectors(first)) {

@@ -13,7 +13,7 @@ namespace LK_ISA {
 // Vectors of a panel, and of a row that accumulate_rows takes at once; rows of a register block
 // with V vectors: accumulators, operands and addresses must fit.
 #if LK_VECTOR_REGISTERS == 32
-#ifdef __AMX_BF16__
+#ifdef LK_TILES
 constexpr int kMaxVectors = 2;  // tiles
 #else
 constexpr int kMaxVectors = 3;

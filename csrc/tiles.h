@@ -8,7 +8,7 @@
 
 namespace LK_ISA {
 
-#ifdef __AMX_BF16__
+#ifdef LK_TILES  // by setup.py, since compilers name the instruction set differently
 template <class E>
 constexpr bool kTiled = kFold<E> == 2;
 #else
@@ -18,17 +18,16 @@ constexpr bool kTiled = false;
 
 constexpr int kTile = 16;
 
-// While it lives, all registers of the thread are whole tiles.
+// While it lives, all registers of the thread are whole tiles. Afterwards they are as before, since
+// others may configure those of a thread once and for all.
 template <class E>
 class TileRegisters {
  public:
   TileRegisters() {
     if constexpr (kTiled<E>) {
-      struct {
-        uint8_t palette = 1, start_row = 0, reserved[14] = {};
-        uint16_t row_bytes[16] = {};
-        uint8_t rows[16] = {};
-      } config;
+      asm volatile("sttilecfg %0" : "=m"(before_));
+      Config config;
+      config.palette = 1;
       for (int i = 0; i < 8; ++i) {
         config.row_bytes[i] = kTile * sizeof(E);
         config.rows[i] = kTile;
@@ -37,9 +36,17 @@ class TileRegisters {
     }
   }
   ~TileRegisters() {
-    if constexpr (kTiled<E>) asm volatile("tilerelease");
+    if constexpr (kTiled<E>) asm volatile("ldtilecfg %0" : : "m"(before_));
   }
   TileRegisters(const TileRegisters&) = delete;
+
+ private:
+  struct Config {
+    uint8_t palette = 0, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+  };
+  Config before_;
 };
 
 // Registers are named in the instructions. The compiler's own functions for these do not tell it

@@ -1,7 +1,8 @@
 """CPU back end of the operations: C++ kernels for AVX-512, AMX, AVX2, NEON and plain vectors.
 
-Everything is summed in float32 (float64 for float64). On AVX512-BF16 and AMX, attention of bfloat16
-multiplies pairs of them, and rounds P and dS for it as GPUs do; elsewhere it widens them first.
+Everything is summed in float32 (float64 for float64). On AVX512-BF16, and on AMX where it is asked
+for before the first use, attention of bfloat16 multiplies pairs of them, and rounds P and dS for it
+as GPUs do; elsewhere it widens them first.
 
 Source: FlashAttention-2, arXiv:2307.08691, in the layout that csrc/attention.h describes.
 """
@@ -394,6 +395,8 @@ def _library() -> ctypes.CDLL:
             f"{LIBRARY} was compiled from another version of the sources: install "
             "llmjepa_kernels again, in a checkout by pip install -e ."
         )
+    if os.environ.get(ISA_VARIABLE) == "amx":
+        library.lk_ask_for_amx()
     library.lk_isa_name.restype = ctypes.c_char_p
     library.lk_set_parallel.argtypes = (ctypes.c_void_p,)
     library.lk_set_parallel.restype = None

@@ -1,23 +1,31 @@
 """The kernels for AMX, whose tile instructions are carried out by a handler of SIGILL.
 
-On a CPU with AMX the other tests run them natively.
+On a CPU with AMX, ``LLMJEPA_CPU_ISA=amx python -m pytest tests/ops/test_cpu_attention.py`` runs
+them natively.
 """
 
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from llmjepa_kernels.ops import cpu
 from tests.support.build_cpu import ROOT, build_library
 
+CPU_INFO = Path("/proc/cpuinfo")
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
         not cpu.is_available() or "avx512bf16" not in cpu.isas(),
         reason="needs the compiled library and a CPU with AVX512-BF16",
+    ),
+    pytest.mark.skipif(
+        CPU_INFO.exists() and "amx_bf16" in CPU_INFO.read_text(),
+        reason="the CPU has AMX: see above",
     ),
 ]
 
@@ -33,7 +41,12 @@ def test_attention(tmp_path):
     run = subprocess.run(
         [*command, "tests/ops/test_cpu_attention.py", "-k", "(amx and bfloat16) or random"],
         cwd=ROOT,
-        env={**os.environ, "LLMJEPA_CPU_LIBRARY": str(library), "LD_PRELOAD": str(emulator)},
+        env={
+            **os.environ,
+            cpu.ISA_VARIABLE: "amx",
+            cpu.LIBRARY_VARIABLE: str(library),
+            "LD_PRELOAD": str(emulator),
+        },
         capture_output=True,
         text=True,
     )

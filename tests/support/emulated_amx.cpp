@@ -90,6 +90,10 @@ bool configured(int tile) { return config.palette == 1 && config.rows[tile] && t
 bool configure(const void* from) {
   Config wanted;
   std::memcpy(&wanted, from, sizeof(wanted));
+  if (wanted.palette == 0) {  // as tilerelease
+    config = Config{};
+    return true;
+  }
   if (wanted.palette != 1 || wanted.start_row != 0) return false;
   for (const uint8_t x : wanted.reserved) {
     if (x != 0) return false;
@@ -156,8 +160,9 @@ bool multiply(int out, int a, int b) {
 
 bool carry_out(const Instruction& x) {
   if (x.is(0, 0x49, true)) return x.reg == 0 && configure(x.address);  // ldtilecfg
-  if (x.is(0, 0x49, false)) {                                          // tilerelease
-    config = Config{};
+  if (x.is(1, 0x49, true)) {                                           // sttilecfg
+    if (x.reg != 0) return false;
+    std::memcpy(x.address, &config, sizeof(config));
     return true;
   }
   if (x.is(3, 0x49, false)) {  // tilezero
