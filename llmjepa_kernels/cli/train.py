@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate.utils.memory import clear_device_cache
+from torch import distributed
 from transformers import TrainingArguments
 from transformers.utils import logging
 
@@ -146,6 +147,9 @@ def train(options: TrainOptions) -> None:
             print(f"Checkpoints, report.txt, report.json and report.png: {options.output_dir}/")
             finished = [record for record in records if record.title not in diverged]
             print("next: llmjepa analyze", *(record.directory for record in finished))
+    if arguments.world_size > 1 and distributed.is_initialized():
+        distributed.barrier()  # one that ends earlier can take others down with it
+        distributed.destroy_process_group()
     if diverged:
         raise FloatingPointError("; ".join(diverged.values()))
 
