@@ -28,7 +28,7 @@ from llmjepa_kernels.cli.shared_options import EVAL_SAMPLES
 from llmjepa_kernels.data.example_format import ExampleFormat
 from llmjepa_kernels.data.splits import Split
 from llmjepa_kernels.evaluation.predict import Accuracy, Prediction, accuracies, predict
-from llmjepa_kernels.evaluation.rules import Rule
+from llmjepa_kernels.evaluation.rules import RULE_OF_RECIPE, Rule
 from llmjepa_kernels.hf.load import check_model
 
 
@@ -51,6 +51,7 @@ def evaluate(options: EvaluateOptions) -> None:
         finally:  # of those that are through, if another one fails
             if results:
                 print(format_accuracies(results, evaluation.split), end="")
+                print(f"judged by --rule {evaluation.rule.name}")
     if evaluation.file is not None:
         file = evaluation.file
         print(f"Predictions: {file.path}, settings and results: {file.report_path}")
@@ -72,10 +73,11 @@ class Evaluation:
     def prepare(cls, options: EvaluateOptions) -> Evaluation:
         """Reads the data and checks all of it; raises as `evaluate` does."""
         device = chosen_device(options.device)
+        given = options.rule or RULE_OF_RECIPE.get(options.recipe or "")
         rule = chosen_rule(
             options.rule,
             recipe=options.recipe,
-            template=_template(options.checkpoints),
+            template="chat" if given else _template(options.checkpoints),
             databases=options.databases,
         )
         split = None if options.split is None else Split.parse(options.split)
@@ -192,7 +194,18 @@ def _plain_values(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _template(checkpoints: Sequence[str]) -> str:
-    """The template of checkpoints on disk, if all have the same; "chat", as of most, if not."""
-    formats = [ExampleFormat.load(name) for name in checkpoints if Path(name).is_dir()]
-    templates = {found.template for found in formats}
-    return templates.pop() if len(formats) == len(checkpoints) and len(templates) == 1 else "chat"
+    """The template that checkpoints were trained with; "chat" where nothing says so.
+
+    Raises:
+        ValueError: They were trained with different ones.
+    """
+    templates = {
+        name: ExampleFormat.load(name).template if Path(name).is_dir() else "chat"
+        for name in checkpoints
+    }
+    if len(set(templates.values())) > 1:
+        raise ValueError(
+            "--rule must be given for checkpoints of several formats, by which it is chosen: "
+            + ", ".join(f"{name} is {template}" for name, template in templates.items())
+        )
+    return templates[checkpoints[0]]

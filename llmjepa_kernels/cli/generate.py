@@ -27,6 +27,8 @@ def generate(options: GenerateOptions) -> None:
     say(f"loading {options.checkpoint}")
     model, tokenizer = load_checkpoint(options.checkpoint, options, device)
     example_format = ExampleFormat.load(options.checkpoint)
+    if options.system is not None and example_format.template == "plain":
+        raise ValueError(f"--system has no place in the plain format of {options.checkpoint}")
     set_seed(options.seed)
 
     def reply(messages: list[dict[str, str]]) -> str:
@@ -37,7 +39,12 @@ def generate(options: GenerateOptions) -> None:
             example_format,
             max_new_tokens=options.max_new_tokens,
             temperature=options.temperature,
-            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            streamer=TextStreamer(
+                tokenizer,
+                skip_prompt=True,
+                skip_special_tokens=True,
+                clean_up_tokenization_spaces=False,
+            ),
         )
 
     begin = [] if options.system is None else [{"role": "system", "content": options.system}]

@@ -21,7 +21,7 @@ from llmjepa_kernels.data.predictor_tokens import (
     predictor_tokens,
 )
 from llmjepa_kernels.data.tokenizer import train_tokenizer
-from llmjepa_kernels.evaluation.predict import max_positions
+from llmjepa_kernels.evaluation.predict import ends_of, max_positions, own_ends
 from llmjepa_kernels.hf import load as models
 from llmjepa_kernels.hf.dtypes import weight_shape
 
@@ -89,9 +89,21 @@ def starting_point(
             "--format plain, or give it one"
         )
     example_format, new_ids = _format(options, model, tokenizer, seed)
+    _stop_at(model, tokenizer, example_format)
     if options.lora_rank is not None:
         model = models.add_lora(model, options.lora_rank, new_ids=new_ids)
     return StartingPoint(model, tokenizer, example_format, weights, max_positions(model))
+
+
+def _stop_at(model: Any, tokenizer: Any, example_format: ExampleFormat) -> None:
+    """Has ``generate`` stop where answers in a format end, in other programs too."""
+    stops = own_ends(model)
+    if example_format.end_id is not None:
+        stops = {example_format.end_id}
+    elif example_format.template == "chat":
+        stops |= ends_of(tokenizer, example_format)
+    if stops:
+        model.generation_config.eos_token_id = min(stops) if len(stops) == 1 else sorted(stops)
 
 
 class StartingPoints:
@@ -182,6 +194,4 @@ def _format(
         separator_id=known.get("separator_id"),
         end_id=known.get("end_id"),
     )
-    if example_format.end_id is not None:  # where generate stops, in other programs too
-        model.generation_config.eos_token_id = example_format.end_id
     return example_format, new_ids

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from llmjepa_kernels.data.example_format import ExampleFormat
-from llmjepa_kernels.evaluation.predict import max_positions, refuse_nan, stop_ids
+from llmjepa_kernels.evaluation.predict import (
+    ends_of,
+    max_positions,
+    own_ends,
+    refuse_nan,
+    unbent,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
 def answer(
@@ -48,16 +51,7 @@ def answer(
         raise ValueError(
             f"the prompt is {len(ids)} tokens long, and the model has {positions} positions"
         )
-    plain = replace(
-        example_format,
-        pred_ids=(),
-        layout="shared",
-        embedding_token="content",
-        supervise="assistant",
-    )
-    stops = stop_ids(tokenizer, [plain.example({"messages": TURNS}, tokenizer)])
-    if example_format.end_id is not None:
-        stops.add(example_format.end_id)
+    stops = ends_of(tokenizer, example_format) | own_ends(model)
     options: dict[str, Any] = {"do_sample": False}
     if temperature:
         options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
@@ -66,11 +60,11 @@ def answer(
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=min(max_new_tokens, (positions or len(ids) + max_new_tokens) - len(ids)),
-        repetition_penalty=1.0,
         eos_token_id=sorted(stops) or None,
         pad_token_id=tokenizer.pad_token_id,
         logits_processor=[refuse_nan],
         streamer=streamer,
+        **unbent(model),
         **options,
     )
     new = [token for token in generated[0, len(ids) :].tolist() if token not in stops]

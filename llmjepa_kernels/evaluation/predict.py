@@ -23,6 +23,27 @@ BATCH_SIZE = 64
 BEGINNINGS = ("exact", "startswith")
 ROOM = 16
 
+TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+# Of Transformers' GenerationConfig, what would change what is most likely, or how it comes back.
+UNBENT: dict[str, Any] = {
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "return_dict_in_generate": False,
+    "stop_strings": None,
+    "max_time": None,
+    "prompt_lookup_num_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "begin_suppress_tokens": None,
+    "sequence_bias": None,
+    "guidance_scale": None,
+    "exponential_decay_length_penalty": None,
+}
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -138,7 +159,10 @@ def predict(
         try:
             rule.check(sample)
             prompts.append(example_format.prompt(sample, tokenizer))
-            examples.append(example_format.example(sample, tokenizer))
+            *asked, last = sample["messages"]
+            judged = {"role": last["role"], "content": last["content"]}  # whatever its weight
+            example = example_format.example({**sample, "messages": [*asked, judged]}, tokenizer)
+            examples.append(example)
         except ValueError as error:
             raise ValueError(f"sample {index}: {error}") from error
     positions = max_positions(model)
@@ -149,7 +173,7 @@ def predict(
     # A batch takes as long as its longest answer: rows should end together.
     order = sorted(range(len(samples)), key=lambda i: (lengths[i], len(prompts[i])), reverse=True)
     order = [i for i in order if i not in done]
-    stops = stop_ids(tokenizer, examples[:100])
+    stops = stop_ids(tokenizer, examples[:100]) | own_ends(model)
     if example_format.end_id is not None:
         stops.add(example_format.end_id)
     longest = max_new_tokens or max(lengths, default=0) + 1
@@ -193,7 +217,7 @@ def predict(
                 completion, finished = choice_ids[ids[0]], True
             else:
                 answer = ids[:-1] if finished else ids
-                completion = _text(tokenizer, answer, skip_special_tokens=True)
+                completion = _text(tokenizer, answer)
             predictions.append(
                 Prediction(
                     index=i,
@@ -259,6 +283,25 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example]) ->
     return {tokenizer.eos_token_id} - {None} | ends & special
 
 
+def own_ends(model: PreTrainedModel) -> set[int]:
+    """The tokens that a model's own generation ends with."""
+    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return set(ids if isinstance(ids, list) else [ids]) - {None}
+
+
+def ends_of(tokenizer: PreTrainedTokenizerBase, example_format: ExampleFormat) -> set[int]:
+    """The tokens that end an answer in a format."""
+    plain = replace(
+        example_format,
+        pred_ids=(),
+        layout="shared",
+        embedding_token="content",
+        supervise="assistant",
+    )
+    stops = stop_ids(tokenizer, [plain.example({"messages": TURNS}, tokenizer)])
+    return stops if example_format.end_id is None else stops | {example_format.end_id}
+
+
 def _answer_ids(example: Example) -> list[int]:
     """The last run of supervised tokens: earlier turns of a chat may be supervised too."""
     answer: list[int] = []
@@ -320,10 +363,10 @@ def _generate(
             attention_mask=torch.tensor(mask, device=model.device),
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            repetition_penalty=1.0,  # a model's own defaults must not bend the argmax
             eos_token_id=stop_ids or None,
             pad_token_id=pad_token_id,
             use_cache=True,
+            **unbent(model),
             **options,
         )
     finally:
@@ -333,6 +376,12 @@ def _generate(
         end = next((n for n, token in enumerate(tokens) if token in stop_ids), len(tokens))
         answers.append(tokens[: end + 1])
     return answers
+
+
+def unbent(model: PreTrainedModel) -> dict[str, Any]:
+    """Arguments of ``generate``: a model's own defaults must not bend what it says."""
+    config = getattr(model, "generation_config", None)
+    return {name: value for name, value in UNBENT.items() if hasattr(config, name)}
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], **options: bool) -> str:

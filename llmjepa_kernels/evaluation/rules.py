@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import string
+import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
@@ -71,10 +72,11 @@ def answer_rule(name: str = "exact", *, databases: str | PathLike[str] | None = 
       first with a number after it counts, so a model that goes on to another question keeps its
       answer to this one.
     - ``sql``: a query with the same result; see ``SpiderDatabases``.
-    - ``any``: it contains one of the answers listed with ``"; "`` between them, both without case,
-      punctuation and articles as is the custom for NQ-Open. So a completion that lists several
-      answers, as the training data do, is right if one of them is. The authors' script asks the
-      reverse, whether the completion is a part of the reference, which the empty string is.
+    - ``any``: it contains one of the answers listed with ``"; "`` between them in whole words, both
+      without case, punctuation and articles as is the custom for NQ-Open. So a completion that
+      lists several answers, as the training data do, is right if one of them is. The authors'
+      script asks the reverse, whether the completion is a part of the reference, which the empty
+      string is.
     - ``choice``: the most likely of A, B, C and D (HellaSwag).
 
     Args:
@@ -121,13 +123,22 @@ def listed_answers(text: str) -> set[str]:
 
 
 def _normalized(text: str) -> str:
-    without_punctuation = str.maketrans("", "", string.punctuation)
-    words = re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(without_punctuation)).split()
+    plain = "".join(c for c in _nfc(text).lower() if not _is_punctuation(c))
+    words = re.sub(r"\b(a|an|the)\b", " ", plain).split()
     return " ".join(words) or text.lower().strip()
 
 
+def _is_punctuation(character: str) -> bool:
+    return character in string.punctuation or unicodedata.category(character).startswith("P")
+
+
+def _nfc(text: str) -> str:
+    """Without white space around it, in the form that many tokenizers give texts."""
+    return unicodedata.normalize("NFC", text).strip()
+
+
 def _matches(completion: str, sample: Sample) -> bool:
-    return completion.strip() == answer_of(sample).strip()
+    return _nfc(completion) == _nfc(answer_of(sample))
 
 
 def _accept(sample: Sample) -> None:
@@ -140,12 +151,14 @@ def _has_the_number(completion: str, sample: Sample) -> bool:
 
 
 def _begins(completion: str, sample: Sample) -> bool:
-    return completion.strip().startswith(answer_of(sample).strip())
+    return _nfc(completion).startswith(_nfc(answer_of(sample)))
 
 
 def _contains_a_listed_one(completion: str, sample: Sample) -> bool:
-    written = _normalized(completion)
-    return any(answer in written for answer in listed_answers(answer_of(sample)))
+    written = f" {_normalized(completion)} "
+    answers = listed_answers(answer_of(sample))
+    # The second as a possessive, whose apostrophe is gone.
+    return any(f" {answer} " in written or f" {answer}s " in written for answer in answers)
 
 
 def _expect(test: Callable[[str], Any], expected: str, sample: Sample) -> None:

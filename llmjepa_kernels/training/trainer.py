@@ -543,6 +543,7 @@ class LLMJEPATrainer(Trainer):
 
     def _save_checkpoint(self, model, trial):
         """Saves a checkpoint, marks it as complete, and only then deletes older ones."""
+        paused = time.perf_counter()
         run_directory = self._get_output_dir(trial)
         directory = Path(run_directory, f"checkpoint-{self.state.global_step}")
         if self.args.should_save:  # an interrupted run may have left it there
@@ -565,6 +566,7 @@ class LLMJEPATrainer(Trainer):
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,
             )
+        self._pass_over(paused)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The loss of one batch; there are no predictions."""
@@ -610,9 +612,13 @@ class LLMJEPATrainer(Trainer):
         metrics = {"loss": loss, **seen} if seen else {}
         named = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
         output = output._replace(metrics={**(output.metrics or {}), **named})
-        if self._started is not None:
-            self._started += time.perf_counter() - paused  # not time spent on training
+        self._pass_over(paused)
         return output
+
+    def _pass_over(self, paused: float) -> None:
+        """Counts the time since then not as spent on training."""
+        if self._started is not None:
+            self._started += time.perf_counter() - paused
 
 
 def _is_patched(model: torch.nn.Module) -> bool:

@@ -343,7 +343,11 @@ def test_layers_that_there_are(checkpoints, tmp_path, capsys):
 def test_cosines_of_right_and_wrong_answers(checkpoints, tmp_path, capsys):
     data, answers = checkpoints / "data.jsonl", tmp_path / "answers.jsonl"
     names = [str(checkpoints / name) for name in ("base", "plain")]
-    assert cli.main(["evaluate", *names, "--data", str(data), "--output", str(answers)]) == 0
+    words = ["--data", str(data), "--output", str(answers)]
+    assert cli.main(["evaluate", *names, *words]) == 2
+    assert "--rule must be given for checkpoints of several formats" in capsys.readouterr().err
+    assert cli.main(["evaluate", *names, *words, "--rule", "exact"]) == 0
+    assert "judged by --rule exact" in capsys.readouterr().out
     lines = [json.loads(line) for line in answers.read_text().splitlines()]
     for line in lines:
         line["correct"] = line["index"] in (1, 4)

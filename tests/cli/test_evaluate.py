@@ -12,6 +12,7 @@ pytest.importorskip("transformers")
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llmjepa_kernels.cli import held_out
 from llmjepa_kernels.cli import main as cli
 from llmjepa_kernels.data import grammar
 from llmjepa_kernels.data.predictor_tokens import add_predictor_tokens
@@ -119,9 +120,16 @@ def test_built_in_data_reach_what_a_split_asks_for(checkpoint, monkeypatch, caps
     monkeypatch.chdir(checkpoint.parent)
     options = ["--split", "depth:2", "--samples", "30", "--max-new-tokens", "1"]
     assert cli.main(["evaluate", checkpoint.name, *options]) == 0
-    counts = [int(line.split()[-2]) for line in capsys.readouterr().out.splitlines()[2:-1]]
+    counts = [int(line.split()[-2]) for line in capsys.readouterr().out.splitlines()[2:-2]]
     assert counts[0] == 30 == counts[1] + counts[2]
     assert min(counts) > 5
+
+
+def test_a_split_that_built_in_data_cannot_fill(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(held_out, "MOST", 50)
+    options = ["train", "--split", "length:500", "--output-dir", str(tmp_path / "out")]
+    assert cli.main(options) == 2
+    assert "--split length:500: of the first 50 built-in pairs too few" in capsys.readouterr().err
 
 
 def test_goes_on_where_it_was_interrupted(command, generations, tmp_path):

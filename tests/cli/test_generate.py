@@ -94,6 +94,14 @@ def test_a_question_without_an_answer_is_forgotten(generate, monkeypatch):
     assert [[turn["content"] for turn in messages] for messages in heard] == [["a"], ["b"]]
 
 
+def test_the_plain_format_has_no_system_turn(checkpoint, generate, tmp_path):
+    plain = shutil.copytree(checkpoint, tmp_path / "plain")
+    ExampleFormat(template="plain", separator_id=5).save(plain)
+    status, _, error = generate("--prompt", "a", "--system", "b", model=plain)
+    assert status == 2
+    assert "--system has no place in the plain format" in error
+
+
 def test_the_plain_format_has_no_turns(checkpoint, generate, monkeypatch, tmp_path):
     plain = shutil.copytree(checkpoint, tmp_path / "plain")
     ExampleFormat(template="plain", separator_id=5).save(plain)

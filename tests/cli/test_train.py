@@ -29,7 +29,9 @@ from llmjepa_kernels.cli.training_run import TrainingRun
 from llmjepa_kernels.data import grammar
 from llmjepa_kernels.data.example_format import ExampleFormat
 from llmjepa_kernels.data.predictor_tokens import add_tokens
+from llmjepa_kernels.data.tokenizer import train_tokenizer
 from llmjepa_kernels.evaluation.predict import Accuracy, evaluate
+from llmjepa_kernels.hf.load import small_llama
 from llmjepa_kernels.hf.patch import patch_model
 from llmjepa_kernels.training.checkpoints import checkpoints, why_incomplete
 
@@ -559,3 +561,21 @@ def test_two_processes_share_the_held_out_prompts(tmp_path):
     assert tuple(result["accuracy_interval"]) == Accuracy(correct, 5).interval()
     assert result["metrics"]["unfinished"] in {n / 5 for n in range(6)}
     assert "accuracy" in run.stdout
+
+
+def test_a_model_stops_where_its_answers_end(tmp_path):
+    """In other programs too, also one whose end of text is another token."""
+    tokenizer = train_tokenizer(grammar.generate(20))
+    end = tokenizer.eos_token
+    tokenizer.chat_template = tokenizer.chat_template.replace("eos_token", repr(end))
+    tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})
+    model = small_llama(tokenizer, hidden_size=64, num_layers=1)
+    for one in (model, tokenizer):
+        one.save_pretrained(tmp_path / "base")
+    words = ["--model", tmp_path / "base", "--train-samples", 4, "--eval-samples", 1]
+    options = ["--max-steps", 1, "--no-compare", "--output-dir", tmp_path / "out"]
+    assert cli.main(["train", *map(str, [*words, *options])]) == 0
+    assert cli.main(["export", str(tmp_path / "out" / "llm-jepa"), str(tmp_path / "plain")]) == 0
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").generation_config
+    names = AutoTokenizer.from_pretrained(tmp_path / "plain").convert_ids_to_tokens
+    assert set(names(exported.eos_token_id)) == {end, "<|endoftext|>"}

@@ -132,6 +132,56 @@ def test_whole_answers_are_compared_up_to_the_stop_token(tokenizer, samples):
     assert parrot.calls == [(6, max(lengths) + 2)]
 
 
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"min_new_tokens": 5},
+        {"no_repeat_ngram_size": 1},
+        {"repetition_penalty": 9.0},
+        {"num_beams": 3},
+        {"num_beams": 2, "num_return_sequences": 2},
+        {"return_dict_in_generate": True},
+        {"stop_strings": ["a"]},
+        {"prompt_lookup_num_tokens": 3},
+        {"max_time": 1e-9},
+        {"do_sample": True, "temperature": 9.0},
+    ],
+    ids=str,
+)
+def test_defaults_of_a_model_do_not_bend_what_it_says(model, tokenizer, samples, own):
+    expected = evaluate(model, tokenizer, samples, max_new_tokens=MAX_NEW_TOKENS)
+    model.generation_config.update(**own)
+    assert evaluate(model, tokenizer, samples, max_new_tokens=MAX_NEW_TOKENS) == expected
+
+
+def test_further_ends_of_a_model_are_ends(model, tokenizer, samples):
+    (first,) = evaluate(model, tokenizer, samples[:1], max_new_tokens=MAX_NEW_TOKENS)
+    second = tokenizer(first.completion, add_special_tokens=False)["input_ids"][1]
+    assert not first.finished
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, second]
+    (found,) = evaluate(model, tokenizer, samples[:1], max_new_tokens=MAX_NEW_TOKENS)
+    assert found.finished
+    assert first.completion.startswith(found.completion)
+    assert found.completion != first.completion
+
+
+def test_special_tokens_in_an_answer_are_part_of_it(tokenizer, samples):
+    sample = with_answers(samples[:1], ["cp <|system|> /tmp"])[0]
+    assert tokenizer.convert_tokens_to_ids("<|system|>") in tokenizer.all_special_ids
+    parrot = Parrot(tokenizer, "cp <|system|> /tmp")
+    assert evaluate(parrot, tokenizer, [sample])[0].correct
+
+
+def test_the_weight_of_the_last_answer_does_not_matter(model, tokenizer, samples):
+    last = {**samples[0]["messages"][-1], "weight": 0}
+    asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    messages = [*asked, *samples[0]["messages"][1:-1], last]
+    with_weight, without = (
+        {"messages": [*messages[:-1], x]} for x in (last, {**last, "weight": 1})
+    )
+    assert evaluate(model, tokenizer, [with_weight]) == evaluate(model, tokenizer, [without])
+
+
 def test_batches_hold_answers_of_similar_length_and_leave_out_what_is_done(tokenizer, samples):
     parrot = Parrot(tokenizer, "x")
     batches = list(predict(parrot, tokenizer, samples, batch_size=2, done={0, 5}))

@@ -82,6 +82,30 @@ def test_numbers_are_compared_by_value():
     assert not judge("#### 12345678901234567890", sample("#### 12,345,678,901,234,567,891"))
 
 
+def test_texts_are_compared_as_tokenizers_give_them():
+    """Many compose what is written as a letter and its accent."""
+    composed, apart = "caf\u00e9", "cafe\u0301"
+    for name in ("exact", "startswith", "any"):
+        assert answer_rule(name).is_correct(composed, sample(apart))
+        assert answer_rule(name).is_correct(apart, sample(composed))
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "correct"),
+    [
+        ("in 1972", "2", False),
+        ("Jordan", "Dan", False),
+        ("1.5", "15", True),  # as without punctuation
+        ("a lot", "A", False),
+        ("A", "A", True),
+        ("Schindler\u2019s List", "Schindler's list", True),
+        ("it was 5\u20134", "5-4", True),
+    ],
+)
+def test_listed_answers_are_whole_words(completion, answer, correct):
+    assert answer_rule("any").is_correct(completion, sample(answer)) is correct
+
+
 def test_exact_ignores_white_space_around_only():
     judge = answer_rule().is_correct
     assert judge(" (dog)*\n", sample("(dog)*"))

@@ -348,6 +348,9 @@ def test_evaluation_leaves_out_the_losses_of_what_is_not_there(tokenizer, tmp_pa
 class Clock(TrainerCallback):
     """In place of `time`: two seconds pass in an update, a hundred in a batch of an evaluation."""
 
+    def save(self, directory):
+        self.seconds += 1000
+
     seconds = 0.0
 
     def perf_counter(self):
@@ -360,14 +363,16 @@ class Clock(TrainerCallback):
         self.seconds += 100
 
 
-def test_evaluation_during_training_is_not_logged_as_training(tokenizer, tmp_path, monkeypatch):
+def test_evaluation_and_saving_are_not_logged_as_training(tokenizer, tmp_path, monkeypatch):
     found = []
     for strategy in ("no", "steps"):
         model, collator = build(tokenizer)
         steps = {"max_steps": 4, "logging_steps": 2, "eval_steps": 1}
-        args = arguments(tmp_path, eval_strategy=strategy, **steps)
+        saves = {"save_strategy": strategy, "save_steps": 1}
+        args = arguments(tmp_path, eval_strategy=strategy, **saves, **steps)
         data = {"train_dataset": ROWS, "eval_dataset": ROWS[:5]}
         monkeypatch.setattr(trainer_module, "time", clock := Clock())
+        monkeypatch.setattr(trainer_module, "mark_complete", clock.save)
         trainer = LLMJEPATrainer(model, args, collator, callbacks=[clock], **data)
         trainer.train()
         logs = [log for log in trainer.state.log_history if "loss" in log]
