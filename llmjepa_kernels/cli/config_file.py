@@ -58,12 +58,16 @@ def read_config(path: str | None, command: type[Options]) -> tuple[dict[str, Any
     seen: dict[str, str] = {}
     for key, value in content.items():
         name = str(key).replace("_", "-")
-        same = names[name].name if name in names else name
+        plain = name if name in names else name.removeprefix("no-")
+        same = names[plain].name if plain in names else name
         if same in seen:
             raise ValueError(f"{path}: {key} is given twice, as {seen[same]} too")
         seen[same] = str(key)
         if value is None:
             continue
+        opposite = name.removeprefix("no-")
+        if name not in names and opposite in names and isinstance(value, bool):
+            name, value = opposite, not value
         if name not in names:
             if "other" not in types:
                 raise ValueError(f"{path}: {key} is no option: see --help")

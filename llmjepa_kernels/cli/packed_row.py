@@ -13,6 +13,7 @@ from llmjepa_kernels.packing import IGNORE
 from llmjepa_kernels.training.objective import real_tokens
 
 TEXT_WIDTH = 44  # characters of a run's text
+MAX_CELLS = 2000  # of a side of the picture, more than its pixels
 MAX_RUNS = 40  # in a picture of text
 
 
@@ -106,18 +107,26 @@ def row_figure(runs: list[Run]) -> Any:
     from matplotlib.figure import Figure
 
     length = runs[-1].stop
-    mask = np.full((length, length), np.nan)
-    index = np.arange(length)
+    index = np.arange(0, length, -(-length // MAX_CELLS))  # of a longer row, tokens in even steps
+    mask = np.full((len(index), len(index)), np.nan, np.float32)
     for run in runs:
         if run.role != "padding":
-            keys = index[run.start : run.stop]
-            seen = (keys[None] <= index[:, None]) & (index[:, None] < run.visible_until)
-            mask[:, run.start : run.stop][seen] = run.depth
+            columns = (run.start <= index) & (index < run.stop)
+            keys, queries = index[columns], index[:, None]
+            seen = (keys <= queries) & (queries < run.visible_until)
+            mask[:, columns] = np.where(seen, run.depth, mask[:, columns])
     figure = Figure(figsize=(9, 8), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     deepest = max(run.depth for run in runs)
-    axes.imshow(mask, cmap="viridis", vmin=-0.5, vmax=deepest + 1, interpolation="nearest")
+    axes.imshow(
+        mask,
+        cmap="viridis",
+        vmin=-0.5,
+        vmax=deepest + 1,
+        interpolation="nearest",
+        extent=(-0.5, length - 0.5, length - 0.5, -0.5),
+    )
     labelled = [run for run in runs if run.stop - run.start >= length / 60]
     axes.set_yticks([(run.start + run.stop - 1) / 2 for run in labelled])
     axes.set_yticklabels([_label(run) for run in labelled], fontsize=7, parse_math=False)

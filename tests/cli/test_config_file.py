@@ -56,6 +56,13 @@ def test_names_that_transformers_gives_options(config):
     assert (found.epochs, found.other.count("--num-train-epochs")) == (2, 0)
 
 
+def test_what_is_negated(config):
+    assert options(config("no_share_prefixes: true\n")).share_prefixes is False
+    assert options(config("no_share_prefixes: false\n")).share_prefixes is True
+    with pytest.raises(ValueError, match="no_compare is given twice, as compare too"):
+        options(config("compare: true\nno_compare: true\n"))
+
+
 def test_values_that_are_merged(config):
     path = config("<<: &more\n  weight_decay: 0.1\n  epochs: 1\nepochs: 3\n")
     assert options(path).other[-2:] == ("--weight-decay", "0.1")

@@ -11,6 +11,7 @@ pytest.importorskip("transformers")
 
 from llmjepa_kernels import Example, Segment, llm_jepa_example, pack
 from llmjepa_kernels.cli import main as cli
+from llmjepa_kernels.cli import packed_row
 from llmjepa_kernels.cli.packed_row import row_figure, row_text, runs_of
 from llmjepa_kernels.data import grammar
 from llmjepa_kernels.data.chat import chat_example
@@ -32,7 +33,7 @@ def sees(runs):
     return [[j for j, key in enumerate(runs) if key.is_seen_by(query)] for query in runs]
 
 
-def test_runs_of_a_row():
+def test_runs_of_a_row(monkeypatch):
     examples = [
         llm_jepa_example([0, 1, 2, 3], [4, 5], [6, 7], pred_ids=[25]),
         llm_jepa_example([0, 1, 8], [9], [10], pred_ids=[25]),
@@ -55,6 +56,10 @@ def test_runs_of_a_row():
     stop = runs[-1].start
     assert torch.equal(shown[:stop, :stop], seen[:stop, :stop])
     assert not shown[stop:].any()
+    # A longer row is drawn coarser.
+    monkeypatch.setattr(packed_row, "MAX_CELLS", len(shown) // 2)
+    coarse = row_figure(runs).axes[0].get_images()[0].get_array()
+    assert torch.equal(torch.from_numpy(~coarse.mask), shown[::2, ::2])
 
 
 def test_runs_are_the_mask_of_any_row():
