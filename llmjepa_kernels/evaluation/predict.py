@@ -29,7 +29,7 @@ UNBENT: dict[str, Any] = {
     "repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
     "min_length": 0,
-    "min_new_tokens": 0,
+    "min_new_tokens": None,
     "num_beams": 1,
     "num_return_sequences": 1,
     "return_dict_in_generate": False,

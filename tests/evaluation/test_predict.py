@@ -9,6 +9,8 @@ import torch
 
 pytest.importorskip("transformers")
 
+from transformers.utils import logging
+
 from llmjepa_kernels.data import grammar
 from llmjepa_kernels.data.example_format import ExampleFormat
 from llmjepa_kernels.data.splits import Split
@@ -152,6 +154,16 @@ def test_defaults_of_a_model_do_not_bend_what_it_says(model, tokenizer, samples,
     expected = evaluate(model, tokenizer, samples, max_new_tokens=MAX_NEW_TOKENS)
     model.generation_config.update(**own)
     assert evaluate(model, tokenizer, samples, max_new_tokens=MAX_NEW_TOKENS) == expected
+
+
+def test_transformers_has_nothing_to_say(model, tokenizer, samples, caplog):
+    """Of arguments that contradict each other, for every batch."""
+    logging.enable_propagation()
+    try:
+        evaluate(model, tokenizer, samples, max_new_tokens=MAX_NEW_TOKENS)
+    finally:
+        logging.disable_propagation()
+    assert not caplog.records
 
 
 def test_further_ends_of_a_model_are_ends(model, tokenizer, samples):
