@@ -33,6 +33,7 @@ from llmjepa_kernels.training.loss_dropout import LossDropout
 from llmjepa_kernels.training.next_token_loss import MAX_LOGITS
 from llmjepa_kernels.training.objective import REQUIRED_KEYS, llm_jepa_loss, real_tokens
 from llmjepa_kernels.training.sampler import UpdateSampler, example_work
+from llmjepa_kernels.training.supported import check_supported
 from llmjepa_kernels.training.telemetry import CollapseTelemetry
 from llmjepa_kernels.training.view_head import HEAD_FILE, NAME, load_view_head, view_head_of
 
@@ -45,16 +46,6 @@ MEANS = ("ntp_loss", "jepa_loss", "cosine", "sigreg_loss", "vicreg_loss", "stp_l
 OF = dict.fromkeys(("jepa_loss", "cosine", "sigreg_loss", "vicreg_loss"), "pairs")
 OF["stp_loss"] = "tubes"
 SUMS = (*MEANS, "pairs", "tubes", "tokens", "sft_tokens", "flops")
-
-
-# Of TRL's SFTConfig, what its own collator and loss would do, and the values that ask for nothing.
-SFT_OPTIONS = {
-    "loss_type": ("nll", "chunked_nll"),
-    "completion_only_loss": (None,),
-    "assistant_only_loss": (False,),
-    "packing": (False,),
-    "padding_free": (False,),
-}
 
 
 class LLMJEPATrainer(Trainer):
@@ -148,7 +139,7 @@ class LLMJEPATrainer(Trainer):
         if data_collator is None:
             data_collator = LLMJEPACollator(more.get("processing_class"))
         super().__init__(model, args, data_collator, *other, **more)
-        self._check_supported()
+        check_supported(self)
         to_train: Any = self.model
         if not _is_patched(to_train):
             patch_model(to_train)
@@ -223,31 +214,6 @@ class LLMJEPATrainer(Trainer):
         """A new model of ``model_init``, patched."""
         model = super().call_model_init(trial)
         return model if _is_patched(model) else patch_model(model)
-
-    def _check_supported(self) -> None:
-        unsupported = {
-            "DataParallel (start one process per GPU with torchrun)": self.args.n_gpu > 1,
-            "label_smoothing_factor": self.args.label_smoothing_factor,
-            "compute_loss_func": self.compute_loss_func,
-            "compute_metrics": self.compute_metrics,
-            "dispatch_batches": self.accelerator.dispatch_batches,
-            # Its noise is by the length of a row, here that of many examples.
-            "neftune_noise_alpha": self.args.neftune_noise_alpha,
-        }
-        for name, usual in SFT_OPTIONS.items():
-            given = getattr(self.args, name, usual[0])
-            if given not in usual:
-                name += " of SFTConfig (see LLMJEPACollator and ExampleFormat)"
-                unsupported[name] = given
-        head = view_head_of(cast(Any, self.model))
-        if head is not None:
-            unsupported["a ViewHead under FSDP"] = self.is_fsdp_enabled
-            unsupported["a ViewHead under DeepSpeed"] = self.is_deepspeed_enabled
-            frozen = [name for name, p in head.named_parameters() if not p.requires_grad]
-            unsupported["a frozen ViewHead (call get_peft_model before add_view_head)"] = frozen
-        for name, given in unsupported.items():
-            if given:
-                raise ValueError(f"LLMJEPATrainer does not support {name}, got {given!r}")
 
     def _reset_train_sums(self) -> None:
         self._train_sums = torch.zeros(len(SUMS), device=self.args.device)

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from llmjepa_kernels.data.example_format import ExampleFormat
 from llmjepa_kernels.data.grammar import generate
@@ -20,7 +20,6 @@ from llmjepa_kernels.data.tokenizer import train_tokenizer
 from llmjepa_kernels.hf.load import add_lora
 from llmjepa_kernels.hf.patch import patch_model, patched_impl
 from llmjepa_kernels.packing import IGNORE, Example, Segment, without_views
-from llmjepa_kernels.training import trainer as trainer_module
 from llmjepa_kernels.training.collator import LLMJEPACollator, chat_tokens
 from llmjepa_kernels.training.loss_dropout import LossDropout
 from llmjepa_kernels.training.objective import llm_jepa_loss
@@ -343,43 +342,6 @@ def test_evaluation_leaves_out_the_losses_of_what_is_not_there(tokenizer, tmp_pa
     assert not {"eval_jepa_loss", "eval_cosine"} & metrics.keys()
     nothing = trainer.evaluate([])  # a loss of 0 would pass for the best checkpoint
     assert not {"eval_loss", "eval_ntp_loss", "eval_jepa_loss"} & nothing.keys()
-
-
-class Clock(TrainerCallback):
-    """In place of `time`: two seconds pass in an update, a hundred in a batch of an evaluation."""
-
-    def save(self, directory):
-        self.seconds += 1000
-
-    seconds = 0.0
-
-    def perf_counter(self):
-        return self.seconds
-
-    def on_step_end(self, *_, **__):
-        self.seconds += 2
-
-    def on_prediction_step(self, *_, **__):
-        self.seconds += 100
-
-
-def test_evaluation_and_saving_are_not_logged_as_training(tokenizer, tmp_path, monkeypatch):
-    found = []
-    for strategy in ("no", "steps"):
-        model, collator = build(tokenizer)
-        steps = {"max_steps": 4, "logging_steps": 2, "eval_steps": 1}
-        saves = {"save_strategy": strategy, "save_steps": 1}
-        args = arguments(tmp_path, eval_strategy=strategy, **saves, **steps)
-        data = {"train_dataset": ROWS, "eval_dataset": ROWS[:5]}
-        monkeypatch.setattr(trainer_module, "time", clock := Clock())
-        monkeypatch.setattr(trainer_module, "mark_complete", clock.save)
-        trainer = LLMJEPATrainer(model, args, collator, callbacks=[clock], **data)
-        trainer.train()
-        logs = [log for log in trainer.state.log_history if "loss" in log]
-        found.append([(log["ntp_loss"], log["tokens_per_step"]) for log in logs])
-        rates = [log["tokens_per_second"] for log in logs]
-        assert rates == [log["tokens_per_step"] / 2 for log in logs]
-    assert found[0] == found[1]
 
 
 def test_a_stream_that_ends_is_begun_again(tokenizer, tmp_path):

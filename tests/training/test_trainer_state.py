@@ -12,6 +12,7 @@ from transformers import TrainerCallback, default_data_collator
 from llmjepa_kernels.data.tokenizer import train_tokenizer
 from llmjepa_kernels.hf.load import add_lora
 from llmjepa_kernels.hf.patch import patch_model
+from llmjepa_kernels.training import trainer as trainer_module
 from llmjepa_kernels.training.checkpoints import mark_complete, why_incomplete
 from llmjepa_kernels.training.loss_dropout import LossDropout
 from llmjepa_kernels.training.objective import llm_jepa_loss
@@ -186,6 +187,43 @@ def test_evaluations_have_the_same_tubes(tokenizer, tmp_path):
     assert len({log["eval_stp_loss"] for log in logs if "eval_loss" in log}) == 1
     assert len({log["stp_loss"] for log in logs if "loss" in log}) > 1
     assert collator.epoch == 2
+
+
+class Clock(TrainerCallback):
+    """In place of `time`: two seconds pass in an update, a hundred in a batch of an evaluation."""
+
+    def save(self, directory):
+        self.seconds += 1000
+
+    seconds = 0.0
+
+    def perf_counter(self):
+        return self.seconds
+
+    def on_step_end(self, *_, **__):
+        self.seconds += 2
+
+    def on_prediction_step(self, *_, **__):
+        self.seconds += 100
+
+
+def test_evaluation_and_saving_are_not_logged_as_training(tokenizer, tmp_path, monkeypatch):
+    found = []
+    for strategy in ("no", "steps"):
+        model, collator = build(tokenizer)
+        steps = {"max_steps": 4, "logging_steps": 2, "eval_steps": 1}
+        saves = {"save_strategy": strategy, "save_steps": 1}
+        args = arguments(tmp_path, eval_strategy=strategy, **saves, **steps)
+        data = {"train_dataset": ROWS, "eval_dataset": ROWS[:5]}
+        monkeypatch.setattr(trainer_module, "time", clock := Clock())
+        monkeypatch.setattr(trainer_module, "mark_complete", clock.save)
+        trainer = LLMJEPATrainer(model, args, collator, callbacks=[clock], **data)
+        trainer.train()
+        logs = [log for log in trainer.state.log_history if "loss" in log]
+        found.append([(log["ntp_loss"], log["tokens_per_step"]) for log in logs])
+        rates = [log["tokens_per_second"] for log in logs]
+        assert rates == [log["tokens_per_step"] / 2 for log in logs]
+    assert found[0] == found[1]
 
 
 def test_checkpoints_hold_the_arguments_as_they_were_given(tokenizer, tmp_path):
