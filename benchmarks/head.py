@@ -1,6 +1,7 @@
 """The language model head and its loss: memory and time of all logits at once and in parts.
 
 python -m benchmarks.head --vocab 32768 131072
+python -m benchmarks.head --device cuda --dtype bfloat16 --head-impl liger
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.report import Table, progress, show
 from benchmarks.timing import PeakMemory, interleaved
 from llmjepa_kernels import Example, PackedBatch, Segment, llm_jepa_loss, pack, patch_model
-from llmjepa_kernels.training.next_token_loss import MAX_LOGITS
+from llmjepa_kernels.training.next_token_loss import HEAD_IMPLS, MAX_LOGITS
 
 COLUMNS = (
     ("vocab", "vocabulary", "{:d}"),
@@ -29,19 +30,25 @@ COLUMNS = (
 )
 
 
-def step(model: torch.nn.Module, batch: PackedBatch, max_logits: int | None) -> torch.Tensor:
+def step(model: torch.nn.Module, batch: PackedBatch, **options: Any) -> torch.Tensor:
     """The loss of a forward and backward."""
     model.zero_grad(set_to_none=True)
-    loss = llm_jepa_loss(model, batch, max_logits=max_logits).loss
+    loss = llm_jepa_loss(model, batch, **options).loss
     assert loss is not None
     loss.backward()
     return loss.detach()
 
 
 def head_rows(
-    vocab: int, tokens: int, hidden_size: int, max_logits: int, rounds: int
+    vocab: int,
+    tokens: int,
+    hidden_size: int,
+    rounds: int,
+    variants: dict[str, dict[str, Any]],
+    device: str,
+    dtype: torch.dtype,
 ) -> list[dict[str, Any]]:
-    """A row of the table for all logits at once, and one for parts of them."""
+    """A row of the table for each variant of the loss, the first of which is the exact one."""
     config = LlamaConfig(
         vocab_size=vocab,
         hidden_size=hidden_size,
@@ -52,21 +59,19 @@ def head_rows(
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)
-    model = patch_model(LlamaForCausalLM(config))
+    model = patch_model(LlamaForCausalLM(config).to(device, dtype))
     ids = torch.randint(vocab, (tokens + 1,)).tolist()
-    batch = pack([Example([Segment(ids, labels=ids)])])
-    steps = {
-        what: partial(step, model, batch, limit)
-        for what, limit in (("all at once", None), ("in parts", max_logits))
-    }
+    batch = pack([Example([Segment(ids, labels=ids)])]).to(device)
+    steps = {what: partial(step, model, batch, **options) for what, options in variants.items()}
     losses = {what: run() for what, run in steps.items()}
     peaks = {}
     for what, run in steps.items():
         model.zero_grad()
-        with PeakMemory() as peak:
+        with PeakMemory(device) as peak:
             run()
         peaks[what] = peak.bytes
-    seconds = interleaved(steps, rounds=rounds, budget=600, device="cpu", report=progress)
+    seconds = interleaved(steps, rounds=rounds, budget=600, device=device, report=progress)
+    exact = losses[next(iter(variants))]
     return [
         {
             "vocab": vocab,
@@ -74,7 +79,7 @@ def head_rows(
             "what": what,
             "seconds": median(seconds[what]),
             "mib": None if peaks[what] is None else peaks[what] / 2**20,
-            "error": float((losses[what] / losses["all at once"] - 1).abs()),
+            "error": float((losses[what] / exact - 1).abs()),
         }
         for what in steps
     ]
@@ -90,19 +95,29 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--hidden-size", type=int, default=256, help="a multiple of 64")
     parser.add_argument("--max-logits", type=int, default=MAX_LOGITS, help="that exist at once")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--head-impl", nargs="+", choices=HEAD_IMPLS, default=[], help="these too")
     parser.add_argument("--threads", type=int, help="default: all cores")
     parser.add_argument("--output", type=Path, help="a JSON file")
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
     table = Table("Head, loss and their backward", COLUMNS)
+    variants: dict[str, dict[str, Any]] = {
+        "all at once": {"max_logits": None},
+        "in parts": {"max_logits": args.max_logits},
+    }
+    variants |= {name: {"head_impl": name} for name in args.head_impl}
+    dtype = getattr(torch, args.dtype)
+    sizes = args.tokens, args.hidden_size, args.rounds
     for vocab in args.vocab:
-        table.rows += head_rows(vocab, args.tokens, args.hidden_size, args.max_logits, args.rounds)
+        table.rows += head_rows(vocab, *sizes, variants, args.device, dtype)
     table.notes.append(
-        f"a Llama of one layer, float32; at most {args.max_logits:,} logits at once in parts; the "
-        "peak is beyond the model, its gradients included"
+        f"a Llama of one layer, {args.dtype}; at most {args.max_logits:,} logits at once in parts; "
+        "the peak is beyond the model, its gradients included"
     )
-    show([table], args.output, "cpu", vars(args))
+    show([table], args.output, args.device, vars(args))
 
 
 if __name__ == "__main__":

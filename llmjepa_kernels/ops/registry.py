@@ -82,12 +82,18 @@ def load_backend(backends: Mapping[str, str], impl: str | None, device: torch.de
         raise ValueError(f"impl must be one of {sorted(backends)}, got {impl!r}")
     if impl == "cpu" and device.type != "cpu":
         raise RuntimeError(f"impl='cpu' runs on CPU tensors, got tensors on {device}")
-    if impl == "triton" and device.type == "cpu" and not _module(CONFIGS).can_launch():
+    if impl == "triton":
+        check_can_launch("impl='triton'", device)
+    return _module(backends[impl])
+
+
+def check_can_launch(what: str, device: torch.device) -> None:
+    """Raises RuntimeError, in the name of `what`, where Triton has no way to run on `device`."""
+    if device.type == "cpu" and not _module(CONFIGS).can_launch():
         raise RuntimeError(
-            "impl='triton' runs on GPU tensors, and on CPU tensors where Triton interprets "
+            f"{what} runs on GPU tensors, and on CPU tensors where Triton interprets "
             "(TRITON_INTERPRET=1, set before it is imported), got tensors on cpu"
         )
-    return _module(backends[impl])
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -18,6 +19,8 @@ from llmjepa_kernels.packing import IGNORE
 
 MAX_LOGITS = 2**27  # 0.5 GiB in float32, of which the loss and its backward keep four copies
 
+HEAD_IMPLS = {"liger": "llmjepa_kernels.training.liger_head"}
+
 
 def next_token_loss(
     model: nn.Module,
@@ -25,6 +28,7 @@ def next_token_loss(
     positions: Tensor,
     targets: Tensor,
     max_logits: int | None,
+    head_impl: str | None = None,
 ) -> tuple[Any, Tensor]:
     """The outputs of one forward pass, and the sum of the next-token losses.
 
@@ -33,8 +37,10 @@ def next_token_loss(
         tensors: The arguments of its forward, but for the next.
         positions: (batch, n) int64, the tokens that need logits; −1 for padding.
         targets: (batch, n) int64, the token that follows each.
-        max_logits: See `llm_jepa_loss`.
+        max_logits, head_impl: See `llm_jepa_loss`.
     """
+    if head_impl is not None:
+        return _by_head_impl(model, tensors, positions, targets, head_impl)
     if max_logits is not None and not torch.compiler.is_compiling():
         head = Head(model)
         rows = max(1, max_logits // head.vocab_size)
@@ -42,13 +48,9 @@ def next_token_loss(
         # take a second forward.
         finds_out = head.is_exact is None and is_distributed()
         if head.is_exact is not False and (targets.numel() > rows or finds_out):
-            few = positions[:, :2]  # 2, since torch.compile makes a graph of its own for 1
-            running.autocast = None
-            outputs = _forward(model, tensors, few)
-            head.autocast = running.autocast
-            hidden = gather_tokens(outputs.hidden_states[-1], positions)
             trusted = head.is_exact
-            if head.gives(hidden[:, : few.shape[1]], outputs.logits):
+            outputs, hidden = _forward_without_head(model, head, tensors, positions)
+            if head.gives(hidden[:, : outputs.logits.shape[1]], outputs.logits):
                 with head.precision(hidden.device):
                     return outputs, cross_entropy_in_parts(head, hidden, targets, rows)
             if trusted and is_distributed():  # others may see no need of another forward
@@ -59,6 +61,46 @@ def next_token_loss(
             del outputs, hidden  # their graph, before that of another forward
     outputs = _forward(model, tensors, positions)
     return outputs, cross_entropy_sum(outputs.logits, targets)
+
+
+def _by_head_impl(
+    model: nn.Module,
+    tensors: dict[str, Tensor],
+    positions: Tensor,
+    targets: Tensor,
+    head_impl: str,
+) -> tuple[Any, Tensor]:
+    if head_impl not in HEAD_IMPLS:
+        raise ValueError(
+            f"head_impl must be one of {sorted(HEAD_IMPLS)} or None, got {head_impl!r}"
+        )
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"head_impl={head_impl!r} cannot be part of a compiled loss: compile the model alone"
+        )
+    fused = importlib.import_module(HEAD_IMPLS[head_impl])
+    head = Head(model)
+    fused.check(head, targets.device)
+    outputs, hidden = _forward_without_head(model, head, tensors, positions)
+    if not head.gives(hidden[:, : outputs.logits.shape[1]], outputs.logits):
+        raise RuntimeError(
+            f"head_impl={head_impl!r} needs the whole head, outside of FSDP and DeepSpeed, and "
+            "nothing behind it but a factor and a cap that the config of "
+            f"{type(head.model).__name__} names; its logits are others: pass head_impl=None"
+        )
+    with head.precision(hidden.device):
+        return outputs, fused.cross_entropy(head, hidden, targets)
+
+
+def _forward_without_head(
+    model: nn.Module, head: Head, tensors: dict[str, Tensor], positions: Tensor
+) -> tuple[Any, Tensor]:
+    """Outputs with the logits of a few positions, and the last hidden states of all of them."""
+    few = positions[:, :2]  # 2, since torch.compile makes a graph of its own for 1
+    running.autocast = None
+    outputs = _forward(model, tensors, few)
+    head.autocast = running.autocast
+    return outputs, gather_tokens(outputs.hidden_states[-1], positions)
 
 
 def _forward(model: nn.Module, tensors: dict[str, Tensor], head_positions: Tensor) -> Any:

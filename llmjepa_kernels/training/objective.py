@@ -87,6 +87,7 @@ def llm_jepa_loss(
     slices_seed: int = 0,
     return_views: bool = False,
     max_logits: int | None = MAX_LOGITS,
+    head_impl: str | None = None,
 ) -> LLMJEPAOutput:
     """Next-token, LLM-JEPA and tube losses of packed rows from one forward pass.
 
@@ -128,10 +129,13 @@ def llm_jepa_loss(
             on a part of the tokens after the other, and again in the backward, for a third more of
             its time. None: keep all. Heads that Transformers puts more behind than a known factor
             and soft cap, that FSDP has sharded by themselves, and compiled losses keep all.
+        head_impl: "liger" for the head and its loss in Liger's fused kernels, which decide
+            themselves how many logits exist at once. Default: PyTorch's, as `max_logits` says.
 
     Raises:
         ValueError: The batch lacks a key, an option is out of range, or `aux_weight` is needed.
-        RuntimeError: The model is not patched, or does not return the logits or states asked for.
+        RuntimeError: The model is not patched, or does not return the logits or states asked for;
+            or its head does not fit `head_impl`.
 
     Source: LLM-JEPA, arXiv:2509.14252; Semantic Tube Prediction, arXiv:2602.22617.
     """
@@ -163,7 +167,7 @@ def llm_jepa_loss(
     pretrained = pretrained_model(model)
     if returns_aux_loss(pretrained.config):
         tensors["attention_mask"] = real_tokens(batch)
-    outputs, ntp_sum = next_token_loss(model, tensors, positions, targets, max_logits)
+    outputs, ntp_sum = next_token_loss(model, tensors, positions, targets, max_logits, head_impl)
     hidden = outputs.hidden_states[-1]
 
     num_items = (targets != IGNORE).sum()

@@ -99,6 +99,7 @@ class LLMJEPATrainer(Trainer):
         gather_negatives: False keeps the negatives to those of the process; a process group
             takes those of its members, which tensor parallelism needs. See `llm_jepa_loss`.
         max_logits: The most logits that exist at once; None for all, see `llm_jepa_loss`.
+        head_impl: "liger" for Liger's fused head and loss, see `llm_jepa_loss`.
 
     A `ViewHead`, which `add_view_head` gives the model beforehand, is trained along; it is saved
     beside every checkpoint, and read from there by ``train(resume_from_checkpoint=…)``.
@@ -134,6 +135,7 @@ class LLMJEPATrainer(Trainer):
         detach_target: bool = False,
         gather_negatives: bool | ProcessGroup = True,
         max_logits: int | None = MAX_LOGITS,
+        head_impl: str | None = None,
         **more: Any,
     ) -> None:
         if data_collator is None:
@@ -167,6 +169,7 @@ class LLMJEPATrainer(Trainer):
             "detach_target": detach_target,
             "gather_negatives": gather_negatives,
             "max_logits": max_logits,
+            "head_impl": head_impl,
         }
         compares_batches = metric == "infonce" or sigreg_weight or vicreg_weight
         if compares_batches and gather_negatives is True and self.get_tp_size() > 1:
