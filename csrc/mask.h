@@ -60,7 +60,7 @@ class TileCursor {
     const int64_t num_queries = (a.seq + a.block_m - 1) / a.block_m;
     const int64_t num_keys = (a.seq + a.block_n - 1) / a.block_n;
     const int32_t* offsets = a.kv_offsets + row * (num_queries + 1);
-    const int32_t* full_start = a.kv_full_start + row * num_queries;
+    const int32_t* full_start = a.kv_full_start + row * (num_queries + 1);
     const int32_t* tiles = a.kv_indices + row * a.kv_indices_stride;
     const int64_t begin = queries.begin / a.block_m, end = (queries.end - 1) / a.block_m + 1;
     begin_ = num_keys;

@@ -28,7 +28,7 @@ class Row {
         num_queries_((a.seq + a.block_m - 1) / a.block_m),
         num_keys_((a.seq + a.block_n - 1) / a.block_n),
         offsets_(a.kv_offsets + row * (num_queries_ + 1)),
-        full_start_(a.kv_full_start + row * num_queries_),
+        full_start_(a.kv_full_start + row * (num_queries_ + 1)),
         tiles_(a.kv_indices + row * a.kv_indices_stride) {}
 
   bool in_range() const {

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
+from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
@@ -125,7 +127,9 @@ def _before(
     kwargs = {**kwargs, **_schedule(module, visible_until, kwargs)}
     if kwargs.get("position_ids") is not None:  # for windows; once, not in every layer
         kwargs["window_positions"] = int32_positions(kwargs["position_ids"])
-        kwargs |= _schedule_within(module, visible_until, kwargs)
+        within = _schedule_within(module, visible_until, kwargs)
+        mark_varying(within.values())  # where the layers are compiled one by one
+        kwargs |= within
     mask = kwargs.get("attention_mask")
     if not (is_empty(mask) or names_real_tokens(mask, module.config)):
         return args, kwargs  # recognised; layers that cannot do without the dense mask take it
@@ -168,6 +172,17 @@ def gather_tokens(hidden: Tensor, positions: Tensor) -> Tensor:
     # Unlike this, indexing and torch.take_along_dim are compiled anew for each length.
     index = positions.clamp(min=0).to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1])
     return hidden.gather(1, index)
+
+
+def mark_varying(tensors: Iterable[Tensor]) -> None:
+    """Tells torch.compile that all sizes may differ in the next batch: one graph is for all.
+
+    Left alone, it would compile again for each size that first changes later than others.
+    """
+    dynamo = sys.modules.get("torch._dynamo")  # where it is in use; its import takes seconds
+    if dynamo is not None and not torch.compiler.is_compiling():
+        for x in tensors:
+            dynamo.maybe_mark_dynamic(x, list(range(x.dim())))
 
 
 def _check_attended(module: PreTrainedModel) -> None:

@@ -172,9 +172,7 @@ def _resolve(
     """The back end, and the mask in the form that it takes."""
     block_mask = flash_plan = None
     if mask:
-        block_mask = BlockMask(
-            mask[0], (block_size[0], block_size[1]), *mask[1:], window=mask_window
-        )
+        block_mask = BlockMask.from_tensors(mask, block_size, mask_window)
     if plan:
         flash_plan = FlashPlan.from_tensors(plan, qkv[0].shape[2])
     return choose(impl, qkv, block_mask, flash_plan, options)

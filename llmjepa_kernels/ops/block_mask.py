@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llmjepa_kernels.checks import check_whole
 from llmjepa_kernels.ops.common import refuse_if
+from llmjepa_kernels.ops.registry import operation
 
 SCHEDULE_KEYS = (
     "kv_offsets",
@@ -22,6 +23,10 @@ SCHEDULE_KEYS = (
 )
 
 MAX_BLOCK = 2**16  # a side beyond that of all but the longest rows
+
+# Of a mask put together in a graph, of which there would else be one for each size: what runs
+# infers it from the lists.
+UNKNOWN_BLOCK = (0, 0)
 
 WITHIN = "_within_"  # between such a key and the window, of a schedule that knows of one
 
@@ -45,14 +50,15 @@ class BlockMask:
         kv_indices[b, kv_offsets[b, m] : kv_offsets[b, m + 1]]
 
     the partial ones first, the full ones from index ``kv_full_start[b, m]`` on, each part in
-    ascending order. ``q_*`` is the transpose: the query blocks of each key block.
+    ascending order. ``q_*`` is the transpose: the query blocks of each key block. No list is so
+    short that its tensor would have a dimension of 1, of which torch.compile makes other graphs.
 
     Attributes:
         visible_until: (batch, seq) int32; the end of the run of queries that see each key.
-        block_size: ``(BLOCK_M, BLOCK_N)``.
+        block_size: ``(BLOCK_M, BLOCK_N)``; `UNKNOWN_BLOCK` in compiled code.
         kv_offsets: (batch, ceil(seq / BLOCK_M) + 1) int32.
-        kv_full_start: (batch, ceil(seq / BLOCK_M)) int32.
-        kv_indices: (batch, tiles of the longest list) int32, padded with 0.
+        kv_full_start: Like `kv_offsets`, which it ends as.
+        kv_indices: (batch, tiles of the longest list, at least 2) int32, padded with 0.
         q_offsets, q_full_start, q_indices: The same over ``ceil(seq / BLOCK_N)`` key blocks.
         window: The sliding window the tiles were sorted by; None if they know of none.
     """
@@ -117,7 +123,7 @@ class BlockMask:
         full = (m >= full_begin[b, n]) & (m < full_end[b, n])
         if window is not None:
             full &= positions.q_max[b, m] - positions.k_min[b, n] < window
-        longest = int(torch.bincount(b, minlength=batch).max())
+        longest = max(int(torch.bincount(b, minlength=batch).max()), 2)
 
         kv_lists = _compress(b, m, n, full, (batch, num_m, num_n), longest)
         q_lists = _compress(b, n, m, full, (batch, num_n, num_m), longest)
@@ -132,12 +138,11 @@ class BlockMask:
         if self.window is not None:
             raise ValueError(f"the mask must know of no window, got window={self.window}")
         check_window(window, position_ids, self.visible_until)
-        positions = _Positions.of_blocks(position_ids, self.block_size)
-        kv_lists, q_lists = self.schedule_tensors()[:3], self.schedule_tensors()[3:]
-        kv_lists = _narrow(kv_lists, window, positions)
-        # Seen from the keys the distance changes its sign, and so do minimum and maximum.
-        q_lists = _narrow(q_lists, window, positions.mirrored())
-        return BlockMask(self.visible_until, self.block_size, *kv_lists, *q_lists, window=window)
+        narrow = _narrow
+        if torch.compiler.is_compiling():
+            narrow = torch.ops.llmjepa_kernels.narrow_schedule
+        lists = narrow(position_ids, self.schedule_tensors(), self.block_size, window)
+        return BlockMask(self.visible_until, self.block_size, *lists, window=window)
 
     @classmethod
     def from_schedule(
@@ -146,8 +151,8 @@ class BlockMask:
         """Puts a mask together again from `schedule()`, whose block sizes are powers of two.
 
         That of `window` is taken if it is there, else one that knows of none. The tensors alone
-        tell the block size: it is the power of two that cuts the row into as
-        many blocks as there are lists. (Where several do, the row is a single block.)
+        tell the block size: it is the power of two that cuts the row into as many blocks as there
+        are lists. (Where several do, the row is a single block.)
 
         Raises:
             ValueError: A tensor is missing or does not fit `visible_until`; says which.
@@ -164,20 +169,28 @@ class BlockMask:
                     f"{key} must be an int32 tensor of shape (batch, …) on "
                     f"{visible_until.device}, got {x.dtype} of shape {tuple(x.shape)} on {x.device}"
                 )
-        block_size = _infer_block(seq, lists[1].shape[1]), _infer_block(seq, lists[4].shape[1])
-        for i in (0, 3):
-            expected = (batch, lists[i + 1].shape[1] + 1)
+        for offsets, full_start, indices in (lists[:3], lists[3:]):
             if (
-                lists[i].shape != expected
-                or len(lists[i + 1]) != batch
-                or len(lists[i + 2]) != batch
+                offsets.shape[0] != batch
+                or full_start.shape != offsets.shape
+                or indices.shape[0] != batch
             ):
                 shapes = {key: tuple(schedule[key].shape) for key in _keys(window)}
                 raise ValueError(
                     "the schedule must be that of visible_until of shape "
                     f"{tuple(visible_until.shape)}, got tensors of shape {shapes}"
                 )
-        return cls(visible_until, block_size, *lists, window=window)
+        return cls(visible_until, _known(UNKNOWN_BLOCK, seq, lists), *lists, window=window)
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Sequence[Tensor], block_size: Sequence[int], window: int | None
+    ) -> BlockMask:
+        """Of `visible_until` and `schedule_tensors()`, also where the block size is unknown."""
+        visible_until, *lists = tensors
+        return cls(
+            visible_until, _known(block_size, visible_until.shape[1], lists), *lists, window=window
+        )
 
     @classmethod
     def has_key(cls, key: str) -> bool:
@@ -195,17 +208,18 @@ class BlockMask:
         self.check_shapes()
         begin, end, full_begin, full_end = _runs(self.visible_until, self.block_size)
         needed, most_full = end - begin, (full_end - full_begin).clamp(min=0)
-        listed, full = self.q_offsets.diff(dim=1), self.q_offsets[:, 1:] - self.q_full_start
+        listed = self.q_offsets.diff(dim=1)
+        full = self.q_offsets[:, 1:] - self.q_full_start[:, :-1]
         wrong = (full > most_full).any()
         if self.window is None:
             wrong = wrong | (listed < needed).any()
             wrong = wrong | (self.kv_offsets[:, -1] < needed.sum(1)).any()
-        sides = (("kv", self.q_full_start.shape[1]), ("q", self.kv_full_start.shape[1]))
-        for side, num_blocks in sides:
+        num_queries, num_keys = self.num_blocks
+        for side, num_blocks in (("kv", num_keys), ("q", num_queries)):
             offsets, full_start, indices = self._lists(side)
             wrong = wrong | (offsets[:, 0] != 0).any() | (offsets[:, -1] > indices.shape[1]).any()
-            wrong = wrong | (full_start < offsets[:, :-1]).any()
-            wrong = wrong | (full_start > offsets[:, 1:]).any()
+            wrong = wrong | (full_start < offsets).any()
+            wrong = wrong | (full_start[:, :-1] > offsets[:, 1:]).any()
             wrong = wrong | ((indices < 0) | (indices >= num_blocks)).any()
         message = (
             "kv_offsets, kv_full_start, kv_indices and those of q are not the lists of a row of "
@@ -222,7 +236,7 @@ class BlockMask:
             offsets, full_start, indices = lists = self._lists(side)
             if (
                 offsets.shape != (batch, blocks + 1)
-                or full_start.shape != (batch, blocks)
+                or full_start.shape != offsets.shape
                 or indices.dim() != 2
                 or len(indices) != batch
                 or any(x.dtype != torch.int32 for x in lists)
@@ -230,7 +244,7 @@ class BlockMask:
                 found = ", ".join(f"{x.dtype} of shape {tuple(x.shape)}" for x in lists)
                 raise ValueError(
                     f"{side}_offsets, {side}_full_start and {side}_indices must be int32 of shapes "
-                    f"{(batch, blocks + 1)}, {(batch, blocks)} and ({batch}, …) for blocks of "
+                    f"{(batch, blocks + 1)}, the same and ({batch}, …) for blocks of "
                     f"{self.block_size}, got {found}"
                 )
 
@@ -259,6 +273,11 @@ class BlockMask:
         return BlockMask(move(self.visible_until), self.block_size, *lists, window=self.window)
 
     @property
+    def num_blocks(self) -> tuple[int, int]:
+        """Of queries and of keys, in a row."""
+        return self.kv_offsets.shape[1] - 1, self.q_offsets.shape[1] - 1
+
+    @property
     def num_tiles(self) -> int:
         """How many tiles are visited, over all rows."""
         return int(self.kv_offsets[:, -1].sum())
@@ -266,13 +285,12 @@ class BlockMask:
     @property
     def num_full_tiles(self) -> int:
         """How many of them need no mask."""
-        return int((self.kv_offsets[:, 1:] - self.kv_full_start).sum())
+        return int((self.kv_offsets[:, 1:] - self.kv_full_start[:, :-1]).sum())
 
     def to_dense(self) -> Tensor:
         """(batch, query blocks, key blocks) int8: 0 invisible, 1 partial, 2 full."""
-        batch, num_m = self.kv_full_start.shape
-        shape = batch, num_m, self.q_full_start.shape[1]
-        grid = torch.zeros(shape, dtype=torch.int8, device="cpu")
+        batch, (num_m, num_n) = len(self.visible_until), self.num_blocks
+        grid = torch.zeros(batch, num_m, num_n, dtype=torch.int8, device="cpu")
         offsets, full_start, indices = (
             t.cpu() for t in (self.kv_offsets, self.kv_full_start, self.kv_indices)
         )
@@ -479,12 +497,29 @@ def _expand_within(
     return run, group
 
 
-def _narrow(lists: Sequence[Tensor], window: int, positions: _Positions) -> list[Tensor]:
+@operation("llmjepa_kernels::narrow_schedule")
+def _narrow(
+    position_ids: Tensor, lists: Sequence[Tensor], block_size: Sequence[int], window: int
+) -> list[Tensor]:
+    """What a window leaves of the lists of a schedule; see `BlockMask.within`."""
+    block_size = _known(block_size, position_ids.shape[1], lists)
+    positions = _Positions.of_blocks(position_ids, block_size)
+    kv_lists = _narrow_lists(lists[:3], window, positions)
+    # Seen from the keys the distance changes its sign, and so do minimum and maximum.
+    return kv_lists + _narrow_lists(lists[3:], window, positions.mirrored())
+
+
+@torch.library.register_fake("llmjepa_kernels::narrow_schedule")
+def _(position_ids, lists, block_size, window):
+    return [torch.empty_like(x) for x in lists]
+
+
+def _narrow_lists(lists: Sequence[Tensor], window: int, positions: _Positions) -> list[Tensor]:
     """What a window leaves of lists of tiles: offsets, full_start and indices, as they were."""
     offsets, full_start, indices = (x.long() for x in lists)
     slot = torch.arange(indices.shape[1], device=indices.device).expand_as(indices).contiguous()
     row = torch.searchsorted(offsets[:, 1:].contiguous(), slot, right=True)
-    row = row.clamp(max=full_start.shape[1] - 1)
+    row = row.clamp(max=offsets.shape[1] - 2)
     q_min, q_max = positions.q_min.gather(1, row), positions.q_max.gather(1, row)
     k_min, k_max = positions.k_min.gather(1, indices), positions.k_max.gather(1, indices)
     kept = (slot < offsets[:, -1:]) & (q_min - k_max < window)
@@ -493,12 +528,12 @@ def _narrow(lists: Sequence[Tensor], window: int, positions: _Positions) -> list
     # By row, partial tiles before full ones, each in order; what is dropped goes to the end.
     key = (2 * row + full) * positions.k_min.shape[1] + indices
     order = key.masked_fill(~kept, torch.iinfo(key.dtype).max).argsort(dim=1)
-    zeros = torch.zeros_like(full_start)
+    zeros = torch.zeros_like(offsets)  # the last is that of no row
     total = zeros.scatter_add(1, row, kept.long())
     partial = zeros.scatter_add(1, row, (kept & ~full).long())
-    offsets = torch.nn.functional.pad(total.cumsum(1), (1, 0))
+    offsets = total.cumsum(1) - total
     indices = indices.masked_fill(~kept, 0).gather(1, order)
-    return [x.int() for x in (offsets, offsets[:, :-1] + partial, indices)]
+    return [x.int() for x in (offsets, offsets + partial, indices)]
 
 
 def _block_extreme(values: Tensor, block: int, extreme: str) -> Tensor:
@@ -514,18 +549,25 @@ def _compress(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sorts tiles by (b, row, full, column) -> offsets, full_start, indices per batch row."""
     batch, num_rows, num_columns = grid
-    group = b * num_rows + row
+    group = b * (num_rows + 1) + row  # the last is that of no row
     order = torch.argsort((group * 2 + full) * num_columns + column)
-    zeros = group.new_zeros(batch * num_rows)
-    total = zeros.scatter_add(0, group, torch.ones_like(group)).view(batch, num_rows)
-    partial = zeros.scatter_add(0, group, (~full).long()).view(batch, num_rows)
-    offsets = torch.nn.functional.pad(total.cumsum(1), (1, 0))
+    zeros = group.new_zeros(batch * (num_rows + 1))
+    total = zeros.scatter_add(0, group, torch.ones_like(group)).view(batch, -1)
+    partial = zeros.scatter_add(0, group, (~full).long()).view(batch, -1)
+    offsets = total.cumsum(1) - total
 
     row_end = offsets[:, -1].cumsum(0)
     slot = torch.arange(len(order), device=order.device) - (row_end - offsets[:, -1])[b[order]]
     indices = column.new_zeros(batch, longest)
     indices[b[order], slot] = column[order]
-    return offsets.int(), (offsets[:, :-1] + partial).int(), indices.int()
+    return offsets.int(), (offsets + partial).int(), indices.int()
+
+
+def _known(block_size: Sequence[int], seq: int, lists: Sequence[Tensor]) -> tuple[int, int]:
+    """The block size, inferred from the lists of a schedule if it is not known."""
+    if tuple(block_size) != UNKNOWN_BLOCK or torch.compiler.is_compiling():
+        return block_size[0], block_size[1]
+    return _infer_block(seq, lists[0].shape[1] - 1), _infer_block(seq, lists[3].shape[1] - 1)
 
 
 def _infer_block(seq: int, num_blocks: int) -> int:

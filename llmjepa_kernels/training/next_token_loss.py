@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from llmjepa_kernels.hf.forward import gather_tokens
+from llmjepa_kernels.hf.forward import gather_tokens, mark_varying
 from llmjepa_kernels.hf.head import Head
 from llmjepa_kernels.hf.layer import running
 from llmjepa_kernels.packing import IGNORE
@@ -105,7 +104,7 @@ def _forward_without_head(
 
 def _forward(model: nn.Module, tensors: dict[str, Tensor], head_positions: Tensor) -> Any:
     tensors = {**tensors, "head_positions": head_positions}
-    _mark_varying(tensors.values())
+    mark_varying(tensors.values())
     outputs = model(**tensors, use_cache=False)
     logits = getattr(outputs, "logits", None)  # which a model without a head has not
     if logits is None or logits.shape[:-1] != head_positions.shape:
@@ -157,14 +156,3 @@ def is_distributed() -> bool:
     """Whether processes train together."""
     there = distributed.is_available() and distributed.is_initialized()
     return there and distributed.get_world_size() > 1
-
-
-def _mark_varying(tensors: Iterable[Tensor]) -> None:
-    """Tells torch.compile that all sizes may differ in the next batch: one graph is for all.
-
-    Left alone, it would compile again for each size that first changes later than others.
-    """
-    dynamo = sys.modules.get("torch._dynamo")  # where it is in use; its import takes seconds
-    if dynamo is not None and not torch.compiler.is_compiling():
-        for x in tensors:
-            dynamo.maybe_mark_dynamic(x, list(range(x.dim())))

@@ -86,7 +86,7 @@ def test_a_window_drops_tiles():
 def test_lists_are_sorted_partial_then_full():
     visible_until, _ = random_rows(1, 300, 5, 60.0)
     mask = BlockMask.from_visible_until(visible_until, (16, 16))
-    for m in range(mask.kv_full_start.shape[1]):
+    for m in range(mask.num_blocks[0]):
         low, middle, high = (
             int(x)
             for x in (mask.kv_offsets[0, m], mask.kv_full_start[0, m], mask.kv_offsets[0, m + 1])
@@ -137,7 +137,7 @@ def test_a_schedule_travels_as_tensors(seq, block_size):
         ("kv_indices", lambda x: x.long(), "kv_indices must be an int32 tensor"),
         ("q_offsets", lambda x: x[:, :-1], r"must be that of visible_until of shape \(2, 300\)"),
         ("q_indices", lambda x: x[:1], "must be that of visible_until"),
-        ("kv_full_start", lambda x: x[:, :4], "no power of two cuts seq = 300 into 4 blocks"),
+        ("kv_full_start", lambda x: x[:, :4], "must be that of visible_until"),
         ("kv_indices", lambda x: x + 3, "are not the lists of a row of 300 tokens"),
         ("kv_indices", lambda x: x - 1, "are not the lists"),
         ("q_offsets", lambda x: x * 2, "are not the lists"),
@@ -154,6 +154,24 @@ def test_a_schedule_that_does_not_fit_is_refused(key, change, message):
     BlockMask.from_schedule(visible_until, schedule).check()
     with pytest.raises(ValueError, match=message):
         BlockMask.from_schedule(visible_until, {**schedule, key: change(schedule[key])}).check()
+
+
+def test_blocks_that_no_power_of_two_gives_are_refused():
+    visible_until, _ = random_rows(2, 300, 0, 30.0)
+    schedule = BlockMask.from_visible_until(visible_until).schedule()
+    schedule |= {key: schedule[key][:, :5] for key in ("kv_offsets", "kv_full_start")}
+    with pytest.raises(ValueError, match="no power of two cuts seq = 300 into 4 blocks"):
+        BlockMask.from_schedule(visible_until, schedule)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_no_tensor_has_a_dimension_of_one_but_for_the_rows(window):
+    """torch.compile makes other graphs for them."""
+    for seq in (1, 3, 64, 65):
+        visible_until = torch.full((1, seq), seq, dtype=torch.int32)
+        positions = torch.arange(seq)[None]
+        mask = BlockMask.from_visible_until(visible_until, position_ids=positions, window=window)
+        assert all(x.shape[1] > 1 for x in mask.schedule().values())
 
 
 def test_only_powers_of_two_travel():

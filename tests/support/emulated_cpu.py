@@ -88,7 +88,7 @@ def attention_sizes(a: ctypes.Structure) -> dict[str, int]:
         "visible_until": 4 * a.batch * a.seq,
         "positions": 4 * a.batch * a.seq,
         "kv_offsets": 4 * a.batch * (blocks + 1),
-        "kv_full_start": 4 * a.batch * blocks,
+        "kv_full_start": 4 * a.batch * (blocks + 1),
         "kv_indices": 4 * a.batch * a.kv_indices_stride,
         "sinks": stat * a.heads,
         "dsinks": stat * a.heads,

@@ -192,8 +192,8 @@ def test_supervised_positions():
     )
     expected = [[1, 2, 5], [0, -1, -1], [-1, -1, -1]]
     assert supervised_positions(labels).tolist() == expected
-    assert supervised_positions(labels[2:]).tolist() == [[-1]]
-    assert supervised_positions(labels[:1, :1]).tolist() == [[-1]]
+    assert supervised_positions(labels[1:]).tolist() == [[0, -1], [-1, -1]]
+    assert supervised_positions(labels[:1, :1]).tolist() == [[-1, -1]]
     full = torch.zeros(1, 5, dtype=torch.int64)
     assert supervised_positions(full).tolist() == [[0, 1, 2, 3]]
 

@@ -86,7 +86,7 @@ def attention_backward(
     padded = lse2.shape[-1]
 
     part_size, num_slots = _parts(mask, num_kv_heads, group_size, _multiprocessors(q.device))
-    num_blocks = mask.q_full_start.shape[1]
+    num_blocks = mask.num_blocks[1]
     half = 1 << (num_blocks - 1).bit_length() >> 1
     planes = batch * num_kv_heads
 
@@ -227,7 +227,7 @@ def _parts(
     batch, tiles = mask.q_indices.shape
     products = tiles * group_size
     part_size = max(MIN_PART, -(-products * batch * num_kv_heads // (4 * multiprocessors)))
-    longest = min(tiles, mask.kv_full_start.shape[1]) * group_size
+    longest = min(tiles, mask.num_blocks[0]) * group_size
     return part_size, 2 * products // part_size if longest > part_size else 0
 
 

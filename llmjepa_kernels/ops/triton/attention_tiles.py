@@ -278,8 +278,8 @@ def tile_list(
 
     A full tile that hangs over the end of the row can only be the last one; it joins the masked.
     """
-    block += b * num_blocks
-    start, end = tl.load(offsets + block + b), tl.load(offsets + block + b + 1)
+    block += b * (num_blocks + 1)
+    start, end = tl.load(offsets + block), tl.load(offsets + block + 1)
     full = tl.load(full_start + block)
     if ALL_MASKED:
         full = end
