@@ -14,7 +14,7 @@ from llmjepa_kernels.evaluation.rules import Rule, answer_of, answer_rule, defau
 
 Located = Iterator[tuple[str, dict[str, Any]]]  # where samples are from, and the samples
 MAX_DEPTH = 2  # of built-in samples, unless a split asks for deeper ones
-MOST = 200_000  # of them that a split is looked for in
+MOST = 200_000  # of them in a row that are on one side of a split
 
 
 def built_in_samples(part: str, *, seed: int, split: Split | None) -> Located:
@@ -28,11 +28,14 @@ def built_in_samples(part: str, *, seed: int, split: Split | None) -> Located:
     depth = MAX_DEPTH
     if split is not None and split.kind == "depth" and isinstance(split.value, int):
         depth = max(depth, split.value + 1)
+    last = {True: 0, False: 0}
     for index, sample in enumerate(grammar.samples(seed=seed, split=part, max_depth=depth)):
-        if split is not None and index == MOST:
-            raise ValueError(
-                f"--split {split}: of the first {MOST} built-in pairs too few are on one side of it"
-            )
+        if split is not None:
+            last[split.is_out_of_distribution(sample)] = index
+            if index - min(last.values()) >= MOST:
+                raise ValueError(
+                    f"--split {split}: of {MOST} built-in pairs in a row none is on one side of it"
+                )
         yield f"built-in sample {index}", sample
 
 

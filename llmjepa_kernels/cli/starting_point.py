@@ -97,7 +97,7 @@ def starting_point(
 
 def _stop_at(model: Any, tokenizer: Any, example_format: ExampleFormat) -> None:
     """Has ``generate`` stop where answers in a format end, in other programs too."""
-    stops = own_ends(model)
+    stops = own_ends(model, tokenizer)
     if example_format.end_id is not None:
         stops = {example_format.end_id}
     elif example_format.template == "chat":

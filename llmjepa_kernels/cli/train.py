@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -149,9 +151,15 @@ def train(options: TrainOptions) -> None:
             print("next: llmjepa analyze", *(record.directory for record in finished))
     if arguments.world_size > 1 and distributed.is_initialized():
         distributed.barrier()  # one that ends earlier can take others down with it
-        distributed.destroy_process_group()
+        _leave_group_at_exit()
     if diverged:
         raise FloatingPointError("; ".join(diverged.values()))
+
+
+@cache
+def _leave_group_at_exit() -> None:
+    """Before torch's own destructors, which may abort; till then the process may train again."""
+    atexit.register(lambda: distributed.is_initialized() and distributed.destroy_process_group())
 
 
 def _matched(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
@@ -27,6 +26,18 @@ from llmjepa_kernels.tubes import TubeSampler
 
 HEAD = 1000  # samples of a stream that are looked at before training
 TOLD_BY = 1000  # samples whose tokens tell tokenizers apart
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All texts in a sample, as they are written."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key in sorted(value, key=str):
+            yield from _strings(value[key])
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _strings(each)
 
 
 class LeftOut:
@@ -350,7 +361,7 @@ class TrainingData:
         """
         parts = (self.train, self.held_out, self.out_of_distribution)
         start, first = self._start, islice(self.train.samples, TOLD_BY)
-        texts = (json.dumps(sample, sort_keys=True, default=str) for sample in first)
+        texts = (text for sample in first for text in _strings(sample))
         made_of = [
             {"template": start.tokenizer.chat_template, "max_positions": start.max_positions},
             asdict(start.example_format),

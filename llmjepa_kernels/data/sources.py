@@ -142,7 +142,7 @@ def _complete(row: dict[Any, Any], delimiter: str) -> dict[str, str]:
         # Such files often have quotation marks that quote nothing.
         lines = value.splitlines()[1:] if isinstance(value, str) else []
         cells = ([cell.strip() for cell in line.split("\t")] for line in lines)
-        if any(all(found) and len(found) == len(row) for found in cells):
+        if any(found[0] and len(found) == len(row) > 1 for found in cells):
             raise ValueError(
                 f"the value of {column!r} goes over whole rows, as behind a quotation mark that "
                 f"should be doubled, got {value!r}"

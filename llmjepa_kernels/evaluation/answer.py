@@ -51,7 +51,7 @@ def answer(
         raise ValueError(
             f"the prompt is {len(ids)} tokens long, and the model has {positions} positions"
         )
-    stops = ends_of(tokenizer, example_format) | own_ends(model)
+    stops = ends_of(tokenizer, example_format) | own_ends(model, tokenizer)
     options: dict[str, Any] = {"do_sample": False}
     if temperature:
         options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}

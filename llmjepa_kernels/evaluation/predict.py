@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from llmjepa_kernels.data.example_format import ExampleFormat
+from llmjepa_kernels.data.messages import WEIGHT_KEYS
 from llmjepa_kernels.data.splits import Split
 from llmjepa_kernels.evaluation.rules import Rule, answer_of, answer_rule
 from llmjepa_kernels.packing import IGNORE, Example, segment_ends
@@ -42,6 +43,18 @@ UNBENT: dict[str, Any] = {
     "sequence_bias": None,
     "guidance_scale": None,
     "exponential_decay_length_penalty": None,
+    "encoder_repetition_penalty": 1.0,
+    "bad_words_ids": None,
+    "watermarking_config": None,
+    "assistant_early_exit": None,
+    "token_healing": False,
+    "penalty_alpha": None,
+    "dola_layers": None,
+    "min_p": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "top_h": None,
 }
 
 
@@ -160,7 +173,11 @@ def predict(
             rule.check(sample)
             prompts.append(example_format.prompt(sample, tokenizer))
             *asked, last = sample["messages"]
-            judged = {"role": last["role"], "content": last["content"]}  # whatever its weight
+            judged = {  # whatever its weight
+                key: value
+                for key, value in last.items()
+                if key not in WEIGHT_KEYS or value not in (0, 1)
+            }
             example = example_format.example({**sample, "messages": [*asked, judged]}, tokenizer)
             examples.append(example)
         except ValueError as error:
@@ -173,7 +190,7 @@ def predict(
     # A batch takes as long as its longest answer: rows should end together.
     order = sorted(range(len(samples)), key=lambda i: (lengths[i], len(prompts[i])), reverse=True)
     order = [i for i in order if i not in done]
-    stops = stop_ids(tokenizer, examples[:100]) | own_ends(model)
+    stops = stop_ids(tokenizer, examples[:100]) | own_ends(model, tokenizer)
     if example_format.end_id is not None:
         stops.add(example_format.end_id)
     longest = max_new_tokens or max(lengths, default=0) + 1
@@ -283,10 +300,13 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example]) ->
     return {tokenizer.eos_token_id} - {None} | ends & special
 
 
-def own_ends(model: PreTrainedModel) -> set[int]:
-    """The tokens that a model's own generation ends with."""
+def own_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that a model's own generation ends with, and that are no text.
+
+    A config's default may be left in place beside a tokenizer to which it is a piece of a word.
+    """
     ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return set(ids if isinstance(ids, list) else [ids]) - {None}
+    return set(ids if isinstance(ids, list) else [ids]) & tokenizer.added_tokens_decoder.keys()
 
 
 def ends_of(tokenizer: PreTrainedTokenizerBase, example_format: ExampleFormat) -> set[int]:

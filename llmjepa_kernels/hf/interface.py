@@ -55,16 +55,17 @@ for _registered, _impl in _IMPLS.items():
 
 def innermost(model: PreTrainedModel) -> list[PreTrainedModel]:
     """The models that hold the layers, and are called with keyword arguments by those around."""
-    models = {
+    models = {  # by all of their names
         f"{name}." if name else "": module
-        for name, module in model.named_modules()
+        for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, PreTrainedModel)
     }
-    return [
-        module
+    found = {
+        id(module): module
         for name, module in models.items()
         if not any(other != name and other.startswith(name) for other in models)
-    ]
+    }
+    return list(found.values())
 
 
 def check(model: PreTrainedModel) -> None:
@@ -156,16 +157,26 @@ def _set_implementation(model: PreTrainedModel, name: str) -> None:
 def _restore(model: Any) -> None:
     for config, implementation in model._before_view_attention:
         config._attn_implementation = implementation
+    _, former = model._before_view_attention[0]
+    for config in _configs(model):  # which may have taken the place of one since
+        if config._attn_implementation in _IMPLS:
+            config._attn_implementation = former
 
 
 class _GenerateBatch:
     """Transformers' own, which takes none but its own implementations of attention."""
 
     def __init__(self, model: Any) -> None:
-        self._model = weakref.ref(model)  # so that the model is freed with its last reference
+        # So that the model is freed with its last reference.
+        self._model = (lambda: None) if model is None else weakref.ref(model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = self._model()
+        if model is None:
+            raise RuntimeError(
+                "the patched model that this is a shallow copy of is gone: call patch_model(model) "
+                "on the copy before generate_batch"
+            )
         ours = model.config._attn_implementation
         try:
             _restore(model)

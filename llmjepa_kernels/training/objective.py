@@ -261,11 +261,12 @@ def supervised_positions(labels: Tensor) -> Tensor:
         labels: (batch, seq) int64, −100 where there is no loss.
 
     Returns:
-        positions: (batch, most of any row, but at least 1) int64, ascending, padded with −1.
+        positions: (batch, most of any row, but at least 2, since torch.compile makes a graph of its
+            own for 1) int64, ascending, padded with −1.
     """
     wanted = labels[:, 1:] != IGNORE
     count = wanted.sum(dim=1)
-    most = max(int(count.max()), 1)
+    most = max(int(count.max()), 2)
     # A stable sort brings the wanted positions to the front in order.
     order = wanted.int().argsort(dim=1, descending=True, stable=True)
     order = functional.pad(order, (0, most), value=-1)[:, :most]
@@ -294,15 +295,16 @@ def _supervised(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     positions = batch.get("supervised")
     if positions is None:
         positions = supervised_positions(labels)
-    elif labels.device.type == "cpu" and not torch.compiler.is_compiling():
-        wanted, found = int((labels[:, 1:] != IGNORE).sum()), int((positions >= 0).sum())
-        if wanted != found:
-            raise ValueError(
-                f"batch['supervised'] has {found} positions, but the labels have {wanted}: without "
-                "it they are taken from labels that were changed"
-            )
     successors = (positions + 1).clamp(max=labels.shape[1] - 1)
-    return positions, labels.gather(1, successors).masked_fill(positions < 0, IGNORE)
+    targets = labels.gather(1, successors).masked_fill(positions < 0, IGNORE)
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        wanted, found = int((labels[:, 1:] != IGNORE).sum()), int((targets != IGNORE).sum())
+        if found < wanted:
+            raise ValueError(
+                f"batch['supervised'] has the places of {found} labels, but there are {wanted}: "
+                "without it they are taken from labels that were changed"
+            )
+    return positions, targets
 
 
 def _places_of(pairs: Tensor) -> Tensor:

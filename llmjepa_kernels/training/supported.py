@@ -30,8 +30,10 @@ def check_supported(trainer: Any) -> None:
     for name, usual in SFT_OPTIONS.items():
         given = getattr(trainer.args, name, usual[0])
         if given not in usual:
-            name += " of SFTConfig (see LLMJEPACollator and ExampleFormat)"
-            unsupported[name] = given
+            raise ValueError(
+                f"LLMJEPATrainer does not support {name} of SFTConfig (see LLMJEPACollator and "
+                f"ExampleFormat), got {given!r}"
+            )
     head = view_head_of(trainer.model)
     if head is not None:
         unsupported["a ViewHead under FSDP"] = trainer.is_fsdp_enabled

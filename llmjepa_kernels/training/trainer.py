@@ -82,7 +82,8 @@ class LLMJEPATrainer(Trainer):
 
     Args:
         model, args, data_collator, *other, **more: As in `Trainer`. A model that is not patched
-            yet is patched here. The collator defaults to ``LLMJEPACollator(processing_class)``.
+            yet is patched here. The collator defaults to ``LLMJEPACollator(processing_class)``;
+            one around it should hand on its `set_epoch` and `for_evaluation`.
         jepa_weight: λ of LLM-JEPA.
         stp_weight: λ of Semantic Tube Prediction, for which the collator draws `tubes`.
         sigreg_weight, vicreg_weight: Of the terms against collapse, see `llm_jepa_loss`. They are
@@ -206,6 +207,7 @@ class LLMJEPATrainer(Trainer):
         if counted is not self._counted:
             self._flops, self._counted = FlopCount(cast(Any, self.model)), counted
         self._updates_in_all = 0
+        self._left_over = 0  # batches at the ends of a stream
         self._reset_train_sums()
 
     def _inner_training_loop(self, *args, **kwargs):
@@ -280,7 +282,7 @@ class LLMJEPATrainer(Trainer):
     def _collating_for_evaluation(self) -> Iterator[None]:
         """In it, data loaders are made with a collator of their own, that knows no epochs."""
         collator = self.data_collator
-        if isinstance(collator, LLMJEPACollator):  # whose epoch its workers share
+        if hasattr(collator, "for_evaluation"):  # whose epoch its workers share
             self.data_collator = collator.for_evaluation()
         try:
             yield
@@ -342,7 +344,8 @@ class LLMJEPATrainer(Trainer):
 
     def _check_stream(self, found: int, needed: int) -> None:
         """Whether a stream, which has ended, may be begun again without a word."""
-        if self._updates_in_all:
+        self._left_over += found
+        if self._updates_in_all or (self._left_over and self.state.global_step):
             return
         if found:
             raise ValueError(

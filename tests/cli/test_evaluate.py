@@ -129,7 +129,7 @@ def test_a_split_that_built_in_data_cannot_fill(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(held_out, "MOST", 50)
     options = ["train", "--split", "length:500", "--output-dir", str(tmp_path / "out")]
     assert cli.main(options) == 2
-    assert "--split length:500: of the first 50 built-in pairs too few" in capsys.readouterr().err
+    assert "--split length:500: of 50 built-in pairs in a row none" in capsys.readouterr().err
 
 
 def test_goes_on_where_it_was_interrupted(command, generations, tmp_path):

@@ -266,6 +266,11 @@ def test_compressed_files_and_standard_input(tmp_path, monkeypatch):
             b'text\tlabel\n"a first\t1\nb\tlast"\t1\n',
             "goes over whole rows, as behind",
         ),
+        (
+            "a.tsv",
+            b'prompt\tcompletion\tnote\nq1\t"open\tn1\nq2\ta2\t\nq3\tclose"\tn3\n',
+            "goes over whole rows, as behind",
+        ),
         ("a.csv", b"prompt,completion\n\xff,b\n", r"a\.csv: not CSV in UTF-8 .*0xff"),
         ("a.parquet", b"PAR1 or not", r"a\.parquet is no Parquet file"),
         ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1: it is nested too deeply"),

@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("transformers")
 
+from tokenizers import AddedToken
 from transformers.utils import logging
 
 from llmjepa_kernels.data import grammar
@@ -147,6 +148,12 @@ def test_whole_answers_are_compared_up_to_the_stop_token(tokenizer, samples):
         {"prompt_lookup_num_tokens": 3},
         {"max_time": 1e-9},
         {"do_sample": True, "temperature": 9.0},
+        {"encoder_repetition_penalty": 9.0},
+        {"bad_words_ids": [[7], [8], [9]]},
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"assistant_early_exit": 1},
+        {"token_healing": True},
+        {"dola_layers": "high"},
     ],
     ids=str,
 )
@@ -171,6 +178,9 @@ def test_further_ends_of_a_model_are_ends(model, tokenizer, samples):
     second = tokenizer(first.completion, add_special_tokens=False)["input_ids"][1]
     assert not first.finished
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, second]
+    # A default that was left in place where it is a piece of text is none.
+    assert evaluate(model, tokenizer, samples[:1], max_new_tokens=MAX_NEW_TOKENS) == [first]
+    tokenizer.add_tokens([AddedToken(tokenizer.convert_ids_to_tokens(second), normalized=False)])
     (found,) = evaluate(model, tokenizer, samples[:1], max_new_tokens=MAX_NEW_TOKENS)
     assert found.finished
     assert first.completion.startswith(found.completion)
@@ -182,6 +192,18 @@ def test_special_tokens_in_an_answer_are_part_of_it(tokenizer, samples):
     assert tokenizer.convert_tokens_to_ids("<|system|>") in tokenizer.all_special_ids
     parrot = Parrot(tokenizer, "cp <|system|> /tmp")
     assert evaluate(parrot, tokenizer, [sample])[0].correct
+
+
+def test_a_last_turn_that_is_none(model, tokenizer, samples):
+    *asked, last = samples[0]["messages"]
+    wrong = {
+        "role and content": {"role": "assistant"},
+        "has tool_calls": {**last, "tool_calls": [1]},
+        "a weight of 0 or 1": {**last, "weight": 0.5},
+    }
+    for message, turn in wrong.items():
+        with pytest.raises(ValueError, match=rf"sample 0: messages\[\d\].*{message}"):
+            evaluate(model, tokenizer, [{"messages": [*asked, turn]}])
 
 
 def test_the_weight_of_the_last_answer_does_not_matter(model, tokenizer, samples):

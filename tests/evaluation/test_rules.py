@@ -100,6 +100,17 @@ def test_texts_are_compared_as_tokenizers_give_them():
         ("A", "A", True),
         ("Schindler\u2019s List", "Schindler's list", True),
         ("it was 5\u20134", "5-4", True),
+        ("Paris,London", "Paris", True),
+        ("Paris;London", "London", True),
+        ("Answer:Paris", "Paris", True),
+        ("Paris\u2014the capital", "Paris", True),
+        ("Paris-based", "Paris", True),
+        ("New York/Boston", "Boston", True),
+        ("Obama (1961\u20132020)", "2020", True),
+        ("the U.S. president", "US", True),
+        ("Obama's wife", "Obama", True),
+        ("the 1970s", "1970", False),
+        ("the bass", "bas", False),
     ],
 )
 def test_listed_answers_are_whole_words(completion, answer, correct):

@@ -1,6 +1,7 @@
 """Forwards without a packed row, and generation: as if the model were not patched."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -97,3 +98,12 @@ def test_continuous_batching_is_as_before(copied):
     assert patched_impl(patched) is None
     assert generated(unpatch_model(patched)) == expected
     assert "generate_batch" not in vars(patched)
+
+
+def test_a_shallow_copy_whose_original_is_gone():
+    patched = patch_model(tiny_model("llama"))
+    shallow = copy.copy(patched)
+    del patched
+    for one in (shallow, copy.deepcopy(shallow), pickle.loads(pickle.dumps(shallow))):
+        with pytest.raises(RuntimeError, match=r"is gone: call patch_model\(model\) on the copy"):
+            one.generate_batch([[1, 2, 3]])

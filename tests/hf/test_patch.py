@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaPreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -22,7 +23,7 @@ from transformers.cache_utils import DynamicCache
 
 from llmjepa_kernels import Example, Segment, pack
 from llmjepa_kernels.hf import interface
-from llmjepa_kernels.hf.interface import NAME
+from llmjepa_kernels.hf.interface import NAME, innermost
 from llmjepa_kernels.hf.patch import patch_model, patched_impl, unpatch_model
 from llmjepa_kernels.ops.block_mask import SCHEDULE_KEYS, BlockMask
 from llmjepa_kernels.ops.choice import BACKENDS
@@ -55,6 +56,36 @@ def test_patching_twice_and_back(batch):
     assert not model.model._forward_pre_hooks
     unpatch_model(model)  # nothing left to do
     assert model.config._attn_implementation == "eager"
+
+
+def test_configs_that_were_replaced_since_come_back(batch):
+    model = patch_model(tiny_model("llama"))
+    config = copy.deepcopy(model.config)
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config = config
+    unpatch_model(model)
+    assert config._attn_implementation == "eager"
+
+
+class Wrapped(LlamaForCausalLM):
+    """With a second way to its inner model."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.wrapper = AnotherName(config, self.model)
+
+
+class AnotherName(LlamaPreTrainedModel):
+    def __init__(self, config, inner):
+        super().__init__(config)
+        self.inner = inner
+
+
+def test_what_holds_a_shared_model_holds_no_layers(batch):
+    model = Wrapped(tiny_model("llama").config)
+    assert innermost(model) == [model.model]
+    assert patch_model(model)(**batch).logits.isfinite().all()
 
 
 def test_the_former_implementations_come_back():

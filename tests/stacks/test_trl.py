@@ -84,7 +84,12 @@ def test_all_ways_train_the_same(start, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{"loss_type": "dft"}, {"completion_only_loss": True}, {"assistant_only_loss": True}]
+    "options",
+    [
+        {"loss_type": "dft"},
+        *({"completion_only_loss": given} for given in (True, False)),
+        {"assistant_only_loss": True},
+    ],
 )
 def test_options_of_sft_that_would_be_ignored(start, tmp_path, options):
     with pytest.raises(ValueError, match=f"does not support {next(iter(options))} of SFTConfig"):

@@ -227,10 +227,17 @@ def test_labels_that_were_changed_after_the_collator(model, batch):
     batch = {**batch, "supervised": supervised_positions(batch["labels"])}
     labels = batch["labels"].clone()
     labels[:, 1:] = batch["input_ids"][:, 1:]
-    with pytest.raises(
-        ValueError, match=r"batch\['supervised'\] has \d+ positions, but the labels"
-    ):
+    with pytest.raises(ValueError, match=r"the places of \d+ labels, but there are \d+"):
         llm_jepa_loss(model, {**batch, "labels": labels})
+
+    # Fewer are found where they were.
+    labels = batch["labels"].clone()
+    labels[0, (labels[0] >= 0).nonzero()[:3]] = -100
+    fewer = {**batch, "labels": labels}
+    found = llm_jepa_loss(model, fewer)
+    expected = llm_jepa_loss(model, {**fewer, "supervised": None})
+    assert found.num_items == expected.num_items == (labels >= 0).sum()
+    torch.testing.assert_close(found.loss, expected.loss)
 
 
 def test_pair_outside_the_row(model, batch):

@@ -69,6 +69,21 @@ def test_a_resume_beyond_the_end_of_a_stream_is_told(tokenizer, tmp_path):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
+def test_a_resume_before_the_end_of_a_stream(tokenizer, tmp_path, recwarn):
+    """What is left over is no update of a resumed training either, and no error."""
+    losses = []
+    for checkpoint in (None, tmp_path / "checkpoint-2"):
+        model, collator = build(tokenizer)
+        options = arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=1)
+        options.per_device_train_batch_size = 1
+        options.gradient_accumulation_steps = 4
+        trainer = LLMJEPATrainer(model, options, collator, train_dataset=Stream())
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    assert losses[0] == losses[1]
+    assert not any("stream ended" in str(warning.message) for warning in recwarn)
+
+
 class Interrupt(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 3:
@@ -165,14 +180,35 @@ def test_loss_dropout_in_a_subset_is_drawn_anew(tokenizer, tmp_path):
     assert len(set(costs)) == len(costs)
 
 
-def test_evaluations_have_the_same_tubes(tokenizer, tmp_path):
+class Around:
+    """A collator of a user's own."""
+
+    def __init__(self, collator):
+        self.collator = collator
+        self.epoch, self.set_epoch = collator.epoch, collator.set_epoch
+        self.example_format = collator.example_format
+
+    def __call__(self, rows):
+        return self.collator(rows)
+
+    def for_evaluation(self):
+        return Around(self.collator.for_evaluation())
+
+
+@pytest.mark.parametrize("around", [False, True])
+def test_evaluations_have_the_same_tubes(tokenizer, tmp_path, around):
     model, collator = build(tokenizer)
     collator = replace(collator, tubes=TubeSampler())
     options = arguments(
         tmp_path, max_steps=-1, num_train_epochs=3, learning_rate=0.0, eval_strategy="epoch"
     )
     trainer = LLMJEPATrainer(
-        model, options, collator, stp_weight=1.0, train_dataset=ROWS, eval_dataset=ROWS
+        model,
+        options,
+        Around(collator) if around else collator,
+        stp_weight=1.0,
+        train_dataset=ROWS,
+        eval_dataset=ROWS,
     )
     epochs = []
 
