@@ -309,7 +309,7 @@ def causal_varlen(
 
 
 def repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values for every head: SDPA's fast kernels need that where there is a mask."""
+    """Keys and values for every head."""
     groups = q.shape[1] // k.shape[1]
     if groups == 1:
         return k, v

@@ -26,7 +26,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from benchmarks.gpu_parts import real_row
-from benchmarks.report import progress
+from benchmarks.report import free_name, progress
 from benchmarks.timing import device_seconds
 from benchmarks.workload import Case
 from llmjepa_kernels import BlockMask
@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     options = parser.parse_args(argv)
     options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / "gpu_configs.jsonl"
+    path = free_name(options.output / "gpu_configs.jsonl")
 
     def jobs(names: Sequence[str]) -> list[Job]:
         return [

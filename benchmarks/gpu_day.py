@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.report import ROOT, Table, draw, machine, progress, summary, write
+from benchmarks.report import ROOT, Table, draw, free_name, machine, progress, summary, write
 
 COLUMNS = (
     ("part", "part", "{}"),
@@ -50,6 +50,7 @@ def run_part(name: str, args: argparse.Namespace) -> None:
 
 def start_part(name: str, args: argparse.Namespace, seconds: float) -> str:
     """Runs a part in a process of its own; returns how it ended."""
+    (args.output / f"{name}.jsonl").unlink(missing_ok=True)  # of an earlier run
     command = [sys.executable, "-m", "benchmarks.gpu_day", "--run", name]
     command += ["--output", str(args.output), "--device", args.device, *["--tiny"] * args.tiny]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -91,7 +92,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--run", metavar="NAME", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.output = args.output.absolute()
-    args.output.mkdir(parents=True, exist_ok=True)
     if args.run:
         run_part(args.run, args)
         return 0
@@ -108,6 +108,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("--device is cuda, and torch finds no GPU; see --device cpu --tiny")
 
+    args.output.mkdir(parents=True, exist_ok=True)
+    results = args.output / "gpu_day.json"
+    if results.exists():  # device time is dear
+        results.rename(free_name(results))
     end, parts = time.monotonic() + 60 * args.minutes, []
     start_up = min(START_UP, 60 * args.minutes / len(names) / 2)
     table, about = Table("What the GPU showed", COLUMNS), machine(args.device)
@@ -124,11 +128,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         table.notes.append(f"{name}: {ended} ({parts[-1]['seconds']:.0f} s, {len(rows)} rows)")
         progress(table.notes[-1])
         # After each, as a part may take the device with it.
-        write(args.output / "gpu_day.json", [table], about, {**vars(args), "ended": parts})
+        write(results, [table], about, {**vars(args), "ended": parts})
     print(draw(table))
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items() if number)
     print(f"{summary(about)}; {about['system']}; {versions}")
-    print(args.output / "gpu_day.json")
+    print(results)
     return int(any(part["ended"] != "ok" for part in parts))
 
 

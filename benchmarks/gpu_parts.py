@@ -248,6 +248,7 @@ def choices(setting: Setting) -> Iterator[Row]:
     """Which of the shipped configurations is the fastest here, timed shape by shape."""
     os.environ |= {"LLMJEPA_AUTOTUNE": "1", "XDG_CACHE_HOME": str(setting.output / "choices")}
     stored = setting.output / "choices" / "llmjepa_kernels" / "autotune.json"
+    stored.unlink(missing_ok=True)  # of an earlier run
     known: dict[str, Any] = {}
     for case in attention_cases(setting):
         attention_call(case, PEERS["ours"](case), backward=True)()

@@ -50,12 +50,16 @@ def ours_flash_attn(case: Case) -> Attention:
 
 def sdpa_dense_mask(case: Case) -> Attention:
     seq = case.visible_until.shape[1]
-    if seq * seq * case.heads * 4 > MAX_DENSE_BYTES:
-        raise UnavailableError(f"scores of {seq} x {seq} for {case.heads} heads exceed 2 GiB")
+    if seq * seq * 4 > MAX_DENSE_BYTES:
+        raise UnavailableError(f"a mask of {seq} x {seq} numbers exceeds 2 GiB")
     seen = visible(case.visible_until)[:, None]
-    return lambda q, k, v: scaled_dot_product_attention(
-        q, *repeated(q, k, v), attn_mask=seen.to(q.device)
-    )
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v, grouped = _heads(q, k, v)
+        mask = seen.to(q.device)
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+
+    return attend
 
 
 def sdpa_per_run(case: Case) -> Attention:
@@ -72,14 +76,25 @@ def sdpa_per_run(case: Case) -> Attention:
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # One gather has one backward; one for each run would add a gradient of the whole row.
-        k, v = (x.index_select(2, keys).split(k_sizes, dim=2) for x in repeated(q, k, v))
+        k, v, grouped = _heads(q, *(x.index_select(2, keys) for x in (k, v)))
+        parts = (q.split(q_sizes, dim=2), k.split(k_sizes, dim=2), v.split(k_sizes, dim=2))
         outs = [
-            scaled_dot_product_attention(*parts, mask, is_causal=mask is None)
-            for *parts, mask in zip(q.split(q_sizes, dim=2), k, v, masks, strict=True)
+            scaled_dot_product_attention(*qkv, mask, is_causal=mask is None, enable_gqa=grouped)
+            for *qkv, mask in zip(*parts, masks, strict=True)
         ]
         return torch.cat(outs, dim=2)
 
     return attend
+
+
+def _heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Keys and values as SDPA is fastest with beside a mask, and whether heads share them.
+
+    On a GPU it has fast kernels for masks only where every head has its own.
+    """
+    if q.device.type != "cpu":
+        k, v = repeated(q, k, v)
+    return k, v, k.shape[1] != q.shape[1]
 
 
 def flex_attention(case: Case) -> Attention:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import os
 import platform
@@ -118,6 +119,12 @@ def show(
     if path is not None:
         write(path, tables, about, command)
         print(path)
+
+
+def free_name(path: Path) -> Path:
+    """The path, with a number where a file of that name is there already."""
+    numbered = (path.with_stem(f"{path.stem}.{number}") for number in itertools.count(1))
+    return next(each for each in itertools.chain([path], numbered) if not each.exists())
 
 
 def summary(about: dict[str, Any]) -> str:

@@ -125,6 +125,8 @@ def fit_tiles(table: Table) -> None:
     """Adds the fit of the times to a constant, the tokens, and the tiles that are visited."""
     keys = ("seq", "tiles")
     varying = [key for key in keys if len({row[key] for row in table.rows}) > 1]
+    if len(table.rows) <= 1 + len(varying):  # any line would do
+        return
     x = np.array([[1.0, *(row[key] for key in varying)] for row in table.rows])
     y = np.array([row["ours"] for row in table.rows])
     # Relative errors count, so that small rows matter as much as large ones.
@@ -275,6 +277,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     def case(seq: int, mean_length: int) -> Case:
         return Case("", seq, mean_length, *args.heads, args.head_dim, dtype, args.device)
 
+    segments = [n for n in args.segments if n <= args.tokens]
+    if not segments:
+        parser.error(f"--segments must have one of at most --tokens {args.tokens}")
     roof = Roof(args.device, dtype)
     by_row = attention_table(
         f"Attention, forward and backward, against the row (segments of {args.segment})",
@@ -283,12 +288,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         roof,
     )
     fit_tiles(by_row)
-    by_row.notes.append(
-        f"time grows with tokens to the power {exponent(by_row, 'seq', 'ours'):.2f}"
-    )
+    if len({row["seq"] for row in by_row.rows}) > 1:
+        by_row.notes.append(
+            f"time grows with tokens to the power {exponent(by_row, 'seq', 'ours'):.2f}"
+        )
     by_segment = attention_table(
         f"Attention, forward and backward, against the segments ({args.tokens} tokens)",
-        [case(args.tokens, n) for n in args.segments if n <= args.tokens],
+        [case(args.tokens, n) for n in segments],
         args.rounds,
         roof,
     )

@@ -40,7 +40,7 @@ from llmjepa_kernels.data.tokenizer import train_tokenizer
 from llmjepa_kernels.hf.load import load_pretrained, small_llama
 from llmjepa_kernels.hf.patch import patch_model, unpatch_model
 from llmjepa_kernels.ops.reference import visible
-from llmjepa_kernels.packing import without_views
+from llmjepa_kernels.packing import IGNORE, without_views
 from llmjepa_kernels.training.objective import llm_jepa_loss
 
 # Of one micro-batch; larger steps accumulate gradients. A step takes about ten times as much.
@@ -230,7 +230,9 @@ class Comparison:
         return Row(name, build, examples)
 
     def _documents(self, examples: Sequence[Example], *, supervised_head: bool = False) -> Baseline:
-        micro_batches = self._micro_batches(baselines.documents, examples)
+        micro_batches = self._micro_batches(
+            baselines.documents, examples, supervised_head=supervised_head
+        )
         return Baseline(micro_batches, baselines.DOCUMENTS, supervised_head)
 
     def _padded(
@@ -241,13 +243,19 @@ class Comparison:
 
         return Baseline(self._micro_batches(build, self.layouts["official"]), attention)
 
-    def _micro_batches(self, build, examples: Sequence[Example]) -> list[baselines.MicroBatch]:
+    def _micro_batches(
+        self, build, examples: Sequence[Example], *, supervised_head: bool = False
+    ) -> list[baselines.MicroBatch]:
         """As few as keep the logits of each in bounds."""
         sequences = [Sequences.of(example) for example in examples]
         size, limit = len(sequences), MAX_LOGITS_BYTES[torch.device(self.device).type]
         while True:
             parts = baselines.in_micro_batches(build, sequences, size)
-            largest = max(part.tokens for part in parts) * self.vocab * 4
+            tokens = (
+                int((part.labels[:, 1:] != IGNORE).sum()) if supervised_head else part.tokens
+                for part in parts
+            )
+            largest = max(tokens) * self.vocab * 4
             if largest <= limit or size == 1:
                 return parts
             size = (size + 1) // 2
@@ -314,7 +322,7 @@ class Comparison:
 
     def _check(self, row: Row, losses: tuple[float, float]) -> None:
         """Raises WrongLossError unless the losses are those of separate passes."""
-        tolerance = 1e-5 if self.model.dtype in (torch.float32, torch.float64) else 2e-2
+        tolerance = self._tolerance()
         for name, got, want in zip(
             ("NTP", "JEPA"), losses, self._separate_passes(row.examples), strict=True
         ):
@@ -322,6 +330,9 @@ class Comparison:
                 raise WrongLossError(
                     f"{name} loss is {got:.7f}, that of separate passes {want:.7f}"
                 )
+
+    def _tolerance(self) -> float:
+        return 1e-5 if self.model.dtype in (torch.float32, torch.float64) else 2e-2
 
     def _separate_passes(self, examples: Sequence[Example]) -> tuple[float, float]:
         """Every sequence in a padded row of its own, whatever the layout."""
@@ -369,13 +380,19 @@ class Comparison:
                 row["cost_per_token"] = cost * runs[SFT_SUPERVISED].step.tokens / step.tokens
             table.rows.append(row)
         table.notes += [
-            "ms: the median of so many runs. "
+            "ms: the median of so many runs. time / SFT: the median over the rounds of the two "
+            "times' ratio, in which drift of the machine cancels. "
             f"cost / tokens: time over the time of '{SFT_SUPERVISED}', divided by the same ratio "
             "of tokens. matmul rate: the FLOPs of all weights, attention left out, as a share of "
             f"the {rate / 1e9:,.0f} GFLOP/s that a large matrix product reaches here.",
             "JEPA loss: of fewer pairs under loss dropout, none for SFT; of other views in the "
-            "shared and the official layout. Each equals that of separate passes.",
+            "shared and the official layout. Each equals that of separate passes, within "
+            f"{self._tolerance():.0e} of it.",
         ]
+        parts = {row["name"]: row["micro_batches"] for row in table.rows}
+        cut = [f"{name} in {count}" for name, count in parts.items() if count > 1]
+        if cut:
+            table.notes.append(f"in micro-batches, to bound their logits: {', '.join(cut)}")
 
 
 def dropped(examples: Sequence[Example], rate: float, seed: int = 0) -> list[Example]:
@@ -472,6 +489,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks/train_step.json"))
     parser.add_argument("--plot", action="store_true", help="draw the cost bars beside the JSON")
     args = parser.parse_args(argv)
+    if not all(0 <= rate <= 1 for rate in args.loss_dropout):
+        parser.error(f"--loss-dropout must be shares from 0 to 1, got {args.loss_dropout}")
+    if args.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {args.rounds}")
+    if args.plot and args.only and not any(text in SFT for text in args.only):
+        parser.error(f"--plot draws what is relative to {SFT!r}, which --only leaves out")
     if args.threads:
         torch.set_num_threads(args.threads)
     dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
@@ -483,6 +506,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = comparison.rows(args.loss_dropout)
     if args.only:
         rows = [row for row in rows if any(text in row.name for text in args.only)]
+        if not rows:
+            parser.error(f"--only {' '.join(args.only)}: no row has such a name")
     table = comparison.run(rows, rounds=args.rounds, budget=args.budget)
     batch = pack(comparison.layouts["shared"])
     packing = median_of(lambda: pack(comparison.layouts["shared"]))

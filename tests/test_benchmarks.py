@@ -1,5 +1,6 @@
 """The benchmarks' baselines compute the official loss, and their commands run in miniature."""
 
+import argparse
 import json
 import math
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from benchmarks import (
     workload,
 )
 from benchmarks.baselines import Baseline, Sequences
-from benchmarks.report import Table
+from benchmarks.report import Table, free_name
 from llmjepa_kernels import BlockMask, Example, FlashPlan, Segment, llm_jepa_example, pack
 from llmjepa_kernels.hf.patch import patch_model, unpatch_model
 from llmjepa_kernels.ops.dense import visible
@@ -592,3 +593,42 @@ def test_operations_of_a_case():
     case = workload.Case("", 70, 6, heads=4, kv_heads=2, head_dim=16)
     pairs = int(visible(case.visible_until).sum())
     assert (case.pairs, case.flops) == (pairs, (4 * pairs * 64, 10 * pairs * 64))
+
+
+def test_rows_of_an_earlier_run_are_not_this_runs(tmp_path, monkeypatch):
+    (tmp_path / "device.jsonl").write_text('{"part": "device"}\n')
+    monkeypatch.setattr(gpu_day.sys, "executable", "false")
+    args = argparse.Namespace(output=tmp_path, device="cpu", tiny=True)
+    assert gpu_day.start_part("device", args, 60) == "failed with 1, see device.log"
+    assert gpu_day.rows_of("device", tmp_path) == []
+
+
+def test_results_are_not_written_over(tmp_path):
+    names = []
+    for _ in range(3):
+        names.append(free_name(tmp_path / "a.json"))
+        names[-1].touch()
+    assert [path.name for path in names] == ["a.json", "a.1.json", "a.2.json"]
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "message"),
+    [
+        (train_step, ["--loss-dropout", "1.5"], "--loss-dropout must be shares from 0 to 1"),
+        (train_step, ["--rounds", "0"], "--rounds must be at least 1"),
+        (train_step, ["--only", "ours", "--plot"], "--plot draws what is relative to"),
+        (train_step, ["--examples", "4", "--only", "nobody"], "no row has such a name"),
+        (scaling, ["--segments", "2048", "--tokens", "512"], "must have one of at most"),
+    ],
+)
+def test_options_that_leave_nothing_to_measure(script, options, message, capsys):
+    with pytest.raises(SystemExit):
+        script.main(options)
+    assert message in capsys.readouterr().err
+
+
+def test_no_line_is_fitted_to_as_many_points():
+    table = Table("", ())
+    table.rows = [{"seq": n, "tiles": n // 64, "ours": float(n)} for n in (128, 256)]
+    scaling.fit_tiles(table)
+    assert not table.notes

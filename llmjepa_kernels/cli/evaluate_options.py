@@ -21,7 +21,7 @@ from llmjepa_kernels.cli.shared_options import (
     split_option,
     trust_option,
 )
-from llmjepa_kernels.evaluation.predict import BATCH_SIZE
+from llmjepa_kernels.evaluation.predict import BATCH_SIZE, ROOM
 from llmjepa_kernels.hf.dtypes import DTYPES
 
 
@@ -70,8 +70,8 @@ examples:
         "longest completion",
         metavar="N",
         range=COUNT,
-        default_is="one more than the longest answer of the data, or of a batch where the rule "
-        "looks at no more",
+        default_is=f"one more than the longest answer of the data; {ROOM} more than that of a batch "
+        "where the rule looks at no more",
     )
     output: str | None = option(
         None,
