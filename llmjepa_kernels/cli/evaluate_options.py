@@ -70,8 +70,8 @@ examples:
         "longest completion",
         metavar="N",
         range=COUNT,
-        default_is=f"one more than the longest answer of the data; {ROOM} more than that of a batch "
-        "where the rule looks at no more",
+        default_is="one more than the longest answer of the data; where the rule looks at no more, "
+        f"{ROOM} more than that of a batch",
     )
     output: str | None = option(
         None,

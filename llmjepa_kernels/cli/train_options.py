@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -59,10 +59,30 @@ NEEDED = {
     "projector_size": "jepa",
     **dict.fromkeys(("linear_predictor", "weight_warmup"), "jepa or stp"),
 }
+# Options that say nothing but beside others.
+BESIDE: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "temperature": ("--metric infonce", lambda options: options.metric == "infonce"),
+    "gather_negatives": (
+        "--metric infonce, or an --objective with sigreg or vicreg",
+        lambda options: options.metric == "infonce" or options.terms & {"sigreg", "vicreg"},
+    ),
+    "loss_dropout_per": ("--loss-dropout", lambda options: options.loss_dropout),
+    "eval_split_seed": ("--eval-split", lambda options: options.eval_split is not None),
+    "shuffle_buffer": ("--streaming", lambda options: options.streaming),
+    **dict.fromkeys(
+        ("tube_count", "tube_max_length"),
+        ("another --tube-form", lambda options: options.tube_form != "turns"),
+    ),
+}
 
 
 def _default(name: str) -> Any:
     return TrainOptions.__dataclass_fields__[name].default
+
+
+def _flag(name: str) -> str:
+    no = "no-" if getattr(TrainOptions, name) is True else ""
+    return f"--{no}{name.replace('_', '-')}"
 
 
 @dataclass(frozen=True)
@@ -434,13 +454,19 @@ examples:
                 raise ValueError("--train-samples does not go with --streaming: see --max-steps")
             if self.loss_dropout_per == "step":
                 raise ValueError("--loss-dropout-per step does not go with --streaming")
-        terms = {term for objective in self.objectives for term in objective.split("+")}
         preset = self.presets[self.preset] if self.preset else {}
+        unusual = {
+            name
+            for name in (*NEEDED, *BESIDE)
+            if getattr(self, name) not in (_default(name), preset.get(name))
+        }
+        for name, (needed, is_there) in BESIDE.items():
+            if name in unusual and not is_there(self):
+                raise ValueError(f"{_flag(name)} says nothing without {needed}")
         for name, needed in NEEDED.items():
-            usual = getattr(self, name) in (_default(name), preset.get(name))
-            if not usual and not terms & set(needed.split(" or ")):
+            if name in unusual and not self.terms & set(needed.split(" or ")):
                 raise ValueError(
-                    f"--{name.replace('_', '-')} needs an --objective with {needed}, got "
+                    f"{_flag(name)} needs an --objective with {needed}, got "
                     f"{' '.join(self.objectives)}"
                 )
         if self.resume and self.overwrite:
@@ -477,6 +503,11 @@ examples:
             compare = self.model is None or self.seeds is not None
         chosen = [*["ntp"] * compare, *self.objective]
         return list(dict.fromkeys(chosen))
+
+    @property
+    def terms(self) -> set[str]:
+        """Of all of them: ntp, jepa, stp, sigreg, vicreg."""
+        return {term for objective in self.objectives for term in objective.split("+")}
 
     @property
     def all_seeds(self) -> tuple[int, ...]:
