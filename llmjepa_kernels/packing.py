@@ -6,7 +6,7 @@ import numbers
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -302,13 +302,12 @@ def _prepare(example: Example, name: int) -> _Tree:
     last_run: list[int] = []  # segment -> the run its last token is in
     continued: set[int] = set()  # runs whose end already has a supervised continuation
     supervised_children: dict[int, int] = {}
-    for segment in example.segments:
-        if segment.labels is not None and len(segment.labels) and segment.parent is not None:
-            first = segment.labels[0] != IGNORE
-            supervised_children[segment.parent] = supervised_children.get(segment.parent, 0) + first
+    checked = [_check_segment(segment, i, name) for i, segment in enumerate(example.segments)]
+    for segment, (_, labels) in zip(example.segments, checked, strict=True):
+        if labels[0] != IGNORE and segment.parent is not None:
+            supervised_children[segment.parent] = supervised_children.get(segment.parent, 0) + 1
 
-    for index, segment in enumerate(example.segments):
-        ids, labels = _check_segment(segment, index, name)
+    for index, (segment, (ids, labels)) in enumerate(zip(example.segments, checked, strict=True)):
         parent = None if segment.parent is None else last_run[segment.parent]
         if parent is None:
             labels[0] = IGNORE
@@ -330,6 +329,8 @@ def _prepare(example: Example, name: int) -> _Tree:
         runs.append(_Run(ids, labels, parent, _shareable(labels)))
         last_run.append(len(runs) - 1)
 
+    if not isinstance(example.pairs, Iterable):
+        raise ValueError(f"example {name}: pairs must be a sequence, got {example.pairs!r}")
     for pair in example.pairs:
         indices = tuple(pair) if isinstance(pair, Iterable) else ()
         if len(indices) != 2 or not all(_is_index(i, len(example.segments)) for i in indices):
@@ -346,7 +347,7 @@ def _check_tubes(
     example: Example, last_run: list[int], name: int
 ) -> Iterator[tuple[int, list[Step]]]:
     """The run that ends the sequence of each tube, and its steps as in `TUBE_SHAPE`, padded."""
-    if not example.tubes:
+    if not len(example.tubes):
         return
     if example.path is None or not 0 <= example.path.segment < len(example.segments):
         raise ValueError(
@@ -355,9 +356,12 @@ def _check_tubes(
         )
     end = segment_ends(example)[example.path.segment]
     for tube in example.tubes:
-        steps = [step for vector in tube for step in vector]
-        right = len(tube) == _NUM_VECTORS and all(len(vector) <= _NUM_STEPS for vector in tube)
-        if not right or not steps or not all(0 <= i < end for step in steps for i in step):
+        right = _lengths(tube, _NUM_VECTORS) and all(
+            _lengths(vector, *range(_NUM_STEPS + 1)) and all(_lengths(step, 2) for step in vector)
+            for vector in tube
+        )
+        steps = [step for vector in tube for step in vector] if right else []
+        if not steps or not all(_is_index(i, end) for step in steps for i in step):
             raise ValueError(
                 f"example {name}: tubes must be {_NUM_VECTORS} lists of up to {_NUM_STEPS} steps "
                 f"between the {end} tokens of its path's sequence, got {tube}"
@@ -365,6 +369,11 @@ def _check_tubes(
         padding = [[(-1, -1)] * (_NUM_STEPS - len(vector)) for vector in tube]
         steps = [step for pair in zip(tube, padding, strict=True) for x in pair for step in x]
         yield last_run[example.path.segment], steps
+
+
+def _lengths(values: Any, *allowed: int) -> bool:
+    """Whether it is a sequence, of one of these lengths."""
+    return isinstance(values, Sequence) and len(values) in allowed
 
 
 def _check_segment(segment: Segment, index: int, name: int) -> tuple[list[int], list[int]]:
@@ -388,7 +397,10 @@ def _check_segment(segment: Segment, index: int, name: int) -> tuple[list[int], 
 def _integers(values: Sequence[int], name: str) -> list[int]:
     if not isinstance(values, Iterable):
         raise ValueError(f"{name} must be a flat sequence of integers, got {values!r}")
-    values = values.tolist() if hasattr(values, "tolist") else list(values)
+    array = values
+    values = array.tolist() if hasattr(array, "tolist") else list(array)
+    if not isinstance(values, list):  # an array of no dimension
+        raise ValueError(f"{name} must be a flat sequence of integers, got {array!r}")
     if not set(map(type, values)) <= {int}:
         values = [int(x) if _is_integer(x) else x for x in values]
         wrong = [x for x in values if type(x) is not int]

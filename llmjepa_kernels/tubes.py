@@ -8,10 +8,13 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from llmjepa_kernels.checks import check_whole
+
 Step = tuple[int, int]
 Tube = tuple[Sequence[Step], Sequence[Step]]
 
 FORMS = ("released", "paper", "turns")
+MAX_SPANS = 2  # of a path whose rest about a span has no more steps than a tube
 
 
 @dataclass(frozen=True)
@@ -56,11 +59,9 @@ class TubeSampler:
     def __post_init__(self) -> None:
         if self.form not in FORMS:
             raise ValueError(f"form must be one of {FORMS}, got {self.form!r}")
-        if self.count < 1:
-            raise ValueError(f"count must be at least 1, got {self.count}")
-        least = 2 if self.form == "paper" else 1
-        if self.max_length is not None and self.max_length < least:
-            raise ValueError(f"max_length must be at least {least}, got {self.max_length}")
+        check_whole("count", self.count, least=1)
+        if self.max_length is not None:
+            check_whole("max_length", self.max_length, least=2 if self.form == "paper" else 1)
 
     def draw(self, path: TokenPath, input_ids: Sequence[int], epoch: int = 0) -> list[Tube]:
         """The tubes of one example in one epoch; none where its path is too short.
@@ -76,6 +77,11 @@ class TubeSampler:
         rng = random.Random(f"{self.seed},{epoch},{tokens}")
         if self.form == "paper":
             return list(self._triples(spans, rng))
+        if len(spans) > MAX_SPANS:
+            raise ValueError(
+                f"tubes of form 'released' are of a path of at most {MAX_SPANS} spans, got "
+                f"{len(spans)}"
+            )
         return list(self._spans(spans, rng))
 
     def _spans(self, spans: list[tuple[int, int]], rng: random.Random) -> Iterator[Tube]:

@@ -58,10 +58,15 @@ def test_no_derivative_is_silently_zero(name):
         assert torch.equal(function(x), function(x))  # what has no tangent is computed
 
 
-def test_vmap_and_export_say_what_to_do():
-    function, x = OPERATIONS["attention"]
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_vmap_says_what_to_do(name):
+    function, x = OPERATIONS[name]
     message = "make the mapped dimension part of the batch"
     refuses(message, torch.vmap(function), x[None], error=RuntimeError)
+
+
+def test_export_says_what_to_do():
+    function, x = OPERATIONS["attention"]
 
     class Model(torch.nn.Module):
         def forward(self, x):
@@ -70,8 +75,9 @@ def test_vmap_and_export_say_what_to_do():
     refuses("block_mask must be given to export", torch.export.export, Model(), (x,))
 
 
-def test_gradients_of_a_batch_of_gradients_are_refused():
-    function, x = OPERATIONS["attention"]
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_gradients_of_a_batch_of_gradients_are_refused(name):
+    function, x = OPERATIONS[name]
     x = x.clone().requires_grad_()
     out = function(x)
     with pytest.raises(RuntimeError, match="make the mapped dimension part of the batch"):

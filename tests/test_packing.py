@@ -3,6 +3,7 @@ import pickle
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -236,12 +237,41 @@ def test_packing_is_deterministic():
         ([Segment(torch.ones(1, 2).long())], (), r"input_ids must be .* got \[1, 1\]"),
         ([Segment([1], labels=[None])], (), "labels must be a flat .* integers, got None"),
         ([Segment([1] * 11)], (), "example 1 takes 11 tokens, more than max_length = 10"),
+        ([Segment(torch.tensor(1))], (), "segment 0: input_ids must be a flat .* got tensor"),
+        (
+            [Segment([1]), Segment([1, 2], 0, np.zeros((2, 1), int))],
+            (),
+            r"segment 1: labels must be a flat .* got \[0\]",
+        ),
+        ([Segment([1]), Segment([1], 0, (x for x in ()))], (), r"as input_ids \(1\), got 0"),
+        ([Segment([1]), Segment([1], [0], [1])], (), r"segment 1: parent .* got \[0\]"),
+        ([Segment([1])], None, "example 1: pairs must be a sequence, got None"),
     ],
 )
 def test_bad_examples_are_named(segments, pairs, message):
     good = Example([Segment([1, 2])])
     with pytest.raises(ValueError, match=message):
         pack([good, Example(segments, pairs)], 10)
+
+
+@pytest.mark.parametrize(
+    "tubes",
+    [
+        [([(0.5, 1.7)], [(2, 3)])],
+        [([(0, 1, 2)], [(2, 3)])],
+        [([(0,)], [(2, 3)])],
+        [((0, 1), (2, 3))],
+        [3],
+        [([(0, 9)], [(2, 3)])],
+        [([(0, 1)] * 4, [(2, 3)])],
+        [([], [])],
+    ],
+    ids=str,
+)
+def test_bad_tubes_are_named(tubes):
+    example = Example([Segment([1, 2, 3, 4])], tubes=tubes, path=TokenPath(0, [(0, 2), (2, 4)]))
+    with pytest.raises(ValueError, match="example 0: tubes must be 2 lists of up to 3 steps"):
+        pack([example])
 
 
 def test_bad_options():

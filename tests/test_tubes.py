@@ -98,11 +98,19 @@ def test_draws_depend_on_seed_epoch_and_tokens_alone():
     ("options", "message"),
     [
         ({"form": "random"}, "form must be one of .* got 'random'"),
-        ({"count": 0}, "count must be at least 1, got 0"),
-        ({"max_length": 0}, "max_length must be at least 1, got 0"),
-        ({"form": "paper", "max_length": 1}, "max_length must be at least 2, got 1"),
+        ({"count": 0}, "count must be an integer, at least 1, got 0"),
+        ({"count": 1.5}, "count must be an integer, at least 1, got 1.5"),
+        ({"max_length": 0}, "max_length must be an integer, at least 1, got 0"),
+        ({"form": "paper", "max_length": 1}, "max_length must be an integer, at least 2, got 1"),
     ],
 )
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         TubeSampler(**options)
+
+
+def test_a_rest_of_more_steps_than_a_tube_has_is_refused():
+    path = TokenPath(0, [(0, 3), (4, 6), (7, 9)])
+    with pytest.raises(ValueError, match="a path of at most 2 spans, got 3"):
+        TubeSampler().draw(path, list(range(9)))
+    assert TubeSampler(form="paper").draw(path, list(range(9)))

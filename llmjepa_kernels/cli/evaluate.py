@@ -65,6 +65,7 @@ class Evaluation:
     options: EvaluateOptions
     device: torch.device
     samples: list[dict[str, Any]]
+    places: list[str]
     rule: Rule
     split: Split | None
     file: PredictionFile | None
@@ -102,7 +103,8 @@ class Evaluation:
                 "load_in": options.load_in,
             }
             file = PredictionFile(options.output, settings, samples, rule)
-        return cls(options, device, samples, rule, split, file)
+        places = [place for place, _ in located]
+        return cls(options, device, samples, places, rule, split, file)
 
     def run(self, name: str) -> dict[str, Accuracy]:
         """Has one checkpoint answer what it has not answered yet."""
@@ -125,6 +127,7 @@ class Evaluation:
             max_new_tokens=self.options.max_new_tokens,
             batch_size=self.options.batch_size,
             done=frozenset(done),
+            places=self.places,
         )
         with bars() as progress:
             task = progress.add_task(name, total=len(self.samples), note="")

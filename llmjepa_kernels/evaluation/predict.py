@@ -133,6 +133,7 @@ def predict(
     max_new_tokens: int | None = None,
     batch_size: int = BATCH_SIZE,
     done: Container[int] = (),
+    places: Sequence[str] | None = None,
 ) -> Iterator[list[Prediction]]:
     """The same batch by batch, as they are made; those with long answers come first.
 
@@ -146,6 +147,7 @@ def predict(
             exact and startswith, `ROOM` more than the longest of its batch, if that is less.
         batch_size: Prompts generated from at once.
         done: Indices of samples to leave out.
+        places: What errors call each sample. Default: its index.
 
     Raises:
         ValueError: A sample does not fit the format, the rule or the model's positions, which is
@@ -167,6 +169,8 @@ def predict(
         supervise="assistant",
     )
     rule = rule or answer_rule()
+    if places is None:
+        places = [f"sample {index}" for index in range(len(samples))]
     prompts, examples = [], []
     for index, sample in enumerate(samples):
         try:
@@ -181,11 +185,11 @@ def predict(
             example = example_format.example({**sample, "messages": [*asked, judged]}, tokenizer)
             examples.append(example)
         except ValueError as error:
-            raise ValueError(f"sample {index}: {error}") from error
+            raise ValueError(f"{places[index]}: {error}") from error
     positions = max_positions(model)
     for index, example in enumerate(examples):
         if reason := beyond_positions(example, positions):
-            raise ValueError(f"sample {index}: {reason}")
+            raise ValueError(f"{places[index]}: {reason}")
     lengths = [len(_answer_ids(example)) for example in examples]
     # A batch takes as long as its longest answer: rows should end together.
     order = sorted(range(len(samples)), key=lambda i: (lengths[i], len(prompts[i])), reverse=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llmjepa_kernels.checks import check_finite, plain
+from llmjepa_kernels.checks import LARGEST, check_finite, plain
 from llmjepa_kernels.ops.block_mask import BlockMask, check_window, int32_positions
 from llmjepa_kernels.ops.choice import choose
 from llmjepa_kernels.ops.common import AttentionOptions, empty_seq_major, refuse_if
@@ -20,6 +20,8 @@ from llmjepa_kernels.ops.registry import (
     refuse_vmap,
     runs_eagerly,
 )
+
+MAX_SOFTCAP = LARGEST / 2  # Triton's powers are of base 2
 
 
 def view_attention(
@@ -81,6 +83,8 @@ def view_attention(
     if softcap is not None:
         check_finite("softcap", softcap, positive=True)
         softcap = plain(softcap)
+        if isinstance(softcap, int | float) and softcap > MAX_SOFTCAP:
+            raise ValueError(f"softcap must be at most {MAX_SOFTCAP:g}, got {softcap}")
     if softmax_scale is not None:
         check_finite("softmax_scale", softmax_scale)
         softmax_scale = plain(softmax_scale)
@@ -102,8 +106,12 @@ def view_attention(
     if runs_eagerly(q, k, v, sinks):
         if sinks is not None and sinks.device.type == "cpu":  # a GPU would wait, in every layer
             refuse_if(~(sinks < torch.inf).all(), "sinks must be numbers below infinity")
+        if block_mask is not None:
+            block_mask = block_mask.resolved()
         options = _options(position_ids, window, softcap, softmax_scale, sinks)
-        return _EagerAttention.apply(q, k, v, sinks, block_mask, flash_plan, options, impl)
+        return _EagerAttention.apply(
+            q, k, v, sinks, position_ids, block_mask, flash_plan, options, impl
+        )
     refuse_vmap(q, k, v, sinks)
     out, _ = torch.ops.llmjepa_kernels.attention_forward(
         *(q, k, v, *_flat(block_mask, flash_plan)),
@@ -116,14 +124,14 @@ class _EagerAttention(torch.autograd.Function):
     """The operation below as autograd alone needs it, at a fraction of torch.library's cost."""
 
     @staticmethod
-    def forward(ctx, q, k, v, sinks, block_mask, flash_plan, options, impl):
+    def forward(ctx, q, k, v, sinks, position_ids, block_mask, flash_plan, options, impl):
         with on_device_of(q):
             backend, mask = choose(impl, (q, k, v), block_mask, flash_plan, options)
             out, lse = backend.attention_forward(q, k, v, mask, options)
         # All, so that autograd notices if one has changed until the backward, and in the order of
         # the operation below, which may take this one's place where a checkpoint computes it again.
         tensors, _, _, plan = _flat(block_mask, flash_plan)
-        ctx.save_for_backward(q, k, v, out, lse, options.position_ids, sinks, *tensors, *plan)
+        ctx.save_for_backward(q, k, v, out, lse, position_ids, sinks, *tensors, *plan)
         ctx.arguments = backend, mask, block_mask, flash_plan, options, impl
         return out
 
@@ -144,7 +152,7 @@ class _EagerAttention(torch.autograd.Function):
                 *(options.position_ids, options.window, options.softcap, options.softmax_scale),
                 *(sinks, impl),
             )
-        return dq, dk, dv, None if sinks is None else dsinks, None, None, None, None
+        return dq, dk, dv, None if sinks is None else dsinks, *[None] * 5
 
 
 # The operation as torch sees it. A BlockMask travels as its tensors and two plain values, a
@@ -334,12 +342,12 @@ def _check_block_mask(mask: BlockMask, visible_until: Tensor, window: int | None
             f"{tuple(visible_until.shape)} on {visible_until.device}, got "
             f"{tuple(mask.visible_until.shape)} on {mask.visible_until.device}"
         )
-    if (
-        mask.visible_until is not visible_until
-        and visible_until.device.type == "cpu"
-        and not torch.equal(mask.visible_until, visible_until)
-    ):
-        raise ValueError("block_mask was built from another visible_until than was given")
+    # The kernels read the mask's own; and a compiler cannot look.
+    if mask.visible_until is not visible_until and not torch.compiler.is_compiling():
+        refuse_if(
+            (mask.visible_until != visible_until).any(),
+            "block_mask was built from another visible_until than was given",
+        )
     if mask.window is not None and mask.window != window:
         raise ValueError(
             f"block_mask was built for window={mask.window}, but window={window} was given"

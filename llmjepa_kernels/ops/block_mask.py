@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -192,6 +192,13 @@ class BlockMask:
             visible_until, _known(block_size, visible_until.shape[1], lists), *lists, window=window
         )
 
+    def resolved(self) -> BlockMask:
+        """With its block size, which one that comes out of compiled code does not know."""
+        if self.block_size != UNKNOWN_BLOCK:
+            return self
+        seq = self.visible_until.shape[1]
+        return replace(self, block_size=_known(UNKNOWN_BLOCK, seq, self.schedule_tensors()))
+
     @classmethod
     def has_key(cls, key: str) -> bool:
         """Whether a key of a batch may be one of `schedule()`."""
@@ -206,7 +213,8 @@ class BlockMask:
         """
         check_visible_until(self.visible_until)
         self.check_shapes()
-        begin, end, full_begin, full_end = _runs(self.visible_until, self.block_size)
+        block_size = self.resolved().block_size
+        begin, end, full_begin, full_end = _runs(self.visible_until, block_size)
         needed, most_full = end - begin, (full_end - full_begin).clamp(min=0)
         listed = self.q_offsets.diff(dim=1)
         full = self.q_offsets[:, 1:] - self.q_full_start[:, :-1]
@@ -224,14 +232,15 @@ class BlockMask:
         message = (
             "kv_offsets, kv_full_start, kv_indices and those of q are not the lists of a row of "
             f"{self.visible_until.shape[1]} tokens with this visible_until in blocks of "
-            f"{self.block_size}"
+            f"{block_size}"
         )
         refuse_if(wrong, message)
 
     def check_shapes(self) -> None:
         """Raises ValueError unless the lists are int32 of the shapes that the class names."""
         batch, seq = self.visible_until.shape
-        for side, size in zip(("kv", "q"), self.block_size, strict=True):
+        block_size = self.resolved().block_size
+        for side, size in zip(("kv", "q"), block_size, strict=True):
             blocks = -(-seq // size)
             offsets, full_start, indices = lists = self._lists(side)
             if (
@@ -245,7 +254,7 @@ class BlockMask:
                 raise ValueError(
                     f"{side}_offsets, {side}_full_start and {side}_indices must be int32 of shapes "
                     f"{(batch, blocks + 1)}, the same and ({batch}, …) for blocks of "
-                    f"{self.block_size}, got {found}"
+                    f"{block_size}, got {found}"
                 )
 
     def _lists(self, side: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -307,7 +316,8 @@ class BlockMask:
         share = self.num_tiles / (batch * num_m * num_n)
         lines = [
             f"BlockMask(batch={batch}, seq={self.visible_until.shape[1]}, "
-            f"block_size={self.block_size}, tiles={self.num_tiles} ({share:.1%} of the grid), "
+            f"block_size={self.resolved().block_size}, tiles={self.num_tiles} "
+            f"({share:.1%} of the grid), "
             f"full={self.num_full_tiles})"
         ]
         # Larger grids are drawn coarser; a cell is full only if all tiles under it are.

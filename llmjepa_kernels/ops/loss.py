@@ -15,6 +15,7 @@ from llmjepa_kernels.ops.registry import (
     backward_operation,
     load_backend,
     operation,
+    refuse_vmap,
     runs_eagerly,
 )
 
@@ -71,6 +72,7 @@ def last_token_loss(
     if metric != "infonce":
         if runs_eagerly(hidden, pairs):
             return _EagerDistance.apply(hidden, pairs, metric, reduction, impl)
+        refuse_vmap(hidden, pairs)
         loss, _ = _OPS.pair_distance(hidden, pairs, metric, reduction, impl)
         return loss
     distance = _infonce(hidden, pairs, temperature, group, impl)
@@ -89,6 +91,7 @@ def pair_views(hidden: Tensor, pairs: Tensor, *, impl: str | None = None) -> Ten
     check_hidden(hidden)
     if runs_eagerly(hidden, pairs):
         return _EagerViews.apply(hidden, pairs, impl)
+    refuse_vmap(hidden, pairs)
     views, _ = _OPS.pair_views(hidden, pairs, impl)
     return views
 
@@ -180,6 +183,7 @@ def _setup_distance(ctx, inputs, output):
 def _backward_distance(ctx, dloss, _dstats):
     if dloss is None:
         return None, None, None, None, None
+    refuse_vmap(dloss)
     dhidden = _OPS.pair_distance_backward(dloss, *ctx.saved_tensors, *ctx.options)
     return dhidden, None, None, None, None
 
@@ -228,6 +232,7 @@ def _setup_views(ctx, inputs, output):
 def _backward_views(ctx, dviews, _dsquares):
     if dviews is None:
         return None, None, None
+    refuse_vmap(dviews)
     return _OPS.pair_views_backward(dviews, *ctx.saved_tensors, ctx.impl), None, None
 
 
@@ -248,6 +253,7 @@ class _EagerDistance(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dloss):
+        refuse_vmap(dloss)
         eager = runs_eagerly(dloss) and not torch.is_grad_enabled()
         run = _pair_distance_backward if eager else _OPS.pair_distance_backward
         return run(dloss, *ctx.saved_tensors, *ctx.options), None, None, None, None
@@ -265,6 +271,7 @@ class _EagerViews(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dviews):
+        refuse_vmap(dviews)
         eager = runs_eagerly(dviews) and not torch.is_grad_enabled()
         run = _pair_views_backward if eager else _OPS.pair_views_backward
         return run(dviews, *ctx.saved_tensors, ctx.impl), None, None

@@ -49,18 +49,35 @@ def attention_backward(
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv and dsinks (None without sinks). Source: arXiv:2307.08691, Algorithm 2."""
+    seen = visible(mask.visible_until, options.position_ids, options.window)
+    with torch.autocast(q.device.type, enabled=False):
+        return _dense_backward(dout, q, k, v, out, lse, seen, options)
+
+
+def _dense_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    seen: Tensor,
+    options: AttentionOptions,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     batch, num_heads, seq, head_dim = q.shape
     grouped = (batch, k.shape[1], -1, seq, head_dim)
-    seen = visible(mask.visible_until, options.position_ids, options.window)
     scores, dcap = masked_scores(q, k, seen, options.softcap, options.softmax_scale)
     lse = lse.reshape(batch, k.shape[1], -1, seq)
     p = (scores - lse[..., None]).exp()
     dout, out, q = dout.reshape(grouped), out.reshape(grouped), q.reshape(grouped)
 
-    dp = (dout @ v[:, :, None].mT).to(p.dtype)
+    # What is hidden may overflow where what is seen does not.
+    hidden = ~seen[:, None, None]
+    dp = (dout @ v[:, :, None].mT).to(p.dtype).masked_fill(hidden, 0.0)
     # In low precision, out and dp are rounded apart: they would not cancel in a peaked softmax.
     delta = (dout * out if out.dtype == p.dtype else p * dp).sum(dim=-1)
     ds = p * (dp - delta[..., None]) * dcap * options.softmax_scale
+    ds = ds.masked_fill(hidden, 0.0)
     ds, p = ds.to(q.dtype), p.to(q.dtype)
     dq = (ds @ k[:, :, None]).reshape(batch, num_heads, seq, head_dim)
     # Queries of a group are summed inside one matrix product, in its accumulation precision.
@@ -106,8 +123,8 @@ def distance_backward(
         dot, xx, yy = stats.unbind(-1)
         nx, ny = xx.sqrt().clamp(min=COSINE_EPS), yy.sqrt().clamp(min=COSINE_EPS)
         # Below the clamp the norm is a constant.
-        cx = torch.where(xx.sqrt() > COSINE_EPS, dot / (nx**3 * ny), 0.0)[..., None]
-        cy = torch.where(yy.sqrt() > COSINE_EPS, dot / (ny**3 * nx), 0.0)[..., None]
+        cx = torch.where(xx.sqrt() > COSINE_EPS, dot / (nx * ny) / xx, 0.0)[..., None]
+        cy = torch.where(yy.sqrt() > COSINE_EPS, dot / (nx * ny) / yy, 0.0)[..., None]
         cross = (1 / (nx * ny))[..., None]
         dx, dy = (cx * x - cross * y) * scale, (cy * y - cross * x) * scale
     elif metric == "l2":

@@ -134,7 +134,8 @@ def refuse_vmap(*tensors: Tensor | None) -> None:
         return
     if any(x is not None and any(is_one(x) for is_one in _BATCHED) for x in tensors):
         raise RuntimeError(
-            "torch.vmap cannot map view_attention: make the mapped dimension part of the batch"
+            "torch.vmap cannot map view_attention and the losses: make the mapped dimension part "
+            "of the batch"
         )
 
 

@@ -11,7 +11,13 @@ from torch import Tensor
 
 from llmjepa_kernels.ops.common import compute_dtype, real_tubes
 from llmjepa_kernels.ops.loss import check_hidden, last_token_loss
-from llmjepa_kernels.ops.registry import backward_operation, load_backend, operation, runs_eagerly
+from llmjepa_kernels.ops.registry import (
+    backward_operation,
+    load_backend,
+    operation,
+    refuse_vmap,
+    runs_eagerly,
+)
 
 BACKENDS = {
     "triton": "llmjepa_kernels.ops.triton.tubes",
@@ -49,6 +55,7 @@ def semantic_tube_loss(
     if runs_eagerly(hidden, tubes):
         vectors = _EagerVectors.apply(hidden, tubes, impl)
     else:
+        refuse_vmap(hidden, tubes)
         vectors = _OPS.tube_vectors(hidden, tubes, impl)
     batch, num_tubes = tubes.shape[:2]
     pairs = torch.arange(2 * num_tubes, device=hidden.device).view(1, num_tubes, 2)
@@ -99,6 +106,7 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, dvectors):
     if dvectors is None:
         return None, None, None
+    refuse_vmap(dvectors)
     run = _OPS.tube_vectors_backward
     return run(dvectors, *ctx.saved_tensors, ctx.seq, ctx.dtype, ctx.impl), None, None
 
@@ -117,6 +125,7 @@ class _EagerVectors(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dvectors):
+        refuse_vmap(dvectors)
         eager = runs_eagerly(dvectors) and not torch.is_grad_enabled()
         run = _tube_vectors_backward if eager else _OPS.tube_vectors_backward
         return run(dvectors, *ctx.saved_tensors, ctx.seq, ctx.dtype, ctx.impl), None, None

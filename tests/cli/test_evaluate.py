@@ -116,6 +116,16 @@ def test_table_and_files(command, checkpoint, monkeypatch):
     }
 
 
+def test_a_sample_that_is_too_long_is_named_by_its_line(command, tmp_path):
+    data = tmp_path / "long.jsonl"
+    rows = [{"prompt": "a", "completion": "b" * n} for n in (1, 5000)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    status, printed, _ = command(data=data)
+    assert status == 2
+    assert f"{data}:2: it is" in printed.err
+    assert "more than the" in printed.err
+
+
 def test_built_in_data_reach_what_a_split_asks_for(checkpoint, monkeypatch, capsys):
     monkeypatch.chdir(checkpoint.parent)
     options = ["--split", "depth:2", "--samples", "30", "--max-new-tokens", "1"]

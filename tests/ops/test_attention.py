@@ -1,14 +1,17 @@
 """The public operation and its reference back end; the other back ends have their own files."""
 
+import contextlib
 import math
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from llmjepa_kernels import BlockMask, view_attention
-from llmjepa_kernels.ops import attention, choice, loss, registry, tubes
+from llmjepa_kernels.ops import attention, choice, cpu, loss, registry, tubes
 from llmjepa_kernels.ops.dense import visible
 from tests.support.helpers import AttentionCase, random_rows
 
@@ -139,6 +142,91 @@ def test_torch_compile_traces_through():
     (expected,) = torch.autograd.grad(attend(q), q)
     (actual,) = torch.autograd.grad(compiled(q), q)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_mask_that_comes_out_of_a_graph_knows_its_block_size():
+    case = AttentionCase.random(seq=40, head_dim=8)
+    mask = BlockMask.from_visible_until(case.visible_until, (16, 16))
+
+    def put_together(visible_until, schedule):
+        return BlockMask.from_schedule(visible_until, schedule)
+
+    compiled = torch.compile(put_together, backend="aot_eager")
+    found = compiled(case.visible_until, mask.schedule())
+    found.check()
+    assert found.resolved().block_size == (16, 16)
+    assert str(found) == str(mask)
+    q, k, v = (x.float() for x in (case.q, case.k, case.v))
+    expected = view_attention(q, k, v, case.visible_until, block_mask=mask)
+    assert torch.equal(view_attention(q, k, v, case.visible_until, block_mask=found), expected)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_compiled_call_takes_the_mask_of_an_equal_tensor():
+    case = AttentionCase.random(seq=20, head_dim=8)
+    mask = BlockMask.from_visible_until(case.visible_until.clone())
+    compiled = torch.compile(view_attention, fullgraph=True, backend="aot_eager")
+    out = compiled(case.q, case.k, case.v, case.visible_until, block_mask=mask)
+    expected = view_attention(case.q, case.k, case.v, case.visible_until, block_mask=mask)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_checkpoint_may_change_the_path(first):
+    """Between autograd alone and the operation, as where FLOPs are counted in one half."""
+    case = AttentionCase.random(seq=40, head_dim=8, window=8)
+    positions = case.position_ids.long()
+    q = case.q.detach().requires_grad_()
+
+    def attend(q):
+        out = view_attention(
+            q, case.k, case.v, case.visible_until, position_ids=positions, window=8
+        )
+        return out.sin()
+
+    expected = torch.autograd.grad(attend(q).sum(), q)[0]
+    with FlopCounterMode(display=False) if first else contextlib.nullcontext():
+        out = checkpoint(attend, q, use_reentrant=False)
+    with contextlib.nullcontext() if first else FlopCounterMode(display=False):
+        out.sum().backward()
+    torch.testing.assert_close(q.grad, expected, rtol=0, atol=0)
+
+
+def test_autocast_does_not_reach_the_reference():
+    case = AttentionCase.random(seq=40, head_dim=320)  # which no kernel takes
+    inputs = [x.float().requires_grad_() for x in (case.q, case.k, case.v)]
+
+    def gradients():
+        return torch.autograd.grad(
+            view_attention(*inputs, case.visible_until), inputs, case.dout.float()
+        )
+
+    expected = gradients()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradients()
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_what_is_hidden_may_overflow(impl):
+    """In a product of float16 that none of its sums takes."""
+    if impl == "cpu" and not cpu.is_available():
+        pytest.skip("the CPU kernels are not built")
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, dout = (
+        torch.randn(1, 1, 16, 16, generator=generator).half().requires_grad_() for _ in range(4)
+    )
+    visible_until = torch.full((1, 16), 16, dtype=torch.int32)
+    visible_until[0, :8] = 8
+    large = v.detach().clone()
+    large[0, 0, 3] = 300.0
+    dout = dout.detach() * 256
+    out = view_attention(q, k, large.requires_grad_(), visible_until, impl=impl)
+    dq, dk, _ = torch.autograd.grad(out, (q, k, large), dout)
+    expected = torch.autograd.grad(view_attention(q, k, v, visible_until, impl=impl), (q, k), dout)
+    assert torch.equal(dq[:, :, 8:], expected[0][:, :, 8:])
+    assert torch.equal(dk[:, :, 8:], expected[1][:, :, 8:])
 
 
 def test_second_derivatives_are_refused():

@@ -214,3 +214,14 @@ def test_bad_arguments_are_named(arguments, error, message):
     good = {"hidden": torch.zeros(2, 7, 5), "pairs": PAIRS, "impl": "reference"}
     with pytest.raises(error, match=message):
         last_token_loss(**{**good, **arguments})
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_gradients_of_large_states(impl):
+    """Whose norms to the fourth float32 does not hold."""
+    hidden = inputs(torch.float32).detach() * 1e9
+    exact = hidden.double().requires_grad_()
+    expected = torch.autograd.grad(last_token_loss(exact, PAIRS, impl="reference"), exact)[0]
+    hidden.requires_grad_()
+    found = torch.autograd.grad(last_token_loss(hidden, PAIRS, impl=impl), hidden)[0]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-15)

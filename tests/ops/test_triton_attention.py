@@ -419,3 +419,43 @@ def test_memory_grows_with_the_row_not_with_its_square():
     used = torch.cuda.max_memory_allocated() - before
     # out, dq, dk, dv and dout, and three float32 statistics per query
     assert used < 6 * q.numel() * 2 + 4 * heads * seq * 4
+
+
+@pytest.mark.parametrize("softcap", [1e4, 1e6, 1e9])
+def test_a_cap_that_hardly_bends(softcap):
+    check(AttentionCase.random(seq=70, head_dim=16, softcap=softcap))
+
+
+def test_what_is_hidden_may_overflow():
+    """In a product of which the visible sums take nothing, in tiles that are partly visible."""
+    q, k, v, dout = (
+        torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(i)).to(DEVICE)
+        for i in range(4)
+    )
+    visible_until = torch.full((1, 16), 16, dtype=torch.int32, device=DEVICE)
+    visible_until[0, :8] = 8
+    gradients = []
+    for value in (1.0, 3e38):
+        large = v.clone()
+        large[0, 0, 3] = value
+        inputs = [x.detach().requires_grad_() for x in (q, k, large)]
+        out = view_attention(*inputs, visible_until, impl="triton")
+        dq, dk, _ = torch.autograd.grad(out, inputs, 16 * dout)
+        gradients.append((dq[:, :, 8:], dk[:, :, 8:]))
+    assert all(torch.equal(x, y) for x, y in zip(*gradients, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="takes a range of addresses of a CPU")
+def test_gradients_whose_rows_lie_far_apart():
+    """Tiles of padding are as far from the last row as the first are."""
+    stride, seq, dim = 34_000_000, 10, 16
+    dense = torch.randn(1, 1, seq, dim).half()
+    far = torch.empty(stride * (seq - 1) + dim, dtype=torch.float16)
+    far = far.as_strided((1, 1, seq, dim), (stride * seq, dim, stride, 1)).copy_(dense)
+    inputs = [torch.randn(1, 1, seq, dim).half().requires_grad_() for _ in range(3)]
+    visible_until = torch.full((1, seq), seq, dtype=torch.int32)
+    found, expected = (
+        torch.autograd.grad(view_attention(*inputs, visible_until, impl="triton"), inputs, dout)
+        for dout in (far, dense)
+    )
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))

@@ -163,9 +163,10 @@ def _attention_row_statistics_kernel(
     exists = offs_m < seq_len
     plane = (b * num_heads + head).to(tl.int64)
 
-    # [BLOCK_M, head_dim]
-    o = load_rows(out, b, head, m0, seq_len, BLOCK_M, D, True, False)
-    do = load_rows(dout, b, head, m0, seq_len, BLOCK_M, D, True, False)
+    # [BLOCK_M, head_dim]; a tile of padding repeats the last row, and uses none of it
+    row0 = tl.minimum(m0, seq_len - 1)
+    o = load_rows(out, b, head, row0, seq_len, BLOCK_M, D, True, False)
+    do = load_rows(dout, b, head, row0, seq_len, BLOCK_M, D, True, False)
     # [BLOCK_M]
     row_delta = tl.zeros([BLOCK_M], tl.float32)
     for PIECE in tl.static_range(len(D.pieces)):
@@ -206,6 +207,8 @@ def _dkdv_tile(
         if not EAGER_DP:
             dp = dot_over_d(v_tile, do_tile, D)
         ds = p * (dp - tl.load(delta + queries.index)[None, :])
+        if MASKED:  # what is hidden may overflow where what is seen does not
+            ds = tl.where(p == 0.0, 0.0, ds)
         if scaling.softcap is not None:
             ds = ds * dcap
         dk_acc = accumulate(dk_acc, ds.to(q_tile[0].dtype), q_tile, D)
@@ -363,6 +366,8 @@ def _dq_tile(
         v_tile = load_rows(v, b, kv_head, n0, row.seq_len, BLOCK_N, D, MASKED, TMA)
         dp = dot_over_d(do_tile, v_tile, D)
     ds = p * (dp - row_delta[:, None])
+    if MASKED:  # what is hidden may overflow where what is seen does not
+        ds = tl.where(p == 0.0, 0.0, ds)
     if scaling.softcap is not None:
         ds = ds * dcap
     return accumulate(dq_acc, ds.to(k_tile[0].dtype), k_tile, D)
