@@ -207,8 +207,6 @@ def _dkdv_tile(
         if not EAGER_DP:
             dp = dot_over_d(v_tile, do_tile, D)
         ds = p * (dp - tl.load(delta + queries.index)[None, :])
-        if MASKED:  # what is hidden may overflow where what is seen does not
-            ds = tl.where(p == 0.0, 0.0, ds)
         if scaling.softcap is not None:
             ds = ds * dcap
         dk_acc = accumulate(dk_acc, ds.to(q_tile[0].dtype), q_tile, D)
@@ -366,8 +364,6 @@ def _dq_tile(
         v_tile = load_rows(v, b, kv_head, n0, row.seq_len, BLOCK_N, D, MASKED, TMA)
         dp = dot_over_d(do_tile, v_tile, D)
     ds = p * (dp - row_delta[:, None])
-    if MASKED:  # what is hidden may overflow where what is seen does not
-        ds = tl.where(p == 0.0, 0.0, ds)
     if scaling.softcap is not None:
         ds = ds * dcap
     return accumulate(dq_acc, ds.to(k_tile[0].dtype), k_tile, D)
