@@ -37,10 +37,10 @@ from benchmarks.workload import chat_examples, load_chats
 from llmjepa_kernels import BlockMask, Example, PackedBatch, pack
 from llmjepa_kernels.data.predictor_tokens import add_predictor_tokens
 from llmjepa_kernels.data.tokenizer import train_tokenizer
+from llmjepa_kernels.example import IGNORE, without_views
 from llmjepa_kernels.hf.load import load_pretrained, small_llama
 from llmjepa_kernels.hf.patch import patch_model, unpatch_model
 from llmjepa_kernels.ops.reference import visible
-from llmjepa_kernels.packing import IGNORE, without_views
 from llmjepa_kernels.training.objective import llm_jepa_loss
 
 # Of one micro-batch; larger steps accumulate gradients. A step takes about ten times as much.

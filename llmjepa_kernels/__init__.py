@@ -10,12 +10,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 import llmjepa_kernels.versions  # noqa: F401  refuses old ones before anything stumbles
+from llmjepa_kernels.example import Example, Segment, llm_jepa_example
 from llmjepa_kernels.ops.attention import view_attention
 from llmjepa_kernels.ops.block_mask import BlockMask
 from llmjepa_kernels.ops.flash_plan import FlashPlan
 from llmjepa_kernels.ops.loss import last_token_loss
 from llmjepa_kernels.ops.tubes import semantic_tube_loss
-from llmjepa_kernels.packing import Example, PackedBatch, Segment, llm_jepa_example, pack
+from llmjepa_kernels.packing import PackedBatch, pack
 from llmjepa_kernels.tubes import TokenPath, TubeSampler
 
 if TYPE_CHECKING:  # what `_LAZY` says, for type checkers and editors

@@ -19,7 +19,7 @@ from llmjepa_kernels import (
     packing,
     view_attention,
 )
-from llmjepa_kernels.packing import IGNORE, segment_ends, without_views
+from llmjepa_kernels.example import IGNORE, segment_ends, without_views
 from llmjepa_kernels.tubes import TokenPath
 from tests.support.helpers import random_examples
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from llmjepa_kernels.cli.report import plain_text
-from llmjepa_kernels.packing import IGNORE
+from llmjepa_kernels.example import IGNORE
 from llmjepa_kernels.training.objective import real_tokens
 
 TEXT_WIDTH = 44  # characters of a run's text

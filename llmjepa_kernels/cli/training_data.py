@@ -20,7 +20,8 @@ from llmjepa_kernels.cli.training_defaults import TRAIN_SAMPLES
 from llmjepa_kernels.data.samples import located_chats
 from llmjepa_kernels.data.splits import Split
 from llmjepa_kernels.evaluation.predict import beyond_positions
-from llmjepa_kernels.packing import IGNORE, Example, pack, segment_ends
+from llmjepa_kernels.example import IGNORE, Example, segment_ends
+from llmjepa_kernels.packing import pack
 from llmjepa_kernels.training.streaming import ExampleStream
 from llmjepa_kernels.tubes import TubeSampler
 

@@ -24,8 +24,9 @@ from llmjepa_kernels.cli.training_data import LeftOut, Part, TrainingData
 from llmjepa_kernels.evaluation.geometry import view_states
 from llmjepa_kernels.evaluation.predict import Accuracy, Prediction, accuracy, predict
 from llmjepa_kernels.evaluation.rules import Rule
+from llmjepa_kernels.example import Example
 from llmjepa_kernels.files import share_as_umask_says
-from llmjepa_kernels.packing import Example, pack
+from llmjepa_kernels.packing import pack
 from llmjepa_kernels.training.checkpoints import saving
 from llmjepa_kernels.training.collator import LLMJEPACollator, chat_tokens
 from llmjepa_kernels.training.loss_dropout import LossDropout

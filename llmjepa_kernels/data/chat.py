@@ -20,7 +20,7 @@ from llmjepa_kernels.data.messages import (
     with_placeholder_answer,
 )
 from llmjepa_kernels.data.template import Rendering, Tokens, render, token_span
-from llmjepa_kernels.packing import IGNORE, Example, Segment
+from llmjepa_kernels.example import IGNORE, Example, Segment
 from llmjepa_kernels.tubes import TokenPath
 
 if TYPE_CHECKING:

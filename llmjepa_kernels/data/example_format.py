@@ -22,8 +22,8 @@ from llmjepa_kernels.data.chat import (
     plain_prompt,
 )
 from llmjepa_kernels.data.predictor_tokens import known_predictor_tokens, predictor_tokens
+from llmjepa_kernels.example import Example
 from llmjepa_kernels.files import file_of_checkpoint
-from llmjepa_kernels.packing import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

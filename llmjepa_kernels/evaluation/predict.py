@@ -13,7 +13,7 @@ from llmjepa_kernels.data.example_format import ExampleFormat
 from llmjepa_kernels.data.messages import WEIGHT_KEYS
 from llmjepa_kernels.data.splits import Split
 from llmjepa_kernels.evaluation.rules import Rule, answer_of, answer_rule
-from llmjepa_kernels.packing import IGNORE, Example, segment_ends
+from llmjepa_kernels.example import IGNORE, Example, segment_ends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

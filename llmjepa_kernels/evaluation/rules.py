@@ -32,7 +32,6 @@ _NUMBER = re.compile(
     r"(?![/:^_]|\.\d|[eE][-+]?\d|[ \t]*\*[ \t]*\d|[ \t]+\d)",  # all of it, or none
     re.ASCII,
 )
-_POSSESSIVE = re.compile(r"['\u2019]s\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -163,11 +162,9 @@ def _begins(completion: str, sample: Sample) -> bool:
 def _contains_a_listed_one(completion: str, sample: Sample) -> bool:
     # Punctuation may be a part of words, as in U.S., or between them.
     for in_place in ("", " "):
-        answers = _listed(answer_of(sample), in_place)
-        for text in (completion, _POSSESSIVE.sub(" ", completion)):
-            written = f" {_normalized(text, in_place)} "
-            if any(f" {answer} " in written for answer in answers):
-                return True
+        written = f" {_normalized(completion, in_place)} "
+        if any(f" {answer} " in written for answer in _listed(answer_of(sample), in_place)):
+            return True
     return False
 
 

@@ -51,42 +51,29 @@ def attention_backward(
     """dq, dk, dv and dsinks (None without sinks). Source: arXiv:2307.08691, Algorithm 2."""
     seen = visible(mask.visible_until, options.position_ids, options.window)
     with torch.autocast(q.device.type, enabled=False):
-        return _dense_backward(dout, q, k, v, out, lse, seen, options)
+        batch, num_heads, seq, head_dim = q.shape
+        grouped = (batch, k.shape[1], -1, seq, head_dim)
+        scores, dcap = masked_scores(q, k, seen, options.softcap, options.softmax_scale)
+        lse = lse.reshape(batch, k.shape[1], -1, seq)
+        p = (scores - lse[..., None]).exp()
+        dout, out, q = dout.reshape(grouped), out.reshape(grouped), q.reshape(grouped)
 
-
-def _dense_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    seen: Tensor,
-    options: AttentionOptions,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    batch, num_heads, seq, head_dim = q.shape
-    grouped = (batch, k.shape[1], -1, seq, head_dim)
-    scores, dcap = masked_scores(q, k, seen, options.softcap, options.softmax_scale)
-    lse = lse.reshape(batch, k.shape[1], -1, seq)
-    p = (scores - lse[..., None]).exp()
-    dout, out, q = dout.reshape(grouped), out.reshape(grouped), q.reshape(grouped)
-
-    # What is hidden may overflow where what is seen does not.
-    hidden = ~seen[:, None, None]
-    dp = (dout @ v[:, :, None].mT).to(p.dtype).masked_fill(hidden, 0.0)
-    # In low precision, out and dp are rounded apart: they would not cancel in a peaked softmax.
-    delta = (dout * out if out.dtype == p.dtype else p * dp).sum(dim=-1)
-    ds = p * (dp - delta[..., None]) * dcap * options.softmax_scale
-    ds = ds.masked_fill(hidden, 0.0)
-    ds, p = ds.to(q.dtype), p.to(q.dtype)
-    dq = (ds @ k[:, :, None]).reshape(batch, num_heads, seq, head_dim)
-    # Queries of a group are summed inside one matrix product, in its accumulation precision.
-    dk = ds.flatten(2, 3).mT @ q.flatten(2, 3)
-    dv = p.flatten(2, 3).mT @ dout.flatten(2, 3)
-    dsinks = None
-    if (sinks := options.sinks) is not None:
-        share = (sinks.to(lse.dtype).view(1, k.shape[1], -1, 1) - lse).exp()
-        dsinks = -(share * delta).sum(dim=(0, 3)).flatten().to(sinks.dtype)
+        # What is hidden may overflow where what is seen does not.
+        hidden = ~seen[:, None, None]
+        dp = (dout @ v[:, :, None].mT).to(p.dtype).masked_fill(hidden, 0.0)
+        # In low precision, out and dp are rounded apart: they would not cancel in a peaked softmax.
+        delta = (dout * out if out.dtype == p.dtype else p * dp).sum(dim=-1)
+        ds = p * (dp - delta[..., None]) * dcap * options.softmax_scale
+        ds = ds.masked_fill(hidden, 0.0)
+        ds, p = ds.to(q.dtype), p.to(q.dtype)
+        dq = (ds @ k[:, :, None]).reshape(batch, num_heads, seq, head_dim)
+        # Queries of a group are summed inside one matrix product, in its accumulation precision.
+        dk = ds.flatten(2, 3).mT @ q.flatten(2, 3)
+        dv = p.flatten(2, 3).mT @ dout.flatten(2, 3)
+        dsinks = None
+        if (sinks := options.sinks) is not None:
+            share = (sinks.to(lse.dtype).view(1, k.shape[1], -1, 1) - lse).exp()
+            dsinks = -(share * delta).sum(dim=(0, 3)).flatten().to(sinks.dtype)
     return seq_major(dq), seq_major(dk), seq_major(dv), dsinks
 
 

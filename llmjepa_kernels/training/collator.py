@@ -12,15 +12,9 @@ import torch
 
 from llmjepa_kernels.data.example_format import ExampleFormat
 from llmjepa_kernels.data.predictor_tokens import known_predictor_tokens
+from llmjepa_kernels.example import IGNORE, Example, with_tubes, without_views
 from llmjepa_kernels.ops.choice import may_choose_flash
-from llmjepa_kernels.packing import (
-    IGNORE,
-    Example,
-    PackedBatch,
-    pack,
-    with_tubes,
-    without_views,
-)
+from llmjepa_kernels.packing import PackedBatch, pack
 from llmjepa_kernels.training.objective import supervised_positions
 from llmjepa_kernels.tubes import TubeSampler
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from llmjepa_kernels.example import IGNORE
 from llmjepa_kernels.hf.head import Head
 from llmjepa_kernels.ops.registry import check_can_launch, on_device_of
-from llmjepa_kernels.packing import IGNORE
 
 
 def check(head: Head, device: torch.device) -> None:

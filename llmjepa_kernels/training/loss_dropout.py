@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from llmjepa_kernels.packing import Example, without_views
+from llmjepa_kernels.example import Example, without_views
 
 PER = ("example", "step")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -11,14 +10,15 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from llmjepa_kernels.example import IGNORE
 from llmjepa_kernels.hf.forward import gather_tokens, mark_varying
 from llmjepa_kernels.hf.head import Head
 from llmjepa_kernels.hf.layer import running
-from llmjepa_kernels.packing import IGNORE
+from llmjepa_kernels.training import liger_head
 
 MAX_LOGITS = 2**27  # 0.5 GiB in float32, of which the loss and its backward keep four copies
 
-HEAD_IMPLS = {"liger": "llmjepa_kernels.training.liger_head"}
+HEAD_IMPLS = {"liger": liger_head}
 
 
 def next_token_loss(
@@ -77,7 +77,7 @@ def _by_head_impl(
         raise RuntimeError(
             f"head_impl={head_impl!r} cannot be part of a compiled loss: compile the model alone"
         )
-    fused = importlib.import_module(HEAD_IMPLS[head_impl])
+    fused = HEAD_IMPLS[head_impl]
     head = Head(model)
     fused.check(head, targets.device)
     outputs, hidden = _forward_without_head(model, head, tensors, positions)

@@ -12,6 +12,7 @@ from torch.nn import functional
 from transformers.utils.generic import ModelOutput
 
 from llmjepa_kernels.checks import check_finite, check_whole
+from llmjepa_kernels.example import IGNORE
 from llmjepa_kernels.hf.experts import aux_weight_of, returns_aux_loss
 from llmjepa_kernels.hf.patch import patched_impl, pretrained_model
 from llmjepa_kernels.ops.common import count_pairs, count_tubes
@@ -19,7 +20,6 @@ from llmjepa_kernels.ops.loss import BACKENDS as LOSS_BACKENDS
 from llmjepa_kernels.ops.loss import last_token_loss, pair_views
 from llmjepa_kernels.ops.schedule import schedule_of
 from llmjepa_kernels.ops.tubes import semantic_tube_loss
-from llmjepa_kernels.packing import IGNORE
 from llmjepa_kernels.training.next_token_loss import MAX_LOGITS, is_distributed, next_token_loss
 from llmjepa_kernels.training.regularizers import sigreg, vicreg
 from llmjepa_kernels.training.view_head import rows_of, view_head_of

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.utils.data import Sampler
 
-from llmjepa_kernels.packing import Example, segment_ends
+from llmjepa_kernels.example import Example, segment_ends
 
 
 class UpdateSampler(Sampler):

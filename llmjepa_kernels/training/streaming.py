@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from llmjepa_kernels.packing import Example, with_tubes, without_views
+from llmjepa_kernels.example import Example, with_tubes, without_views
 from llmjepa_kernels.training.loss_dropout import random_fraction
 from llmjepa_kernels.tubes import TubeSampler
 

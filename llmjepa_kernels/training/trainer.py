@@ -20,16 +20,17 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from llmjepa_kernels.data.predictor_tokens import warn_if_frozen
+from llmjepa_kernels.example import IGNORE, Example, without_views
 from llmjepa_kernels.files import share_as_umask_says
 from llmjepa_kernels.hf.experts import aux_weight_of, returns_aux_loss
 from llmjepa_kernels.hf.patch import patch_model, patched_impl, pretrained_model
 from llmjepa_kernels.ops.common import real_tubes
-from llmjepa_kernels.packing import IGNORE, Example, without_views
 from llmjepa_kernels.training.checkpoints import MANIFEST, mark_complete, saving
 from llmjepa_kernels.training.collator import LLMJEPACollator
 from llmjepa_kernels.training.epochs import SetEpoch
 from llmjepa_kernels.training.flops import FlopCount
 from llmjepa_kernels.training.loss_dropout import LossDropout
+from llmjepa_kernels.training.means import MEANS, OF, means_of
 from llmjepa_kernels.training.next_token_loss import MAX_LOGITS
 from llmjepa_kernels.training.objective import REQUIRED_KEYS, llm_jepa_loss, real_tokens
 from llmjepa_kernels.training.sampler import UpdateSampler, example_work
@@ -41,10 +42,6 @@ if TYPE_CHECKING:  # builds of torch without distributed lack it
     from torch.distributed import ProcessGroup
 
 
-# What is logged of a batch's outputs, and of what it is a mean if not of supervised tokens.
-MEANS = ("ntp_loss", "jepa_loss", "cosine", "sigreg_loss", "vicreg_loss", "stp_loss", "aux_loss")
-OF = dict.fromkeys(("jepa_loss", "cosine", "sigreg_loss", "vicreg_loss"), "pairs")
-OF["stp_loss"] = "tubes"
 SUMS = (*MEANS, "pairs", "tubes", "tokens", "sft_tokens", "flops")
 
 
@@ -392,7 +389,7 @@ class LLMJEPATrainer(Trainer):
             loss = loss * scale
             # Filled in on the device, since copying a number there would wait for it.
             tokens = torch.full((), batch["input_ids"].numel(), device=loss.device)
-            values = {name: scale * mean.detach() for name, mean in _means(outputs).items()} | {
+            values = {name: scale * mean.detach() for name, mean in means_of(outputs).items()} | {
                 "pairs": outputs.num_pairs,
                 "tubes": outputs.num_tubes,
                 "tokens": tokens,
@@ -550,7 +547,7 @@ class LLMJEPATrainer(Trainer):
             "pairs": outputs.num_pairs,
             "tubes": outputs.num_tubes,
         }
-        means = _means(outputs)
+        means = means_of(outputs)
         sums = [means[name] * counts[OF.get(name, "items")] for name in MEANS]
         sums += counts.values()
         self._eval_sums += torch.stack(sums).to(self._eval_sums)
@@ -599,10 +596,3 @@ def _is_patched(model: torch.nn.Module) -> bool:
     except RuntimeError:
         return False
     return True
-
-
-def _means(outputs: Any) -> dict[str, Tensor]:
-    """What is logged of the outputs of a loss; 0 for terms that it has none of."""
-    zero = torch.zeros_like(outputs.ntp_loss)
-    means = {name: getattr(outputs, name) for name in MEANS}
-    return {name: zero if mean is None else mean for name, mean in means.items()}

@@ -24,9 +24,10 @@ from llmjepa_kernels.evaluation.geometry import (
     view_geometry,
     view_states,
 )
+from llmjepa_kernels.example import sequence_ids
 from llmjepa_kernels.hf import load as models
 from llmjepa_kernels.hf.patch import patch_model
-from llmjepa_kernels.packing import pack, sequence_ids
+from llmjepa_kernels.packing import pack
 from llmjepa_kernels.training.telemetry import CollapseTelemetry
 from tests.support.helpers import random_examples
 from tests.support.models import tiny_model

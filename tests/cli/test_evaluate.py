@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import islice
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from llmjepa_kernels.cli import held_out
 from llmjepa_kernels.cli import main as cli
 from llmjepa_kernels.data import grammar
 from llmjepa_kernels.data.predictor_tokens import add_predictor_tokens
+from llmjepa_kernels.data.splits import Split
 from llmjepa_kernels.data.tokenizer import train_tokenizer
 from llmjepa_kernels.evaluation import predict as evaluate
 from llmjepa_kernels.hf import load as models
@@ -140,6 +142,13 @@ def test_a_split_that_built_in_data_cannot_fill(tmp_path, monkeypatch, capsys):
     options = ["train", "--split", "length:500", "--output-dir", str(tmp_path / "out")]
     assert cli.main(options) == 2
     assert "--split length:500: of 50 built-in pairs in a row none" in capsys.readouterr().err
+
+
+def test_a_split_may_take_many_samples(monkeypatch):
+    """The limit is on those in a row that are on one side."""
+    monkeypatch.setattr(held_out, "MOST", 50)
+    samples = held_out.built_in_samples("train", seed=1, split=Split.parse("depth:2"))
+    assert len(list(islice(samples, 500))) == 500
 
 
 def test_goes_on_where_it_was_interrupted(command, generations, tmp_path):

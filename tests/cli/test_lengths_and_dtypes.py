@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("transformers")
 
 from safetensors.torch import load_file
+from tokenizers import normalizers
 
 from llmjepa_kernels.cli import main as cli
 from llmjepa_kernels.cli.main import _parser
@@ -17,8 +18,9 @@ from llmjepa_kernels.cli.starting_point import starting_point
 from llmjepa_kernels.cli.train_options import TrainOptions
 from llmjepa_kernels.cli.training_data import ExampleMaker, LeftOut, SampleReader, TrainingData
 from llmjepa_kernels.data import grammar
+from llmjepa_kernels.example import segment_ends
 from llmjepa_kernels.hf import load as models
-from llmjepa_kernels.packing import pack, segment_ends
+from llmjepa_kernels.packing import pack
 
 
 def run(*options: object) -> int:
@@ -101,6 +103,23 @@ def test_a_row_alone_may_be_what_is_too_short(tmp_path):
         cut.located.sample, start.tokenizer, max_length=cut.max_length + 1
     )
     assert pack([longer])["input_ids"].shape[1] > 160
+
+
+def test_the_fingerprint_is_of_the_texts_as_they_are_written(tmp_path):
+    """Which a tokenizer may take apart in another way only where they are not ASCII."""
+    data = tmp_path / "data.jsonl"
+    rows = [
+        {"prompt": f"na\u00efve \u00e9t\u00e9 {i}", "completion": "\u00e0 no\u00ebl"}
+        for i in range(8)
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parts, start = _parts("--data", data, "--eval-samples", 2)
+    before = parts.fingerprint()
+    assert parts.fingerprint() == before
+    start.tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFD(), normalizers.StripAccents()]
+    )
+    assert parts.fingerprint() != before
 
 
 def test_what_truncation_leaves_nothing_of(tmp_path, capsys):

@@ -12,7 +12,7 @@ from tokenizers import processors
 
 from llmjepa_kernels import pack
 from llmjepa_kernels.data.chat import chat_example, chat_prompt, plain_example
-from llmjepa_kernels.packing import sequence_ids
+from llmjepa_kernels.example import sequence_ids
 from tests.support.chat_templates import KWARGS, SPANS
 from tests.support.chats import CHAT, KINDS, SPECIAL, get_tokenizer, turns
 

@@ -18,7 +18,7 @@ from llmjepa_kernels.data.chat import (
     plain_example,
     plain_prompt,
 )
-from llmjepa_kernels.packing import sequence_ids, without_views
+from llmjepa_kernels.example import sequence_ids, without_views
 from tests.support.chat_templates import KWARGS, OLMO2, QWEN3, SMOLLM2, SPANS, USER_ALONE
 from tests.support.chats import CHAT, KINDS, SPECIAL, decode, decode_start, get_tokenizer, turns
 

@@ -9,7 +9,7 @@ from llmjepa_kernels.data.chat import chat_example, chat_prompt, plain_example
 from llmjepa_kernels.data.example_format import ExampleFormat
 from llmjepa_kernels.data.samples import read_chats
 from llmjepa_kernels.evaluation.predict import stop_ids
-from llmjepa_kernels.packing import IGNORE, sequence_ids
+from llmjepa_kernels.example import IGNORE, sequence_ids
 from tests.support.chat_templates import KWARGS, QWEN25, SMOLLM2, SPANS
 from tests.support.chats import CHAT, KINDS, decode, get_tokenizer, turns
 

@@ -252,6 +252,14 @@ def test_compressed_files_and_standard_input(tmp_path, monkeypatch):
     sources_module._standard_input.cache_clear()
 
 
+def test_quoted_lines_of_a_table_with_one_column(tmp_path):
+    """No line of them is a whole row more than any other."""
+    path = tmp_path / "a.tsv"
+    path.write_text('text\n"first\nsecond"\n')
+    (sample,) = read_chats(path, recipe=lambda row: chat(row["text"]))
+    assert sample["messages"][1]["content"] == "first\nsecond"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

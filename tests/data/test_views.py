@@ -13,8 +13,8 @@ from llmjepa_kernels.data.grammar import generate
 from llmjepa_kernels.data.predictor_tokens import predictor_token
 from llmjepa_kernels.data.samples import read_chats
 from llmjepa_kernels.data.tokenizer import train_tokenizer
+from llmjepa_kernels.example import with_tubes, without_views
 from llmjepa_kernels.hf.patch import patch_model
-from llmjepa_kernels.packing import with_tubes, without_views
 from llmjepa_kernels.training.collator import LLMJEPACollator
 from llmjepa_kernels.training.objective import llm_jepa_loss
 from tests.hf.test_families import gradients, separate_passes

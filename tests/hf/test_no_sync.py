@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llmjepa_kernels import TubeSampler, llm_jepa_example, llm_jepa_loss, pack, patch_model
-from llmjepa_kernels.packing import with_tubes
+from llmjepa_kernels.example import with_tubes
 from llmjepa_kernels.training.objective import supervised_positions
 from llmjepa_kernels.tubes import TokenPath
 from tests.support.models import BEFORE_5_17, FAMILIES, MIXTURES, tiny_model

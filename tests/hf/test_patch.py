@@ -58,7 +58,7 @@ def test_patching_twice_and_back(batch):
     assert model.config._attn_implementation == "eager"
 
 
-def test_configs_that_were_replaced_since_come_back(batch):
+def test_configs_that_were_replaced_since_come_back():
     model = patch_model(tiny_model("llama"))
     config = copy.deepcopy(model.config)
     for module in model.modules():

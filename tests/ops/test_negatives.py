@@ -6,8 +6,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from llmjepa_kernels import last_token_loss, pack
+from llmjepa_kernels.example import without_views
 from llmjepa_kernels.hf.patch import patch_model
-from llmjepa_kernels.packing import without_views
 from llmjepa_kernels.training.objective import llm_jepa_loss
 from tests.support.helpers import random_examples
 from tests.support.models import tiny_model

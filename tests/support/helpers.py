@@ -18,7 +18,7 @@ from llmjepa_kernels import (
     semantic_tube_loss,
     view_attention,
 )
-from llmjepa_kernels.packing import with_tubes
+from llmjepa_kernels.example import with_tubes
 from llmjepa_kernels.tubes import TokenPath, TubeSampler
 
 

@@ -6,8 +6,8 @@ from transformers import TrainingArguments
 
 from llmjepa_kernels import Example, Segment, pack
 from llmjepa_kernels.evaluation.geometry import view_states
+from llmjepa_kernels.example import sequence_ids
 from llmjepa_kernels.hf.patch import patch_model, unpatch_model
-from llmjepa_kernels.packing import sequence_ids
 from llmjepa_kernels.training.objective import llm_jepa_loss, real_tokens
 from llmjepa_kernels.training.trainer import LLMJEPATrainer
 from tests.support.helpers import random_examples

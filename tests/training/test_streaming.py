@@ -8,7 +8,7 @@ import pytest
 from accelerate.data_loader import IterableDatasetShard
 from torch.utils.data import DataLoader
 
-from llmjepa_kernels.packing import Example, Segment
+from llmjepa_kernels.example import Example, Segment
 from llmjepa_kernels.training.streaming import ExampleStream, shuffled
 from llmjepa_kernels.tubes import TokenPath, TubeSampler
 

@@ -17,9 +17,9 @@ from llmjepa_kernels.data.example_format import ExampleFormat
 from llmjepa_kernels.data.grammar import generate
 from llmjepa_kernels.data.predictor_tokens import add_predictor_tokens
 from llmjepa_kernels.data.tokenizer import train_tokenizer
+from llmjepa_kernels.example import IGNORE, Example, Segment, without_views
 from llmjepa_kernels.hf.load import add_lora
 from llmjepa_kernels.hf.patch import patch_model, patched_impl
-from llmjepa_kernels.packing import IGNORE, Example, Segment, without_views
 from llmjepa_kernels.training.collator import LLMJEPACollator, chat_tokens
 from llmjepa_kernels.training.loss_dropout import LossDropout
 from llmjepa_kernels.training.objective import llm_jepa_loss

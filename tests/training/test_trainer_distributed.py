@@ -17,7 +17,7 @@ from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
 from llmjepa_kernels.data.tokenizer import train_tokenizer
-from llmjepa_kernels.packing import without_views
+from llmjepa_kernels.example import without_views
 from llmjepa_kernels.training.loss_dropout import LossDropout
 from llmjepa_kernels.training.trainer import LLMJEPATrainer
 from llmjepa_kernels.training.view_head import add_view_head

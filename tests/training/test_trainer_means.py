@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from llmjepa_kernels.data.tokenizer import train_tokenizer
-from llmjepa_kernels.packing import without_views
+from llmjepa_kernels.example import without_views
 from llmjepa_kernels.training.objective import llm_jepa_loss
 from llmjepa_kernels.training.trainer import LLMJEPATrainer
 from llmjepa_kernels.tubes import TubeSampler
